@@ -1,0 +1,41 @@
+# make test    lint and tests
+# make demo    all of LAPO on one game, in minutes on two CPU cores; results in exp_results/demo/
+# make venv    only the environment: .venv with the pinned requirements
+# Each installs what it needs. Another interpreter: make test PYTHON=python3.11
+
+PYTHON ?= python3
+
+# The demo's game and how many expert frames are recorded for it, in whole chunks of 32,768 and 4,096.
+GAME ?= coinrun
+FRAMES ?= 65536
+TEST_FRAMES ?= 4096
+
+VENV_PYTHON := .venv/bin/python
+# Newer than requirements.txt when .venv holds exactly those.
+INSTALLED := .venv/installed
+START := $(shell date +%s)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test demo
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
+
+venv: $(INSTALLED)
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 10) <= v < (3, 13) or sys.exit("error: lapo runs on Python 3.10 to 3.12, and $(PYTHON) is %d.%d; name another, as in: make venv PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+test: $(INSTALLED)
+	$(VENV_PYTHON) -m ruff check
+	$(VENV_PYTHON) -m ruff format --check
+	$(VENV_PYTHON) -m pytest
+
+demo: $(INSTALLED)
+	$(VENV_PYTHON) lapo/record_expert.py --env $(GAME) --frames $(FRAMES) --test-frames $(TEST_FRAMES)
+	bash lapo/launch.sh $(GAME) --preset demo --modes online,offline,scratch,bc
+	$(VENV_PYTHON) lapo/report.py --env $(GAME) --exp demo
+	@s=$$(($$(date +%s) - $(START))) && echo "make demo took $$((s / 60)) min $$((s % 60)) s"

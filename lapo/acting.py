@@ -1,0 +1,53 @@
+"""Playing with a policy of ours, and judging it.
+
+Dimensions: N environments · H, W, C frame · A actions
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from build import make_acting_policy
+from config import Config, EvalConfig, validate
+from ppo import sample
+from procgen_env import ACTIONS, HELD_OUT_LEVELS, Evaluation, VecEnv, play
+from training import Compute
+
+Act = Callable[[np.ndarray], np.ndarray]
+
+
+def random_actor(seed: int) -> Act:
+    """Uniform random actions: frames (N, H, W, C) → actions (N,)."""
+    generator = np.random.default_rng(seed)
+    return lambda frames: generator.integers(len(ACTIONS), size=len(frames))
+
+
+def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> Act:
+    """Actions of a network with `logits`: sampled from its distribution or, if `greedy`, the most likely."""
+
+    @torch.inference_mode()
+    def act(frames: np.ndarray) -> np.ndarray:
+        with compute.autocast():
+            logits = network.logits(torch.from_numpy(frames).to(compute.device))
+        action = logits.argmax(-1) if greedy else sample(logits)[0]
+        return action.cpu().numpy()
+
+    return act
+
+
+def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:
+    """The policy of a stage-3 checkpoint, see `network_actor`."""
+    cfg: Config = validate(checkpoint["config"], source="the checkpoint's config")
+    network = compute.place(make_acting_policy(cfg, cfg.stage3.mode))
+    network.load_state_dict(checkpoint["state"]["policy"])
+    return network_actor(network.eval(), compute, greedy)
+
+
+def judge(act: Act, game: str, cfg: EvalConfig, seed: int) -> Evaluation:
+    """Play `cfg.episodes` episodes of `game` on levels that no recorded data shows."""
+    env = VecEnv(game, min(cfg.num_envs, cfg.episodes), seed=seed, levels=HELD_OUT_LEVELS)
+    try:
+        return play(act, env, cfg.episodes)
+    finally:
+        env.close()

@@ -1,0 +1,430 @@
+"""The typed view of `config.yaml`, and the command line made from it.
+
+`load_config()` is what every script calls first. The YAML file holds the values, the dataclasses below hold
+types, ranges and help texts; a key that only one of the two knows is an error.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tyro
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULTS = Path(__file__).resolve().parent / "config.yaml"
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Widths = Annotated[list[Count], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+@dataclass
+class DataConfig:
+    """Which windows the loader serves."""
+
+    __pydantic_config__ = STRICT
+    train_chunks: Count
+    """Use at most this many training chunks, in order of their number."""
+    test_chunks: Count
+    """The same for test chunks."""
+    skip_resets: bool
+    """Leave out windows that touch an episode's end (the published code keeps them)."""
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the networks."""
+
+    __pydantic_config__ = STRICT
+    idm_scale: Count
+    """Width multiplier of the IDM's IMPALA encoder."""
+    policy_scale: Count
+    """Width multiplier of the policy's IMPALA encoder."""
+    wm_width: Annotated[int, Field(ge=2, multiple_of=2)]
+    """Base width of the world model's U-Net (even)."""
+
+
+@dataclass
+class VQConfig:
+    """The vector-quantised bottleneck."""
+
+    __pydantic_config__ = STRICT
+    enabled: bool
+    """False: latents pass unquantised (the paper's no-VQ ablation)."""
+    num_codebooks: Count
+    """Independent codebooks."""
+    num_latents: Count
+    """Latent slots per codebook."""
+    num_embs: Annotated[int, Field(ge=2)]
+    """Codes per codebook."""
+    emb_dim: Count
+    """Size of a code."""
+    decay: Decay
+    """Decay of the moving averages that make the codes."""
+    commitment_cost: NonNegative
+    """Weight of the commitment loss."""
+    epsilon: Positive
+    """Laplace smoothing of the code counts."""
+    start: Literal["published", "data"]
+    """Published: uniform codes, counts from zero. Data: codes drawn from the first batch, counts from one."""
+
+    @property
+    def la_dim(self) -> int:
+        """Size of a latent action."""
+        return self.num_codebooks * self.num_latents * self.emb_dim
+
+
+@dataclass
+class SupervisedConfig:
+    """What stages 1 and 2 share."""
+
+    __pydantic_config__ = STRICT
+    steps: Count
+    """Optimisation steps."""
+    batch_size: Annotated[int, Field(ge=2)]
+    """Windows per step."""
+    lr: Positive
+    """Learning rate (AdamW)."""
+    lr_start: NonNegative
+    """Factor of lr at step 0."""
+    lr_warmup: Count
+    """Step at which lr is reached, for a run of the published length."""
+    lr_end: NonNegative
+    """Factor of lr one step after the last."""
+    log_every: Count
+    """Steps between lines of metrics.jsonl."""
+    save_every: Count
+    """Steps between checkpoints."""
+
+
+@dataclass
+class Stage1Config(SupervisedConfig):
+    """Stage 1: IDM and world model."""
+
+    clip_norm: Positive
+    """Largest global gradient norm over IDM and world model."""
+    probe_every: Count
+    """Steps between probes; the last step is always probed."""
+
+
+@dataclass
+class ProbeConfig:
+    """How the true action is read from the latent one, as a measurement."""
+
+    __pydantic_config__ = STRICT
+    windows: Annotated[int, Field(ge=4)]
+    """Windows used at most; half train the probe, half test it."""
+    hidden: Count
+    """Width of the probe's two hidden layers."""
+    epochs: Count
+    """Passes over the probe's training half."""
+    batch_size: Count
+    """Batch of the probe's training."""
+
+
+@dataclass
+class Stage3Config:
+    """Stage 3: the acting policy."""
+
+    __pydantic_config__ = STRICT
+    mode: Literal["online", "offline", "scratch", "bc"]
+    """How the acting policy is made: online (PPO + decoder), offline (decoder from labels), or a yardstick:
+    scratch (PPO from random weights), bc (behaviour cloning of the labels without latents)."""
+    steps: Count
+    """Environment steps (online, scratch)."""
+    log_every: Count
+    """PPO updates between lines of metrics.jsonl."""
+    save_every: Count
+    """PPO updates between checkpoints."""
+
+
+@dataclass
+class Ramp:
+    """A learning-rate factor: 0 until `hold`, `peak` at `peak_at`, 0 at the end, linear between."""
+
+    __pydantic_config__ = STRICT
+    hold: Annotated[int, Field(ge=0)]
+    """Env steps with factor 0 (at the published length)."""
+    peak_at: Count
+    """Env steps at which the factor peaks (at the published length)."""
+    peak: NonNegative
+    """The factor there."""
+
+
+@dataclass
+class PPOConfig:
+    """PPO, in the modes online and scratch."""
+
+    __pydantic_config__ = STRICT
+    num_envs: Count
+    """Environments stepped together."""
+    rollout_steps: Count
+    """Steps of each environment per update."""
+    minibatches: Count
+    """Minibatches per epoch."""
+    epochs: Count
+    """Passes over a rollout."""
+    gamma: Fraction
+    """Discount."""
+    gae_lambda: Fraction
+    """Lambda of generalised advantage estimation."""
+    clip: Positive
+    """Clip range of the policy's ratio and of the value's change."""
+    entropy_coef: NonNegative
+    """Weight of the entropy bonus."""
+    value_coef: NonNegative
+    """Weight of the value loss."""
+    clip_norm: Positive
+    """Largest global gradient norm."""
+    lr: Positive
+    """Learning rate of online mode, scaled by the three ramps."""
+    policy_head: Ramp
+    """Ramp of the RL path's policy head."""
+    value_head: Ramp
+    """Ramp of the value head."""
+    fc: Ramp
+    """Ramp of the RL path's hidden layer."""
+    scratch_lr: Positive
+    """Constant learning rate of scratch mode."""
+
+
+@dataclass
+class DecoderConfig:
+    """The decoder latent → true action of online mode."""
+
+    __pydantic_config__ = STRICT
+    hidden: Widths
+    """Widths of the hidden layers."""
+    batch_size: Count
+    """Batch of the decoder's training."""
+    epochs: Count
+    """Passes over all pairs at each training."""
+    lr: Positive
+    """Learning rate (Adam)."""
+    label_smoothing: Fraction
+    """Label smoothing of the cross-entropy."""
+    start: Annotated[int, Field(ge=0)]
+    """Env steps after which training starts (at the published length)."""
+    until: Annotated[int, Field(ge=0)]
+    """Env steps at which it ends (at the published length)."""
+    every_update_until: Annotated[int, Field(ge=0)]
+    """Env steps up to which it is trained after every update (at the published length)."""
+    every: Count
+    """Updates between trainings from then on."""
+
+
+@dataclass
+class OfflineConfig:
+    """Learning from a few labelled frames, in the modes offline and bc."""
+
+    __pydantic_config__ = STRICT
+    labels: Count
+    """Labelled expert frames (offline, bc)."""
+    steps: Count
+    """Optimisation steps on them."""
+    batch_size: Count
+    """Batch size (at most `labels`)."""
+    lr: Positive
+    """Learning rate (Adam)."""
+
+
+@dataclass
+class EvalConfig:
+    """How policies are judged."""
+
+    __pydantic_config__ = STRICT
+    episodes: Count
+    """Episodes played on held-out levels, rounded up to a multiple of num_envs."""
+    num_envs: Count
+    """Environments played side by side."""
+    greedy: bool
+    """Take the most likely action instead of a sample."""
+
+
+@dataclass
+class Config:
+    """Everything a run depends on; the groups follow the stages."""
+
+    __pydantic_config__ = STRICT
+    env: Name
+    """Procgen game, or any name with a folder in data_dir."""
+    exp: Name
+    """Experiment: results lie in <results_dir>/<exp>/<env>/seed<seed>."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    """Seed of everything random."""
+    data_dir: str
+    """Folder of the games' chunks; relative to the repository's root."""
+    results_dir: str
+    """Folder of all results; relative to the repository's root."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"]
+    """Auto: bf16 where the hardware computes it natively."""
+    compile: Literal["auto", "on", "off"]
+    """Compile the training steps; auto: on for CUDA."""
+    wandb: Literal["online", "offline", "disabled"]
+    """Weights & Biases; metrics.jsonl is written in any case."""
+    save_minutes: Positive
+    """Longest time between checkpoints, beside each stage's save_every."""
+    data: DataConfig
+    model: ModelConfig
+    vq: VQConfig
+    stage1: Stage1Config
+    probe: ProbeConfig
+    stage2: SupervisedConfig
+    stage3: Stage3Config
+    ppo: PPOConfig
+    decoder: DecoderConfig
+    offline: OfflineConfig
+    eval: EvalConfig
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of all stages of this experiment, game and seed."""
+        return resolve(self.results_dir) / self.exp / self.env / f"seed{self.seed}"
+
+    @property
+    def game_data(self) -> Path:
+        """Folder with this game's `train` and `test` chunks."""
+        return resolve(self.data_dir) / self.env
+
+
+def resolve(path: str) -> Path:
+    """Absolute path of a configured one: relative paths start at the repository's root."""
+    return ROOT / Path(path).expanduser()
+
+
+def to_dict(cfg: Any) -> dict:
+    """A dataclass of this module as plain nested dicts."""
+    return asdict(cfg)
+
+
+def validate(values: dict, kind: type = Config, source: str = "config") -> Any:
+    """Make a config dataclass from nested dicts.
+
+    Strings such as "3e-4", which YAML does not read as a number, become numbers.
+    Raises `UserError` with one sentence that names the first key at fault.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, kind, source)) from None
+
+
+def load_config(argv: list[str] | None = None, description: str = "") -> Config:
+    """Read config.yaml, `--config`, `--preset` and the command line, in this order of precedence.
+
+    Any key of the config is an option: `--stage1.lr 1e-4`, `--stage1.lr=1e-4`; a list takes several values.
+    `--help` prints `description` and all keys, and exits. Raises `UserError` for an unknown key, a wrong type,
+    an impossible value or a missing file.
+    """
+    options = _options(sys.argv[1:] if argv is None else argv)
+    files, presets = options.pop("config", []), options.pop("preset", [])
+    values = _read_yaml(DEFAULTS)
+    source = DEFAULTS.name
+    for file in files:
+        values = _merge(values, _read_yaml(Path(file).expanduser()))
+        source = file
+    known = values.pop("presets", {}) or {}
+    for name in presets:
+        if not isinstance(known, dict) or name not in known:
+            raise UserError(f"unknown preset '{name}'; the presets are: {', '.join(known) or 'none'}")
+        values = _merge(values, known[name])
+        source = f"preset {name}"
+    cfg = validate(values, source=source)
+    if "help" in options:
+        tyro.cli(Config, default=cfg, args=["--help"], description=description + _HELP, config=(FLAGS,))
+    for key, words in options.items():
+        values = _merge(values, _nested(key, words))
+    return validate(values, source="the command line")
+
+
+FLAGS = tyro.conf.FlagConversionOff
+_HELP = """
+Every key of config.yaml is an option, shown with the value it has now. Also: --config FILE, a YAML file that
+names only what it changes, and --preset NAME, e.g. demo.
+"""
+
+
+def _options(argv: list[str]) -> dict[str, list[str]]:
+    """The words of a command line by option: `--a.b-c 1 2` → {"a.b_c": ["1", "2"]}."""
+    options: dict[str, list[str]] = {}
+    words: list[str] | None = None
+    for word in argv:
+        if word in ("-h", "--help"):
+            options["help"] = []
+        elif word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            words = options.setdefault(name.replace("-", "_"), [])
+            words.extend([value] if equals else [])
+        elif words is None:
+            raise UserError(f"the command line: found '{word}' where an option such as --env was expected")
+        else:
+            words.append(word)
+    empty = next((name for name, words in options.items() if not words and name != "help"), None)
+    if empty:
+        raise UserError(f"the command line: --{empty} needs a value")
+    return options
+
+
+def _nested(key: str, words: list[str]) -> dict:
+    """`a.b` and its words as {"a": {"b": words}}; validation turns words into numbers and lists."""
+    value: Any = words[0] if len(words) == 1 else words
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config file {path}: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `key: value` lines, found a {type(values).__name__}")
+    return values
+
+
+def _merge(base: dict, changes: Any) -> dict:
+    """`base` with `changes` laid over it, group by group."""
+    if not isinstance(changes, dict):
+        raise UserError(f"a group of settings must hold `key: value` lines, found {changes!r}")
+    merged = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _explain(error: ValidationError, kind: type, source: str) -> str:
+    """The first problem of a validation as one sentence."""
+    problem = error.errors()[0]
+    loc = [str(part) for part in problem["loc"]]
+    key = ".".join(loc)
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner: Any = kind
+        for part in loc[:-1]:
+            owner = get_type_hints(owner).get(part, owner)
+        allowed = ", ".join(field.name for field in fields(owner)) if is_dataclass(owner) else "none"
+        return f"{source}: unknown key '{key}'; allowed here: {allowed}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{source}: the key '{key}' is missing; config.yaml shows every key"
+    return f"{source}: '{key}' is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

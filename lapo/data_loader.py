@@ -1,0 +1,259 @@
+"""Chunks of frames on disk → windows on the device.
+
+Dimensions
+    F frames of all chunks · M windows · B batch · T frames of a window (3) · H, W = 64 · C = 3
+
+A chunk is an npz file `<game>/<split>/<k>.npz` with `obs` (N, 64, 64, 3) uint8 and, optionally, `ta` (N,) and
+`done` (N,). Frames stay uint8, as stored, in one tensor on the device. A window is three consecutive frames
+of one chunk; the action of interest was taken at the second to last of them.
+"""
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Config
+from errors import UserError
+
+WINDOW = 3
+FRAME_SHAPE = (64, 64, 3)
+
+
+def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
+    """The chunk files of a folder in order of their number, at most `limit`.
+
+    Raises `UserError` if the folder is missing or holds no chunk.
+    """
+    remedy = (
+        f"`python record_expert.py --env {folder.parent.name}` or `bash setup_data.sh {folder.parent.name}`"
+    )
+    if not folder.is_dir():
+        raise UserError(f"the data folder {folder} does not exist; make it with {remedy}")
+    chunks = sorted(
+        (path for path in folder.glob("*.npz") if path.stem.isdigit()), key=lambda path: int(path.stem)
+    )
+    if not chunks:
+        raise UserError(f"the data folder {folder} holds no chunk (<number>.npz); make some with {remedy}")
+    return chunks[:limit]
+
+
+def read_header(path: Path) -> int:
+    """Number of frames of a chunk, from its headers alone.
+
+    Raises `UserError` naming the file if it is not a chunk: not a readable npz, no `obs`, wrong shape or
+    type, fewer than three frames.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+            if "obs.npy" not in names:
+                raise UserError(
+                    f"{path} holds no array `obs`, found: {', '.join(sorted(names)) or 'nothing'}"
+                )
+            headers = {
+                key: _npy_header(archive, f"{key}.npy")
+                for key in ("obs", "ta", "done")
+                if f"{key}.npy" in names
+            }
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, zlib.error, NotImplementedError) as error:
+        raise UserError(f"{path} is not a readable npz file ({error}); delete it and make it again") from None
+    shape, dtype = headers.pop("obs")
+    if dtype != np.uint8 or len(shape) != 4 or shape[1:] != FRAME_SHAPE:
+        raise UserError(f"{path}: `obs` must be uint8 (N, 64, 64, 3), found {dtype} {shape}")
+    if shape[0] < WINDOW:
+        raise UserError(f"{path} holds {shape[0]} frames; a chunk needs at least {WINDOW}")
+    kinds = {"ta": "iu", "done": "b"}
+    for key, (key_shape, key_dtype) in headers.items():
+        if key_shape != shape[:1] or key_dtype.kind not in kinds[key]:
+            expected = f"{'integers' if key == 'ta' else 'bool'} ({shape[0]},)"
+            raise UserError(f"{path}: `{key}` must be {expected}, found {key_dtype} {key_shape}")
+    return shape[0]
+
+
+def chunks_holding(folder: Path, frames: int) -> int:
+    """How many of the folder's first chunks hold `frames` frames together; all of them if they hold fewer."""
+    held, count = 0, 0
+    for path in find_chunks(folder):
+        if held >= frames:
+            break
+        held, count = held + read_header(path), count + 1
+    return count
+
+
+def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+        return shape, dtype
+
+
+def read_chunk(path: Path) -> dict[str, np.ndarray]:
+    """The arrays `obs`, `ta`, `done` of a chunk, those that it has. Raises `UserError` naming a bad file."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            chunk = {key: arrays[key] for key in ("obs", "ta", "done") if key in arrays}
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, zlib.error, NotImplementedError) as error:
+        raise UserError(f"{path} is corrupt ({error}); delete it and make it again") from None
+    if "ta" in chunk and chunk["ta"].min() < 0:
+        raise UserError(f"{path}: `ta` must hold action numbers from 0, found {chunk['ta'].min()}")
+    return chunk
+
+
+def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -> np.ndarray:
+    """Indices of the first frames of a chunk's windows, (M,) int64.
+
+    With `skip_resets`, a window is left out when any of its frames is marked `done`: data sets differ in
+    whether the mark sits on an episode's last frame or on the next one's first.
+    """
+    starts = np.arange(num_frames - WINDOW + 1)
+    if done is None or not skip_resets:
+        return starts
+    marked = np.convolve(done.astype(np.int64), np.ones(WINDOW, np.int64), mode="valid")
+    return starts[marked == 0]
+
+
+class Windows:
+    """All windows of a split of one game, resident on a device.
+
+    Attributes
+        frames  (F, H, W, C) uint8
+        starts  (M,) int64: index of every window's first frame
+        ta      (F,) int64 true actions, or None when some chunk lacks them; used only to measure
+    """
+
+    def __init__(
+        self, folder: Path, *, device: torch.device, limit: int | None = None, skip_resets: bool = True
+    ):
+        """Read the chunks of `folder`, one after the other: host memory holds one decoded chunk at a time.
+
+        Raises `UserError` for a missing or empty folder, a bad chunk, data without any window, or frames that
+        do not fit into memory.
+        """
+        paths = find_chunks(folder, limit)
+        sizes = [read_header(path) for path in paths]
+        total = sum(sizes)
+        self.frames = _allocate(total, device, folder)
+        starts, actions = [], []
+        offset = 0
+        for path, size in zip(paths, sizes, strict=True):
+            chunk = read_chunk(path)
+            self.frames[offset : offset + size].copy_(torch.from_numpy(chunk["obs"]))
+            starts.append(window_starts(chunk.get("done"), size, skip_resets) + offset)
+            actions.append(chunk.get("ta"))
+            offset += size
+        self.starts = torch.from_numpy(np.concatenate(starts)).to(device)
+        if not len(self.starts):
+            raise UserError(f"{folder}: every window of its {total:,} frames touches an episode's end")
+        has_actions = all(ta is not None for ta in actions)
+        self.ta = (
+            torch.from_numpy(np.concatenate(actions).astype(np.int64)).to(device) if has_actions else None
+        )
+        self.num_chunks = len(paths)
+        self._offsets = torch.arange(WINDOW, device=device)
+        self._orders: dict[tuple[int, int], Tensor] = {}
+
+    @classmethod
+    def read(cls, cfg: Config, split: str, device: torch.device, limit: int | None = None) -> "Windows":
+        """The windows of a configured game's `train` or `test`, at most `limit` chunks; prints a summary."""
+        most = cfg.data.train_chunks if split == "train" else cfg.data.test_chunks
+        limit = min(most, limit or most)
+        windows = cls(cfg.game_data / split, device=device, limit=limit, skip_resets=cfg.data.skip_resets)
+        print(f"{split}: {windows.summary()}")
+        return windows
+
+    @classmethod
+    def splits(cls, cfg: Config, device: torch.device) -> tuple["Windows", "Windows"]:
+        """Training and held-out windows of the configured game; prints what was read.
+
+        Without a `test` folder, the training windows serve for both.
+        """
+        train = cls.read(cfg, "train", device)
+        if not (cfg.game_data / "test").is_dir():
+            print("test: no such folder, so the training windows are measured")
+            return train, train
+        return train, cls.read(cfg, "test", device)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def summary(self) -> str:
+        """One line on what was read."""
+        labels = "with" if self.ta is not None else "without"
+        return (
+            f"{len(self.frames):,} frames in {self.num_chunks} chunks, {len(self):,} windows, {labels} true"
+            f" actions, {self.frames.numel() / 1e9:.2f} GB on {self.frames.device}"
+        )
+
+    def all(self) -> Tensor:
+        """Numbers of all windows, in the order of the data: (M,) int64."""
+        return torch.arange(len(self), device=self.frames.device)
+
+    def gather(self, windows: Tensor) -> Tensor:
+        """Frames of the windows numbered (B,) → (B, T, H, W, C) uint8."""
+        return self.frames[self.starts[windows, None] + self._offsets]
+
+    def middle_frames(self, windows: Tensor) -> Tensor:
+        """The frame o[t] of the windows numbered (B,) → (B, H, W, C) uint8."""
+        return self.frames[self.starts[windows] + WINDOW - 2]
+
+    def actions(self, windows: Tensor) -> Tensor:
+        """True actions taken at o[t] of the windows numbered (B,) → (B,) int64. Needs `ta`."""
+        return self.ta[self.starts[windows] + WINDOW - 2]
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        """Numbers of the windows of training step `step`: (B,) int64 on the device.
+
+        Batches cut an endless row of epochs, each an exact permutation of all windows. A batch is a function
+        of the arguments alone, so a resumed run needs nothing but its step.
+        """
+        parts = []
+        position, missing = step * batch_size, batch_size
+        while missing:
+            epoch, offset = divmod(position, len(self))
+            part = self._order(epoch, seed)[offset : offset + missing]
+            parts.append(part)
+            position += len(part)
+            missing -= len(part)
+        return torch.cat(parts)
+
+    def _order(self, epoch: int, seed: int) -> Tensor:
+        key = (epoch, seed)
+        if key not in self._orders:
+            # Drawn on the CPU: the same order on every device.
+            generator = torch.Generator().manual_seed(
+                int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+            )
+            order = torch.randperm(len(self), generator=generator)
+            self._orders = {key: order.to(self.frames.device)}
+        return self._orders[key]
+
+
+def _allocate(total: int, device: torch.device, folder: Path) -> Tensor:
+    """Room for `total` frames; refused when the device has less free than they need."""
+    needed = total * math.prod(FRAME_SHAPE)
+    free = _free_bytes(device)
+    if free is not None and needed > free:
+        raise UserError(
+            f"{folder}: its {total:,} frames need {needed / 1e9:.1f} GB on {device},"
+            f" where {free / 1e9:.1f} GB are free; lower data.train_chunks"
+        )
+    return torch.empty((total, *FRAME_SHAPE), dtype=torch.uint8, device=device)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that may be taken on `device`; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

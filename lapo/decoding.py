@@ -1,0 +1,134 @@
+"""Decoders from latent to true actions: how they are fitted, and the one that learns from an agent's steps.
+
+Dimensions: S rollout steps · N environments · M pairs · T frames of a window (3) · H, W, C frame · A actions
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import DecoderConfig
+from data_loader import WINDOW
+from models import IDM, Decoder, stack_frames
+from training import Compute, make_optimizer
+
+LABEL_BATCH = 512
+
+
+def fit(
+    predict: Callable[[Tensor], Tensor],
+    network: nn.Module,
+    ta: Tensor,
+    batches: Iterable[Tensor],
+    *,
+    lr: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Train `network` to predict true actions `ta` (M,) with Adam; returns the mean loss, a scalar tensor.
+
+    `predict` maps indices (B,) of examples to logits (B, A); `batches` says which examples, step by step.
+    """
+    optimizer = make_optimizer(
+        torch.optim.Adam, [{"params": list(network.parameters()), "lr": lr}], [network]
+    )
+    total, count = torch.zeros((), device=ta.device), 0
+    for ids in batches:
+        loss = F.cross_entropy(predict(ids).float(), ta[ids], label_smoothing=label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total, count = total + loss.detach(), count + 1
+    return total / count
+
+
+def epochs(size: int, count: int, batch_size: int, device: torch.device) -> Iterable[Tensor]:
+    """Indices of `count` passes over `size` examples, shuffled anew each time, in batches."""
+    for _ in range(count):
+        yield from torch.randperm(size, device=device).split(batch_size)
+
+
+class OnlineDecoder:
+    """Learns the decoder of online mode from the agent's own steps.
+
+    During a rollout `watch` sees every step; after the PPO update `learn` labels the new windows with the IDM
+    and, when it is time, trains a new decoder on all pairs so far and hands its weights to the policy's.
+    Windows that span an episode's end are left out. After the last training nothing is kept or labelled.
+
+    The schedule of `cfg` is given in env steps of a run of the published length, `scale` shrinks it.
+    """
+
+    def __init__(self, decoder: Decoder, idm: IDM, cfg: DecoderConfig, compute: Compute, scale: float):
+        self.decoder, self.idm, self.cfg, self.compute = decoder, idm, cfg, compute
+        self.start, self.until = cfg.start * scale, cfg.until * scale
+        self.every_update_until = cfg.every_update_until * scale
+        # What the next windows need of the past: frames (N, H, W, C), actions (N,), dones (N,) of each step.
+        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.la: list[Tensor] = []
+        self.ta: list[Tensor] = []
+        self.active = True
+
+    def watch(self, frames: Tensor, action: Tensor, done: Tensor) -> None:
+        """Take in one step: `frames` seen, `action` taken at them, whether it ended the episode."""
+        if self.active:
+            self.steps.append((frames, action, done))
+
+    def learn(self, frames: Tensor, env_steps: int, update: int) -> dict[str, Tensor]:
+        """Label the rollout's windows and train the decoder if it is time; returns metrics.
+
+        `frames` (N, H, W, C): the observation after the last step; `env_steps`, `update`: how many are done.
+        """
+        if not self.active:
+            return {}
+        self._label(frames)
+        metrics = {}
+        early = env_steps < self.every_update_until
+        if self.start < env_steps < self.until and (early or update % self.cfg.every == 0):
+            metrics = self._train()
+        if env_steps >= self.until:
+            self.active = False
+            self.steps, self.la, self.ta = [], [], []
+        return metrics
+
+    @torch.no_grad()
+    def _label(self, frames: Tensor) -> None:
+        """Turn the watched steps into pairs; the last step stays, as the past of the next rollout's first."""
+        seen, actions, dones = (torch.stack(x) for x in zip(*self.steps, strict=True))
+        seen = torch.cat([seen, frames[None]])  # (S+1, N, H, W, C)
+        # Window s holds frames s, s+1, s+2; its action was taken at s+1. Neither step may end an episode.
+        windows = seen.unfold(0, WINDOW, 1).movedim(-1, 2)  # (S-1, N, T, H, W, C)
+        valid = ~(dones[:-1] | dones[1:])
+        windows, ta = windows[valid], actions[1:][valid]
+        with self.compute.autocast():
+            la = [self.idm.label(stack_frames(part)).float() for part in windows.split(LABEL_BATCH)]
+        self.la += la
+        self.ta.append(ta)
+        self.steps = self.steps[-1:]
+
+    def _train(self) -> dict[str, Tensor]:
+        la, ta = torch.cat(self.la), torch.cat(self.ta)
+        self.la, self.ta = [la], [ta]
+        if not len(ta):
+            return {}
+        cfg = self.cfg
+        fresh = Decoder(la.shape[1], self.decoder[-1].out_features, tuple(cfg.hidden)).to(la.device)
+        batches = epochs(len(ta), cfg.epochs, cfg.batch_size, la.device)
+        options = {"lr": cfg.lr, "label_smoothing": cfg.label_smoothing}
+        loss = fit(lambda ids: fresh(la[ids]), fresh, ta, batches, **options)
+        self.decoder.load_state_dict(fresh.state_dict())
+        with torch.no_grad():
+            accuracy = (fresh(la).argmax(-1) == ta).float().mean()
+        return {"decoder_loss": loss, "decoder_acc": accuracy, "decoder_pairs": float(len(ta))}
+
+    def state_dict(self) -> dict:
+        """All that changes, as plain data."""
+        pairs = [torch.cat(x) if x else None for x in (self.la, self.ta)]
+        return {"active": self.active, "steps": [list(step) for step in self.steps], "pairs": pairs}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` gave."""
+        device = self.compute.device
+        self.active = state["active"]
+        self.steps = [tuple(x.to(device) for x in step) for step in state["steps"]]
+        self.la, self.ta = ([] if x is None else [x.to(device)] for x in state["pairs"])

@@ -1,0 +1,176 @@
+"""Download the published expert data and unpack it: `python download_data.py bigfish maze`, or `all`.
+
+The archives, one zip per game, lie on Google Drive, whose bandwidth is limited: a download can be refused or
+break off. The same command continues it, and a zip saved by hand where the message says is used instead.
+"""
+
+import os
+import re
+import shutil
+import stat
+import sys
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import gdown
+import tyro
+from gdown.exceptions import DownloadError
+from tqdm import tqdm
+
+from config import ROOT
+from errors import UserError, run_main
+
+ARCHIVES = {
+    "bigfish": "10xwWejz1ZwccxV7O4fqbDTP_260OsBU5",
+    "bossfight": "11x3-8eh0M4KsnDYW3pVRHjlOIGVCeuMz",
+    "caveflyer": "1YdSG3Y3Tyf-UnL4I-ZXGGlJjOIdungU3",
+    "chaser": "17c8NyuT-_IU7ymZYh3qGy_zOgm3XwcHb",
+    "climber": "1qiomp1WF_KYEqbL5SWgXhZOLoaFYjoJl",
+    "coinrun": "14Dfs1xy4u2IOfzLISm8adTA5IwtCsAo7",
+    "dodgeball": "1q7DZkTwys0yWEWWkd7ddGczTSwGyJVXG",
+    "fruitbot": "1zJw1MNxeSxjeS78Btzqo3c6oq4kXqpKH",
+    "heist": "1FMCKSxCOQFjNOlUOHpARK9u0w0BFaXlx",
+    "jumper": "1lv1QGv06AJMClX_Iyw9HdXUEiHgnIWX3",
+    "leaper": "1S8pR6heQVGixbJ0f1u4kKPji1m481l2a",
+    "maze": "18eeqTAZg1OeyN3qQFdyC-Y0l-6niM5Me",
+    "miner": "177IBL8ByPBlyCKCc-1jbiwVZklc_2ga0",
+    "ninja": "10sXxsoOU2Jcczu91dio7ScpZIAo6sGGP",
+    "plunder": "1KzaDi7D8cc_k7M1JyrWtkk88kaS_upRy",
+    "starpilot": "1AH6fO7zIp_SQYxJS0aoc81OA-UkWFp1W",
+}
+"""Google Drive's id of each game's archive, as published with the paper."""
+FOLDER = "1XjpcfOm0NafPYFPnNtoHfhJ4nHVkQSB1"
+"""Google Drive's id of the folder that holds them all."""
+
+
+@dataclass
+class Args:
+    """Download the published expert data, unpack it and remove the archives. What is there is left alone."""
+
+    games: tyro.conf.Positional[list[str]]
+    """Games to set up, or `all`."""
+    data_dir: Path = ROOT / "expert_data"
+    """Folder that receives <game>/train and <game>/test, and the archives meanwhile."""
+
+
+def main() -> None:
+    """Set up every game asked for; exit with 2 if one is missing at the end."""
+    args = tyro.cli(Args)
+    unknown = [game for game in args.games if game not in (*ARCHIVES, "all")]
+    if unknown or not args.games:
+        found = f"'{unknown[0]}' has no archive" if unknown else "no game is named"
+        raise UserError(f"{found}; name one or more of {', '.join(ARCHIVES)}, or all")
+    games = list(ARCHIVES) if "all" in args.games else args.games
+    missing = []
+    for game in games:
+        try:
+            set_up(game, args.data_dir.expanduser().absolute())
+        except (UserError, OSError) as error:
+            print(f"error: {game}: {error}", file=sys.stderr)
+            missing.append(game)
+    if missing:
+        print(f"{len(missing)} of {len(games)} games could not be set up: {', '.join(missing)}")
+        sys.exit(2)
+
+
+def set_up(game: str, data_dir: Path) -> None:
+    """Make `data_dir/<game>` from the published archive, unless there is something already.
+
+    An archive that lies at `data_dir/<game>.zip` is used, else it is downloaded to there; afterwards it is
+    removed. Raises `UserError` if it cannot be had or is not what it should be, `OSError` if the disk fails.
+    """
+    target, archive = data_dir / game, data_dir / f"{game}.zip"
+    if target.is_dir() and any(target.iterdir()):
+        print(f"{game}: {count_chunks(target)} are already in {target}: nothing to do")
+        return
+    data_dir.mkdir(parents=True, exist_ok=True)
+    if not archive.exists():
+        download(game, archive)
+    unpack(archive, game)
+    archive.unlink()
+    for partial in data_dir.glob(f"{game}.zip*.part"):
+        partial.unlink()
+    print(f"{game}: {count_chunks(target)} are now in {target}")
+
+
+def download(game: str, archive: Path) -> None:
+    """Fetch a game's archive, continuing a download that broke off. Raises `UserError` if refused."""
+    print(f"{game}: downloading {archive}", flush=True)
+    try:
+        gdown.download(id=ARCHIVES[game], output=str(archive), resume=True, retries=3, timeout=60)
+    except (DownloadError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the download failed ({reason}); run the command again later to continue it, or open "
+            f"https://drive.google.com/file/d/{ARCHIVES[game]}/view (the folder of all games is "
+            f"https://drive.google.com/drive/folders/{FOLDER}) in a browser, save the zip as {archive} "
+            "and run the command again"
+        ) from None
+
+
+def unpack(archive: Path, game: str) -> None:
+    """Unpack a game's archive into the folder `<game>` beside it, all of it or nothing.
+
+    The chunks' checksums are verified on the way; the folder appears, by a rename, when all were right.
+    Raises `UserError` if the archive is damaged, not that game's, unsafe, or too large for the disk.
+    """
+    target, partial = archive.with_name(game), archive.with_name(f".{game}.unpacking")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            chunks = select_chunks(opened, game)
+            size = sum(chunk.file_size for chunk in chunks)
+            free = shutil.disk_usage(archive.parent).free
+            if size > free:
+                raise UserError(
+                    f"{archive} unpacks to {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left; "
+                    "make room, or choose another disk with --data-dir, and run the command again"
+                )
+            for chunk in tqdm(chunks, desc=f"{game}: unpacking", unit="chunk"):
+                path = partial / PurePosixPath(chunk.filename).relative_to(game)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with opened.open(chunk) as source, path.open("wb") as copy:
+                    shutil.copyfileobj(source, copy, 1 << 20)
+                    copy.flush()
+                    os.fsync(copy.fileno())
+        os.replace(partial, target)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{archive} is not the intact archive of {game} ({error}); delete it and run the command again"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def select_chunks(opened: zipfile.ZipFile, game: str) -> list[zipfile.ZipInfo]:
+    """The members `<game>/train/<k>.npz` and `<game>/test/<k>.npz` of an archive; other files are left out.
+
+    Raises `BadZipFile` if either kind is missing, or if a member is a link or has a path out of the archive.
+    """
+    chunks, others = [], []
+    for member in opened.infolist():
+        path = PurePosixPath(member.filename.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
+            raise zipfile.BadZipFile(f"'{member.filename}' leads out of the archive")
+        if re.fullmatch(rf"{game}/(train|test)/[0-9]+\.npz", member.filename):
+            chunks.append(member)
+        elif not member.is_dir():
+            others.append(member.filename)
+    for part in ("train", "test"):
+        if not any(chunk.filename.startswith(f"{game}/{part}/") for chunk in chunks):
+            raise zipfile.BadZipFile(f"it has no {game}/{part}/<number>.npz")
+    if others:
+        print(f"{game}: left out {len(others)} files that are no chunks, such as '{others[0]}'")
+    return chunks
+
+
+def count_chunks(folder: Path) -> str:
+    """How many chunks a game's folder holds, in words."""
+    train, test = (len(list((folder / part).glob("*.npz"))) for part in ("train", "test"))
+    return f"{train} train and {test} test chunks"
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,401 @@
+"""The networks of LAPO.
+
+Dimensions
+    B batch · T frames of a window (3) · C, H, W image channels, height, width (64×64)
+    N codebooks · L latent slots · K codes of a codebook · D size of a code · A true actions (15)
+
+A window holds the frames o[t-1], o[t], o[t+1]. `la` is the latent action of o[t] before quantisation,
+`la_q` after it, `ta` the true action. Images enter the networks as x/255 - 0.5, see `normalize`.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+HIDDEN = 256
+IMAGE = 64
+
+
+def normalize(obs: Tensor) -> Tensor:
+    """uint8 frames (..., H, W, C) as stored → float frames (..., C, H, W) in [-0.5, 0.5].
+
+    The result keeps its input's storage order: for four dimensions that is PyTorch's channels-last format.
+    """
+    return obs.movedim(-1, -3).float().div_(255).sub_(0.5)
+
+
+def stack_frames(frames: Tensor) -> Tensor:
+    """Frames of a window side by side on the channels: (B, T, H, W, C) uint8 → (B, T·C, H, W) float."""
+    return normalize(rearrange(frames, "b t h w c -> b h w (t c)"))
+
+
+# ---------------------------------------------------------------- IMPALA
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(relu(x)))), convolutions 3×3, `hidden` channels between (default: `channels`)."""
+
+    def __init__(self, channels: int, hidden: int | None = None):
+        super().__init__()
+        hidden = hidden or channels
+        self.conv0 = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.conv1 = nn.Conv2d(hidden, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv1(F.relu(self.conv0(F.relu(x))))
+
+
+class ImpalaTrunk(nn.Sequential):
+    """The convolutions of IMPALA (Espeholt et al. 2018): (B, C, 64, 64) → (B, `out_dim`), after a ReLU."""
+
+    def __init__(self, in_channels: int, scale: int):
+        layers: list[nn.Module] = []
+        for out_channels in (16 * scale, 32 * scale, 32 * scale):
+            layers += [
+                nn.Conv2d(in_channels, out_channels, 3, padding=1),
+                nn.MaxPool2d(3, stride=2, padding=1),
+                ResidualBlock(out_channels),
+                ResidualBlock(out_channels),
+            ]
+            in_channels = out_channels
+        super().__init__(*layers, nn.Flatten(), nn.ReLU())
+        self.out_dim = 32 * scale * (IMAGE // 8) ** 2
+
+
+# ---------------------------------------------------------------- vector quantiser
+
+
+class Quantized(NamedTuple):
+    """What `VectorQuantizer` makes of latents."""
+
+    la_q: Tensor
+    """(B, N·L·D), with a straight-through gradient."""
+    loss: Tensor
+    """Weighted commitment loss, a scalar."""
+    perplexity: Tensor
+    """Sum over the codebooks of exp(entropy of code usage), a scalar between N and N·K."""
+    indices: Tensor
+    """(B, N, L) chosen codes."""
+
+
+class VectorQuantizer(nn.Module):
+    """Product quantiser, its codes moving averages of the latents (van den Oord et al. 2017, appendix A).
+
+    A latent action (B, N·L·D) is read as (B, N, D, L), slots fastest, as in the published code. In training
+    mode a forward pass quantises with the codes as they are, then moves them.
+
+    `start="published"`: uniform codes and counts from zero, so the first update throws the codes far away;
+    `start="data"`: the first training batch's own latents become the codes, and counts start at one.
+    """
+
+    ema_count: Tensor
+    ema_weight: Tensor
+    codebook: Tensor
+    started: Tensor
+
+    def __init__(
+        self,
+        num_codebooks: int,
+        num_latents: int,
+        num_embs: int,
+        emb_dim: int,
+        decay: float = 0.999,
+        commitment_cost: float = 0.05,
+        epsilon: float = 1e-5,
+        start: str = "published",
+    ):
+        super().__init__()
+        self.num_latents, self.emb_dim = num_latents, emb_dim
+        self.decay, self.commitment_cost, self.epsilon = decay, commitment_cost, epsilon
+        self.start = start
+        from_data = start == "data"
+        codebook = torch.empty(num_codebooks, num_embs, emb_dim).uniform_(-5 / num_embs, 5 / num_embs)
+        self.register_buffer("codebook", codebook)  # (N, K, D)
+        self.register_buffer("ema_weight", codebook.clone())  # (N, K, D)
+        self.register_buffer("ema_count", torch.full(codebook.shape[:2], float(from_data)))  # (N, K)
+        self.register_buffer("started", torch.tensor(not from_data))
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, la: Tensor) -> Quantized:
+        x = rearrange(la.float(), "b (n d l) -> n (b l) d", d=self.emb_dim, l=self.num_latents)
+        if self.training and self.start == "data":
+            self._start_from(x.detach())
+        with torch.no_grad():
+            # The squared distance to every code, less |x|², which all codes of a latent share.
+            distance = self.codebook.square().sum(-1)[:, None] - 2 * x @ self.codebook.mT  # (N, B·L, K)
+            indices = distance.argmin(-1)
+            one_hot = F.one_hot(indices, self.codebook.shape[1]).to(x.dtype)
+            quantized = one_hot @ self.codebook
+            usage = one_hot.mean(1)
+            perplexity = torch.special.entr(usage).sum(-1).exp().sum()
+        if self.training:
+            self._update(x.detach(), one_hot)
+        loss = self.commitment_cost * F.mse_loss(x, quantized)
+        straight_through = x + (quantized - x).detach()
+        return Quantized(
+            rearrange(straight_through, "n (b l) d -> b (n d l)", l=self.num_latents),
+            loss,
+            perplexity,
+            rearrange(indices, "n (b l) -> b n l", l=self.num_latents),
+        )
+
+    @torch.no_grad()
+    def _start_from(self, x: Tensor) -> None:
+        """Take latents x (N, B·L, D) as codes, if no batch has been seen yet."""
+        shuffled = x[:, torch.rand(x.shape[1], device=x.device).argsort()]
+        repeats = -(-self.codebook.shape[1] // x.shape[1])
+        codes = shuffled.repeat(1, repeats, 1)[:, : self.codebook.shape[1]]
+        # `where` instead of `if`: reading the flag would wait for the device at every step.
+        self.codebook.copy_(torch.where(self.started, self.codebook, codes))
+        self.ema_weight.copy_(torch.where(self.started, self.ema_weight, codes))
+        self.started.fill_(True)
+
+    @torch.no_grad()
+    def _update(self, x: Tensor, one_hot: Tensor) -> None:
+        """Move the codes towards the latents x (N, B·L, D) assigned to them."""
+        count = self.ema_count.lerp_(one_hot.sum(1), 1 - self.decay)
+        total = count.sum(-1, keepdim=True)
+        count.add_(self.epsilon).mul_(total / (total + count.shape[-1] * self.epsilon))
+        self.ema_weight.lerp_(one_hot.mT @ x, 1 - self.decay)
+        self.codebook.copy_(self.ema_weight / count[..., None])
+
+
+# ---------------------------------------------------------------- inverse dynamics model
+
+
+class IDM(nn.Module):
+    """Inverse dynamics model: the three frames of a window → the latent action between the last two.
+
+    `vq=None` passes latents through unquantised.
+    """
+
+    def __init__(self, scale: int, la_dim: int, vq: VectorQuantizer | None):
+        super().__init__()
+        self.trunk = ImpalaTrunk(9, scale)
+        self.fc = nn.Linear(self.trunk.out_dim, HIDDEN)
+        self.head = nn.Linear(HIDDEN, la_dim)
+        self.vq = vq
+
+    def label(self, window: Tensor) -> Tensor:
+        """Window (B, 9, H, W) → latent action before quantisation `la` (B, la_dim)."""
+        return self.head(F.relu(self.fc(self.trunk(window))))
+
+    def forward(self, window: Tensor) -> tuple[Tensor, Quantized]:
+        """Window (B, 9, H, W) → `la` (B, la_dim) and its quantisation."""
+        la = self.label(window)
+        if self.vq is not None:
+            return la, self.vq(la)
+        zero = la.new_zeros((), dtype=torch.float32)
+        return la, Quantized(la, zero, zero, la.new_zeros(len(la), 0, 0, dtype=torch.long))
+
+
+# ---------------------------------------------------------------- world model
+
+
+class DownBlock(nn.Module):
+    """conv → BatchNorm → residual → halve the resolution → ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.residual = ResidualBlock(out_channels, out_channels // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(self.conv(x))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Everything after the block's first convolution."""
+        return F.relu(F.max_pool2d(self.residual(self.norm(x)), 2))
+
+
+class UpBlock(nn.Module):
+    """concatenate a skip → double the resolution → BatchNorm → residual → ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.residual = ResidualBlock(out_channels, out_channels // 2)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return F.relu(self.residual(self.norm(self.conv(torch.cat([x, skip], 1)))))
+
+
+class WorldModel(nn.Module):
+    """U-Net that predicts o[t+1] from o[t-1], o[t] and the quantised latent action.
+
+    The action enters twice: as constant channels beside the images, and at the 1×1 bottleneck.
+
+    `fold_action=True` computes the first convolution's share of the constant channels in its cheaper exact
+    form (see `action_map`); False concatenates the channels, as published.
+    """
+
+    edge_taps: Tensor
+
+    def __init__(self, la_dim: int, width: int, fold_action: bool = True):
+        super().__init__()
+        self.fold_action = fold_action
+        b = width
+        widths = (b, 2 * b, 4 * b, 8 * b, 16 * b)
+        self.down = nn.ModuleList(
+            DownBlock(i, o) for i, o in zip((6 + la_dim, *widths[:-1]), widths, strict=True)
+        )
+        self.bottleneck = nn.Conv2d(16 * b, 32 * b, 2)
+        inputs = (32 * b + la_dim, 32 * b, 16 * b, 8 * b, 4 * b, 2 * b)
+        outputs = (16 * b, 8 * b, 4 * b, 2 * b, b, b)
+        self.up = nn.ModuleList(UpBlock(i, o) for i, o in zip(inputs, outputs, strict=True))
+        self.out = nn.Sequential(
+            nn.Conv2d(b + 6, b, 3, padding=1), ResidualBlock(b, b // 2), nn.ReLU(), nn.Conv2d(b, 3, 1)
+        )
+        # Row y, column k: does tap k of a 3-tap kernel read a pixel of the image at position y, or padding?
+        source = torch.arange(IMAGE)[:, None] + torch.arange(-1, 2)
+        self.register_buffer("edge_taps", ((source >= 0) & (source < IMAGE)).float(), persistent=False)
+
+    def action_map(self, la_q: Tensor) -> Tensor:
+        """The first convolution of la_q (B, la_dim) repeated over all pixels, without bias: (B, b, H, W).
+
+        A constant channel contributes, per pixel, the sum of the kernel's taps that lie inside the image. So
+        the map is the product of latent and kernel, (B, b, 3, 3), summed over the valid taps of rows and
+        columns.
+        """
+        kernel = self.down[0].conv.weight[:, 6:]  # (b, la_dim, 3, 3)
+        taps = torch.einsum("bd,odij->bijo", la_q, kernel)
+        edge = self.edge_taps.to(taps.dtype)
+        return torch.einsum("hi,wj,bijo->bhwo", edge, edge, taps).permute(0, 3, 1, 2)
+
+    def forward(self, images: Tensor, la_q: Tensor) -> Tensor:
+        """Images (B, 6, H, W): o[t-1] and o[t] on the channels; la_q (B, la_dim) → o[t+1] (B, 3, H, W)."""
+        action = la_q[:, :, None, None]
+        if self.fold_action:
+            first = self.down[0].conv
+            x = F.conv2d(images, first.weight[:, :6], first.bias, padding=1) + self.action_map(la_q)
+            x = self.down[0].finish(x)
+        else:
+            x = self.down[0](torch.cat([images, action.expand(-1, -1, *images.shape[2:])], 1))
+        skips = [x]
+        for block in self.down[1:]:
+            x = block(x)
+            skips.append(x)
+        x = self.bottleneck(x)
+        for block, skip in zip(self.up, [action, *reversed(skips)], strict=True):
+            x = block(x, skip.to(x.dtype))
+        return self.out(torch.cat([x, images.to(x.dtype)], 1)).float().tanh() / 2
+
+
+# ---------------------------------------------------------------- policies
+
+
+class Policy(nn.Module):
+    """One frame → `action_dim` outputs: latent actions (stage 2) or action logits (behaviour cloning)."""
+
+    def __init__(self, action_dim: int, scale: int):
+        super().__init__()
+        self.trunk = ImpalaTrunk(3, scale)
+        self.fc = nn.Linear(self.trunk.out_dim, HIDDEN)
+        self.policy_head = nn.Linear(HIDDEN, action_dim)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """obs (B, 3, H, W) → (B, action_dim)."""
+        return self.policy_head(F.relu(self.fc(self.trunk(obs))))
+
+    def logits(self, frames: Tensor) -> Tensor:
+        """Frames (B, H, W, C) uint8 → logits (B, A) in fp32, where the outputs are actions."""
+        return self(normalize(frames)).float()
+
+
+def make_value_head() -> nn.Linear:
+    """256 → 1, orthogonal weights of gain √2, no bias at the start."""
+    head = nn.Linear(HIDDEN, 1)
+    nn.init.orthogonal_(head.weight, 2**0.5)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class ActorCritic(Policy):
+    """A policy with a value, as PPO wants it: `encode` once per env step, `forward` at every update."""
+
+    def __init__(self, action_dim: int, scale: int):
+        super().__init__(action_dim, scale)
+        self.value_head = make_value_head()
+
+    def encode(self, frames: Tensor) -> tuple[Tensor, ...]:
+        """What a rollout keeps of frames (B, H, W, C) uint8: the frames themselves, as all layers learn."""
+        return (frames,)
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """frames (B, H, W, C) uint8 → logits (B, A), value (B,)."""
+        hidden = F.relu(self.fc(self.trunk(normalize(frames))))
+        return self.policy_head(hidden).float(), self.value_head(hidden).float().squeeze(-1)
+
+    def logits(self, frames: Tensor) -> Tensor:
+        """Frames (B, H, W, C) uint8 → logits (B, A)."""
+        return self(frames)[0]
+
+
+class Decoder(nn.Sequential):
+    """Latent action (B, la_dim) → logits of the true action (B, A)."""
+
+    def __init__(self, la_dim: int, num_actions: int, hidden: tuple[int, ...]):
+        layers: list[nn.Module] = []
+        for width in hidden:
+            layers += [nn.Linear(la_dim, width), nn.ReLU()]
+            la_dim = width
+        super().__init__(*layers, nn.Linear(la_dim, num_actions))
+
+
+class DecodedPolicy(nn.Module):
+    """A latent policy that acts through a decoder: frames → latent action → true action."""
+
+    def __init__(self, latent_policy: Policy, decoder: Decoder):
+        super().__init__()
+        self.latent_policy, self.decoder = latent_policy, decoder
+
+    def logits(self, frames: Tensor) -> Tensor:
+        """Frames (B, H, W, C) uint8 → logits (B, A) in fp32."""
+        return self.decoder(self.latent_policy(normalize(frames))).float()
+
+
+class TwoPathPolicy(nn.Module):
+    """The acting policy of online decoding, over the frozen trunk of a latent policy.
+
+    SL path: the latent policy's own layers, frozen, then the decoder. RL path: its own hidden layer, which
+    starts as the latent policy's, and a head that starts at zero. The logits are the mean of both paths, so
+    at the start half the decoder's; the value reads the RL path's hidden layer.
+    """
+
+    def __init__(self, latent_policy: Policy, decoder: Decoder, num_actions: int):
+        super().__init__()
+        self.trunk = latent_policy.trunk.requires_grad_(False)
+        self.sl_fc = latent_policy.fc.requires_grad_(False)
+        self.sl_head = latent_policy.policy_head.requires_grad_(False)
+        self.decoder = decoder.requires_grad_(False)
+        self.fc = copy.deepcopy(self.sl_fc).requires_grad_(True)
+        self.policy_head = nn.Linear(HIDDEN, num_actions)
+        nn.init.zeros_(self.policy_head.weight)
+        nn.init.zeros_(self.policy_head.bias)
+        self.value_head = make_value_head()
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """What a rollout keeps of frames (B, H, W, C) uint8: features (B, out_dim) and SL logits (B, A).
+
+        Both come from frozen layers, so one evaluation serves every epoch of PPO.
+        """
+        features = self.trunk(normalize(frames))
+        return features, self.decoder(self.sl_head(F.relu(self.sl_fc(features)))).float()
+
+    def forward(self, features: Tensor, logits_sl: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, out_dim), SL logits (B, A) → logits (B, A), value (B,)."""
+        hidden = F.relu(self.fc(features))
+        logits = (self.policy_head(hidden).float() + logits_sl) / 2
+        return logits, self.value_head(hidden).float().squeeze(-1)
+
+    def logits(self, frames: Tensor) -> Tensor:
+        """Frames (B, H, W, C) uint8 → logits (B, A)."""
+        return self(*self.encode(frames))[0]

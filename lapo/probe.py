@@ -1,0 +1,81 @@
+"""How much of the true action is in the latent action: a small classifier reads one from the other.
+
+Dimensions: M windows · B batch · A actions. The probe only measures; nothing it learns reaches the model.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import ProbeConfig
+from data_loader import Windows
+from models import IDM, WorldModel, stack_frames
+from training import Compute
+
+INFERENCE_BATCH = 512
+
+
+@torch.no_grad()
+def label(idm: IDM, windows: Windows, ids: Tensor, compute: Compute) -> Tensor:
+    """Latent actions `la` of the windows numbered `ids` (M,), by the IDM in eval mode: (M, la_dim) fp32."""
+    training = idm.training
+    idm.eval()
+    with compute.autocast():
+        la = [idm.label(stack_frames(windows.gather(part))).float() for part in ids.split(INFERENCE_BATCH)]
+    idm.train(training)
+    return torch.cat(la)
+
+
+@torch.no_grad()
+def world_model_loss(
+    idm: IDM, world_model: WorldModel, windows: Windows, ids: Tensor, compute: Compute
+) -> dict[str, Tensor]:
+    """Mean squared error of predicting o[t+1] on the windows numbered `ids` (M,), all networks in eval mode.
+
+    `wm_loss_test` is the world model's, `copy_loss_test` that of predicting o[t] again.
+    """
+    training = idm.training, world_model.training
+    idm.eval(), world_model.eval()
+    model_error, copy_error = 0.0, 0.0
+    for part in ids.split(INFERENCE_BATCH):
+        frames = stack_frames(windows.gather(part))
+        with compute.autocast():
+            _, quantized = idm(frames)
+            predicted = world_model(frames[:, :6], quantized.la_q)
+        model_error = model_error + F.mse_loss(predicted, frames[:, 6:]) * len(part)
+        copy_error = copy_error + F.mse_loss(frames[:, 3:6], frames[:, 6:]) * len(part)
+    idm.train(training[0]), world_model.train(training[1])
+    return {"wm_loss_test": model_error / len(ids), "copy_loss_test": copy_error / len(ids)}
+
+
+def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str, Tensor]:
+    """Train an MLP la → ta on the first half of the windows and judge it on both.
+
+    `la` (M, la_dim), `ta` (M,) int64, in the order of the data: neighbouring frames stay on one side. The
+    random generator is the probe's own, so that measuring changes nothing. Returns `probe_acc`, `probe_loss`
+    (training half), `probe_acc_test`, `probe_loss_test`, and `majority_acc_test`, the accuracy of always
+    guessing the commonest action.
+    """
+    half = len(la) // 2
+    num_actions = int(ta.max()) + 1
+    with torch.random.fork_rng(devices=[la.device] if la.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        mlp = nn.Sequential(
+            *(nn.Linear(la.shape[1], cfg.hidden), nn.ReLU(), nn.Linear(cfg.hidden, cfg.hidden), nn.ReLU()),
+            nn.Linear(cfg.hidden, num_actions),
+        ).to(la.device)
+        optimizer = torch.optim.AdamW(mlp.parameters(), fused=True)
+        for _ in range(cfg.epochs):
+            for ids in torch.randperm(half, device=la.device).split(cfg.batch_size):
+                optimizer.zero_grad()
+                F.cross_entropy(mlp(la[ids]), ta[ids]).backward()
+                optimizer.step()
+    metrics = {}
+    with torch.no_grad():
+        for suffix, part in (("", slice(0, half)), ("_test", slice(half, None))):
+            logits = mlp(la[part])
+            metrics[f"probe_acc{suffix}"] = (logits.argmax(-1) == ta[part]).float().mean()
+            metrics[f"probe_loss{suffix}"] = F.cross_entropy(logits, ta[part])
+    majority = ta[:half].bincount().argmax()
+    metrics["majority_acc_test"] = (ta[half:] == majority).float().mean()
+    return metrics

@@ -1,0 +1,312 @@
+"""A run of one stage: its folder, checkpoints, metrics, and how it stops and continues.
+
+A run lives in `<results_dir>/<exp>/<env>/seed<k>/<stage>/`:
+
+    config.yaml      the resolved configuration
+    checkpoint.pt    plain data (tensors, numbers, strings), see `load_checkpoint`
+    metrics.jsonl    one line per log interval, `step` first
+
+The same command again continues from the checkpoint, and does nothing once the run is finished.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from config import ROOT, Config, to_dict
+from errors import UserError
+from tracking import start_wandb
+from training import Compute, rng_state, set_rng_state, to_floats
+
+FORMAT = 1
+
+
+def atomic_write(
+    path: Path, write: Callable[[Path], None], verify: Callable[[Path], Any] | None = None
+) -> None:
+    """Let `write` make a file beside `path`, force it to disk, `verify` it, and only then put it in place.
+
+    Raises `UserError` when the disk refuses; the file that was there stays as it was.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        if verify:
+            verify(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); what was there before is kept") from None
+
+
+def load_checkpoint(path: Path, command: str | None = None) -> dict:
+    """Read a checkpoint: `stage`, `config`, `step`, `finished`, `metrics`, `state`, `provenance`.
+
+    `command` is what makes the checkpoint, for the message when it is missing. Raises `UserError` if it is
+    missing, unreadable or of another format.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"the checkpoint {path} does not exist" + (f"; make it with `{command}`" if command else "")
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        raise UserError(
+            f"the checkpoint {path} cannot be read: damaged, or not one of ours; delete it"
+        ) from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise UserError(
+            f"the checkpoint {path} has format {found!r}; this version of lapo reads format {FORMAT}"
+        )
+    return checkpoint
+
+
+def load_stage(cfg: Config, stage: str, script: str) -> dict:
+    """The finished checkpoint of an earlier stage of the same experiment, game and seed.
+
+    Raises `UserError` naming the command that makes it, if it is missing or unfinished.
+    """
+    command = f"python {script} --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed}"
+    path = cfg.run_dir / stage / "checkpoint.pt"
+    checkpoint = load_checkpoint(path, command)
+    if not checkpoint["finished"]:
+        raise UserError(f"{path} is unfinished, at step {checkpoint['step']:,}; continue it with `{command}`")
+    print(f"{stage}: {path}")
+    return checkpoint
+
+
+class Run:
+    """One run of a stage, new or continued.
+
+    `reads` names the config keys and groups the stage's numbers depend on: a continued run must have the
+    same. `device` and `data_dir` may change.
+
+    Attributes
+        step      steps done (of whatever the stage counts)
+        finished  whether there is nothing left to do
+        metrics   the latest value of every metric logged so far
+        state     what `loop` saved last, or None in a new run
+    """
+
+    def __init__(self, cfg: Config, stage: str, reads: tuple[str, ...], compute: Compute):
+        self.cfg, self.stage = cfg, stage
+        self.dir = cfg.run_dir / stage
+        self.checkpoint_path = self.dir / "checkpoint.pt"
+        self.metrics_path = self.dir / "metrics.jsonl"
+        self.step, self.finished, self.metrics, self.state = 0, False, {}, None
+        self._reads = ("env", "seed", "precision", *reads)
+        self._wandb_id: str | None = None
+        self._stop_signal: int | None = None
+        self._rng: dict | None = None
+        self._sums: dict[str, Tensor | float] = {}
+        self._count = 0
+        self._started = self._saved = time.monotonic()
+        print(f"{stage} of {cfg.env}, seed {cfg.seed}, on {compute}\n{self.dir}")
+        if self.checkpoint_path.exists():
+            self._continue()
+        self.dir.mkdir(parents=True, exist_ok=True)
+        if not self.finished:
+            atomic_write(
+                self.dir / "config.yaml",
+                lambda path: path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False)),
+            )
+            self._trim_metrics()
+            self._wandb = start_wandb(cfg, stage, self.dir, self._wandb_id)
+            self._wandb_id = self._wandb.id
+
+    def _continue(self) -> None:
+        checkpoint = load_checkpoint(self.checkpoint_path)
+        changes = diff({key: checkpoint["config"].get(key) for key in self._reads}, self._relevant())
+        if changes:
+            raise UserError(
+                f"{self.dir} was made with other settings ({'; '.join(changes)});"
+                f" choose another --exp, or delete {self.dir}"
+            )
+        self.step, self.finished = checkpoint["step"], checkpoint["finished"]
+        self.metrics, self.state = checkpoint["metrics"], checkpoint["state"]
+        self._sums, self._count = checkpoint["sums"], checkpoint["count"]
+        self._wandb_id = checkpoint["wandb_id"]
+        if self.finished:
+            print(f"finished already, at step {self.step:,}")
+        else:
+            self._rng = checkpoint["rng"]
+            print(f"continues from step {self.step:,}")
+
+    def _relevant(self) -> dict:
+        values = to_dict(self.cfg)
+        return {key: values[key] for key in self._reads}
+
+    def _trim_metrics(self) -> None:
+        """Drop lines that a killed run wrote after its last checkpoint: they will be written again."""
+        if not self.metrics_path.exists():
+            return
+        kept = []
+        for line in self.metrics_path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= self.step and self.state is not None:
+                    kept.append(line + "\n")
+        atomic_write(self.metrics_path, lambda path: path.write_text("".join(kept)))
+
+    def loop(
+        self, total: int, state: Callable[[], dict], *, save_every: int, unit: str, scale: int = 1
+    ) -> Iterator[int]:
+        """Yield the steps still to do, with progress, checkpoints, and an orderly stop on SIGTERM or SIGINT.
+
+        `state` gives what a continued run needs, as plain data; random states are added. Progress is shown in
+        `unit`s, `scale` per step. Raises SystemExit with 143 or 130 after a signal, having saved.
+        """
+        handlers = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        bar = tqdm(
+            total=total * scale,
+            initial=self.step * scale,
+            unit=unit,
+            desc=self.stage,
+            mininterval=1,
+            unit_scale=True,
+        )
+        if self._rng:
+            set_rng_state(self._rng)
+        try:
+            while self.step < total:
+                yield self.step
+                self.step += 1
+                bar.update(scale)
+                overdue = time.monotonic() - self._saved > 60 * self.cfg.save_minutes
+                if self._stop_signal or (self.step < total and (self.step % save_every == 0 or overdue)):
+                    self.save(state())
+                if self._stop_signal:
+                    bar.close()
+                    print(f"stopped at step {self.step:,}; the same command continues", file=sys.stderr)
+                    sys.exit(128 + self._stop_signal)
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._stop_signal == number:  # asked twice: do not wait for the step's end
+            sys.exit(128 + number)
+        self._stop_signal = number
+
+    def save(self, state: dict) -> None:
+        """Write the checkpoint of the current step; the previous one stays until this one was read back."""
+        checkpoint = {
+            "format": FORMAT,
+            "stage": self.stage,
+            "config": to_dict(self.cfg),
+            "step": self.step,
+            "finished": self.finished,
+            "metrics": self.metrics,
+            "state": state,
+            "sums": to_floats(self._sums),
+            "count": self._count,
+            "rng": rng_state(),
+            "wandb_id": self._wandb_id,
+            "provenance": provenance(),
+        }
+        bad = next(_non_finite(state), None)
+        if bad:
+            raise self._diverged(f"{bad} holds values that are not finite", self.step)
+        with self.metrics_path.open("a") as file:
+            os.fsync(file.fileno())
+        atomic_write(self.checkpoint_path, lambda path: torch.save(checkpoint, path), verify=load_checkpoint)
+        self._saved = time.monotonic()
+
+    def finish(self, state: dict, result: dict[str, float] | None = None) -> None:
+        """Write the last checkpoint, `result` (numbers) among its metrics, and say where it is."""
+        self.finished = True
+        self.metrics |= result or {}
+        self.save(state)
+        self._wandb.finish()
+        self.report()
+
+    def report(self) -> None:
+        """Print the latest metrics and where they lie."""
+        for key, value in self.metrics.items():
+            print(f"  {key:<28} {value:.4g}" if isinstance(value, float) else f"  {key:<28} {value}")
+        print(f"{self.stage} done: {self.checkpoint_path}")
+
+    def track(self, metrics: dict[str, Tensor | float]) -> None:
+        """Add one step's scalars to the averages of the next `log`, without waiting for the device."""
+        for key, value in metrics.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._count += 1
+
+    def log(self, step: int, extra: dict[str, Any] | None = None) -> None:
+        """Write one line for `step`: averages of what was tracked since the last one, and `extra` metrics.
+
+        Raises `UserError` when one is not finite.
+        """
+        means = {key: value / self._count for key, value in to_floats(self._sums).items()}
+        self._sums, self._count = {}, 0
+        values = means | to_floats(extra or {})
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise self._diverged(f"{key} is {value}", step)
+        line = {"step": step, **values, "seconds": round(time.monotonic() - self._started, 1)}
+        with self.metrics_path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._wandb.log(line, step=step)
+        self.metrics |= values
+
+    def _diverged(self, what: str, step: int) -> UserError:
+        there = self.checkpoint_path.exists()
+        kept = (
+            f"the last good checkpoint, {self.checkpoint_path}, is kept" if there else "nothing was saved yet"
+        )
+        return UserError(f"{self.stage}: {what} at step {step:,}; {kept}; try a lower learning rate")
+
+
+def diff(old: Any, new: Any, key: str = "") -> list[str]:
+    """What changed between two nested dicts, one "key: old → new" per leaf."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = dict.fromkeys([*old, *new])
+        return [
+            line for name in names for line in diff(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [f"{key}: {old} → {new}"]
+
+
+def _non_finite(values: Any, key: str = "") -> Iterator[str]:
+    """Names of the tensors in nested dicts and lists that hold NaN or infinity."""
+    if isinstance(values, dict):
+        values = list(values.items())
+    elif isinstance(values, list):
+        values = list(enumerate(values))
+    elif isinstance(values, Tensor) and values.is_floating_point() and not values.isfinite().all():
+        yield key
+        return
+    else:
+        return
+    for name, value in values:
+        yield from _non_finite(value, f"{key}.{name}".lstrip("."))
+
+
+def provenance() -> dict[str, str]:
+    """Versions of what made a checkpoint."""
+    revision = "unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {"revision": revision, "python": platform.python_version(), "torch": str(torch.__version__)}

@@ -1,0 +1,260 @@
+"""Stage 3: turn the latent policy into one that acts in the game.
+
+Modes (`--stage3.mode`)
+    online    PPO on rewards over the frozen trunk of the latent policy, beside a decoder latent → true action
+              that learns from the agent's own steps, labelled by the IDM
+    offline   no rewards: the decoder learns from a few labelled expert frames
+    scratch   yardstick: PPO with the same network from random weights, end to end
+    bc        yardstick: behaviour cloning of the same few labelled frames, without latents
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from acting import judge, network_actor
+from build import inherit, make_acting_policy, make_idm
+from collector import Collector
+from config import Config, load_config
+from data_loader import Windows, chunks_holding
+from decoding import OnlineDecoder, fit
+from errors import UserError, run_main
+from ppo import Rollout, ppo_update
+from probe import INFERENCE_BATCH, label
+from procgen_env import GAMES, VecEnv, check_data, check_game, relative_return
+from runs import Run, load_stage
+from training import Compute, make_optimizer, piecewise_linear, ramp_schedule, seed_everything, set_lr
+
+PUBLISHED_STEPS = 4_000_000
+"""Env steps of a published run: the length that schedules are given for."""
+
+
+def main() -> None:
+    """Run stage 3 as the command line says."""
+    train(load_config(description=__doc__))
+
+
+def train(cfg: Config) -> None:
+    """Make the acting policy of `cfg.stage3.mode`; the result lies in the run's checkpoint."""
+    mode = MODES[cfg.stage3.mode]
+    compute = Compute.from_config(cfg)
+    mode.check(cfg)
+    earlier = {}
+    if mode.needs_latents:
+        earlier = {stage: load_stage(cfg, stage, f"{stage}.py") for stage in ("stage1", "stage2")}
+        cfg = inherit(cfg, earlier["stage1"], ("idm_scale",))
+        cfg = inherit(cfg, earlier["stage2"], ("policy_scale",))
+    seed_everything(cfg.seed)
+    run = Run(cfg, f"stage3_{cfg.stage3.mode}", ("model", "stage3", *mode.reads), compute)
+    if run.finished:
+        run.report()
+        return
+    policy = mode.train(cfg, compute, run, {stage: saved["state"] for stage, saved in earlier.items()})
+    run.finish({"policy": policy.state_dict()}, score(policy, cfg, compute))
+
+
+def score(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
+    """Play on held-out levels; nothing to play for a name that is no Procgen game."""
+    if cfg.env not in GAMES:
+        return {}
+    played = judge(network_actor(policy.eval(), compute, cfg.eval.greedy), cfg.env, cfg.eval, cfg.seed)
+    return {
+        "return_mean": played.mean,
+        "return_stderr": played.stderr,
+        "relative_return": relative_return(cfg.env, played.mean),
+        "episodes": played.episodes,
+    }
+
+
+# ---------------------------------------------------------------- with rewards: online, scratch
+
+
+def online(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
+    """RL + SL over a frozen trunk, see `models.TwoPathPolicy`."""
+    policy = compute.place(make_acting_policy(cfg, "online", earlier["stage2"]["policy"]))
+    groups = [
+        {"params": list(getattr(policy, name).parameters()), "lr": 0.0}
+        for name in ("policy_head", "value_head", "fc")
+    ]
+    optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
+    ramps = [
+        ramp_schedule(ramp, cfg.stage3.steps, PUBLISHED_STEPS)
+        for ramp in (cfg.ppo.policy_head, cfg.ppo.value_head, cfg.ppo.fc)
+    ]
+
+    def set_lrs(env_steps: int) -> None:
+        for group, ramp in zip(optimizer.param_groups, ramps, strict=True):
+            set_lr(group, cfg.ppo.lr * piecewise_linear(env_steps, ramp))
+
+    idm = compute.place(make_idm(cfg))
+    idm.load_state_dict(earlier["stage1"]["idm"])
+    idm.eval().requires_grad_(False)
+    scale = min(1.0, cfg.stage3.steps / PUBLISHED_STEPS)
+    decoder = OnlineDecoder(policy.decoder, idm, cfg.decoder, compute, scale)
+    ppo(cfg, compute, run, policy, optimizer, set_lrs, decoder)
+    return policy
+
+
+def scratch(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
+    """PPO with the same network from random weights."""
+    policy = compute.place(make_acting_policy(cfg, "scratch"))
+    groups = [{"params": list(policy.parameters()), "lr": cfg.ppo.scratch_lr}]
+    optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
+    ppo(cfg, compute, run, policy, optimizer)
+    return policy
+
+
+def ppo(
+    cfg: Config,
+    compute: Compute,
+    run: Run,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    set_lrs: Callable[[int], None] = lambda env_steps: None,
+    decoder: OnlineDecoder | None = None,
+) -> None:
+    """Train `policy` for `cfg.stage3.steps` env steps."""
+    collector = Collector(VecEnv(cfg.env, cfg.ppo.num_envs, seed=cfg.seed), cfg.ppo.gamma, compute)
+    rollout = Rollout(cfg.ppo.rollout_steps, cfg.ppo.num_envs, compute.device)
+    steps_per_update = cfg.ppo.num_envs * cfg.ppo.rollout_steps
+    updates = math.ceil(cfg.stage3.steps / steps_per_update)
+    parts = {"policy": policy, "optimizer": optimizer, "collector": collector}
+    if decoder:
+        parts["decoder"] = decoder
+    if run.state:
+        for name, part in parts.items():
+            part.load_state_dict(run.state[name])
+
+    def state() -> dict:
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    forward = compute.compiled(policy)
+    options = {"save_every": cfg.stage3.save_every, "unit": "step", "scale": steps_per_update}
+    for update in run.loop(updates, state, **options):
+        env_steps = (update + 1) * steps_per_update
+        set_lrs(env_steps)
+        last_value = collector.collect(policy, rollout, decoder.watch if decoder else None)
+        run.track(ppo_update(forward, optimizer, rollout, last_value, cfg.ppo, compute.autocast))
+        learned = decoder.learn(collector.frames, env_steps, update + 1) if decoder else {}
+        if collector.recent:
+            learned["train_return"] = sum(collector.recent) / len(collector.recent)
+        if (
+            learned.keys() - {"train_return"}
+            or (update + 1) % cfg.stage3.log_every == 0
+            or update + 1 == updates
+        ):
+            run.log(env_steps, learned)
+    collector.env.close()
+
+
+# ---------------------------------------------------------------- with labels: offline, bc
+
+
+def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
+    """A decoder on the frozen latent policy, fitted to (la, ta) of the labelled frames."""
+    windows, ids, ta = labelled(cfg, compute)
+    idm = compute.place(make_idm(cfg))
+    idm.load_state_dict(earlier["stage1"]["idm"])
+    la = label(idm, windows, ids, compute)
+    policy = compute.place(make_acting_policy(cfg, "offline", earlier["stage2"]["policy"]))
+    loss = fit_labels(lambda batch: policy.decoder(la[batch]), policy.decoder, ta, cfg)
+    run.step = cfg.offline.steps
+    run.log(run.step, {"loss": loss} | accuracy(policy, cfg, compute))
+    return policy
+
+
+def bc(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
+    """The policy's network from random weights, fitted to (frame, ta) of the labelled frames."""
+    windows, ids, ta = labelled(cfg, compute)
+    policy = compute.place(make_acting_policy(cfg, "bc"))
+
+    def predict(batch: Tensor) -> Tensor:
+        with compute.autocast():
+            return policy.logits(windows.middle_frames(ids[batch]))
+
+    loss = fit_labels(predict, policy, ta, cfg)
+    run.step = cfg.offline.steps
+    run.log(run.step, {"loss": loss} | accuracy(policy, cfg, compute))
+    return policy
+
+
+def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
+    """The labelled frames: windows, numbers (N,) of `cfg.offline.labels` random ones, true actions (N,).
+
+    Only the first chunks are read, enough for four times as many frames as labels.
+    """
+    folder, count = cfg.game_data / "train", cfg.offline.labels
+    windows = Windows.read(cfg, "train", compute.device, limit=chunks_holding(folder, 4 * count))
+    if windows.ta is None:
+        raise UserError(f"{folder} holds no true actions `ta`, which mode {cfg.stage3.mode} learns from")
+    if len(windows) < count:
+        raise UserError(f"offline.labels is {count}, but {folder} has {len(windows)} windows; lower it")
+    generator = torch.Generator().manual_seed(cfg.seed)
+    ids = torch.randperm(len(windows), generator=generator)[:count].to(compute.device)
+    return windows, ids, windows.actions(ids)
+
+
+def fit_labels(predict: Callable[[Tensor], Tensor], network: nn.Module, ta: Tensor, cfg: Config) -> Tensor:
+    """Fit `network` to the labels `ta` (N,) in `cfg.offline.steps` random batches; returns the mean loss."""
+    size = min(cfg.offline.batch_size, len(ta))
+    batches = (torch.randperm(len(ta), device=ta.device)[:size] for _ in range(cfg.offline.steps))
+    return fit(predict, network, ta, batches, lr=cfg.offline.lr)
+
+
+def accuracy(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, Tensor]:
+    """How often `policy` names the expert's action on held-out frames, and how often the commonest is right.
+
+    Empty when there are no held-out frames with actions.
+    """
+    if not (cfg.game_data / "test").is_dir():
+        return {}
+    test = Windows.read(cfg, "test", compute.device)
+    if test.ta is None:
+        return {}
+    with torch.no_grad(), compute.autocast():
+        guesses = [
+            policy.logits(test.middle_frames(ids)).argmax(-1) for ids in test.all().split(INFERENCE_BATCH)
+        ]
+    ta = test.actions(test.all())
+    return {
+        "action_acc_test": (torch.cat(guesses) == ta).float().mean(),
+        "majority_acc_test": (ta == ta.bincount().argmax()).float().mean(),
+    }
+
+
+# ---------------------------------------------------------------- the modes
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a mode trains, and what its numbers depend on."""
+
+    train: Callable[[Config, Compute, Run, dict], nn.Module]
+    """(config, compute, run, states of stages 1 and 2) → acting policy."""
+    reads: tuple[str, ...]
+    """Groups of the config."""
+    needs_latents: bool
+    """Whether it builds on stages 1 and 2."""
+    plays: bool
+    """Whether it cannot do without the game."""
+
+    def check(self, cfg: Config) -> None:
+        """Raise `UserError` when the configured name cannot serve this mode."""
+        if self.plays:
+            check_game(cfg.env)
+        else:
+            check_data(cfg.env, cfg.game_data)
+
+
+MODES = {
+    "online": Mode(online, ("ppo", "vq", "decoder", "eval"), needs_latents=True, plays=True),
+    "offline": Mode(offline, ("data", "offline", "vq", "decoder", "eval"), needs_latents=True, plays=False),
+    "scratch": Mode(scratch, ("ppo", "eval"), needs_latents=False, plays=True),
+    "bc": Mode(bc, ("data", "offline", "eval"), needs_latents=False, plays=False),
+}
+
+if __name__ == "__main__":
+    run_main(main)

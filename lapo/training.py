@@ -1,0 +1,129 @@
+"""What every stage needs to train: device and precision, seeds, schedules, optimisers."""
+
+import random
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from config import Config, Ramp, SupervisedConfig
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how tensors are computed."""
+
+    device: torch.device
+    bf16: bool
+    """Convolutions and matrix products in bfloat16; quantiser, losses and optimiser stay in fp32."""
+    compile: bool
+    """Compile training steps."""
+
+    @classmethod
+    def from_config(cls, cfg: Config) -> "Compute":
+        """Choose device, precision and compilation. Raises `UserError` for a device that is not there."""
+        name = cfg.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"device {name} is not there: {torch.cuda.device_count()} CUDA devices; use cpu")
+        bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and _has_bf16(device))
+        return cls(device, bf16, cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"))
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which networks run."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device, its convolutions in channels-last format; returns the module."""
+        return module.to(self.device, memory_format=torch.channels_last)
+
+    def compiled(self, function: Callable) -> Callable:
+        """A training step, compiled if asked for."""
+        return torch.compile(function) if self.compile else function
+
+    def __str__(self) -> str:
+        gpu = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if gpu else f"{torch.get_num_threads()} threads"
+        precision = "bf16" if self.bf16 else "fp32"
+        return f"{self.device} ({name}), {precision}{', compiled' if self.compile else ''}"
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16 natively, not by way of float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every random generator of Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - libraries may draw from the global generator
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """States of PyTorch's global generators, as tensors: all that our training draws from."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_rng_state(state: dict) -> None:
+    """Continue from what `rng_state` gave. The number of GPUs may have changed: those in common are set."""
+    torch.set_rng_state(state["cpu"])
+    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(cuda_state, device)
+
+
+def piecewise_linear(x: float, points: list[tuple[float, float]]) -> float:
+    """Value at `x` of the line through `points` (x ascending), constant beyond its ends."""
+    xs, ys = zip(*points, strict=True)
+    return float(np.interp(x, xs, ys))
+
+
+def warmup_schedule(cfg: SupervisedConfig, published_steps: int) -> list[tuple[float, float]]:
+    """Points (step, lr factor) of stages 1 and 2; the warm-up shrinks with runs shorter than published."""
+    warmup = cfg.lr_warmup * min(1.0, cfg.steps / published_steps)
+    return [(0, cfg.lr_start), (warmup, 1.0), (cfg.steps + 1, cfg.lr_end)]
+
+
+def ramp_schedule(ramp: Ramp, total_steps: int, published_steps: int) -> list[tuple[float, float]]:
+    """Points (env step, lr factor) of a stage-3 learning rate; shorter runs than published shrink them."""
+    scale = min(1.0, total_steps / published_steps)
+    return [(ramp.hold * scale, 0.0), (ramp.peak_at * scale, ramp.peak), (total_steps, 0.0)]
+
+
+def make_optimizer(
+    kind: type[torch.optim.Optimizer], groups: list[dict], modules: Iterable[nn.Module], **options
+) -> torch.optim.Optimizer:
+    """A fused optimiser over parameter `groups`, its learning rates tensors (set them with `set_lr`).
+
+    Raises ValueError unless the groups hold exactly the trainable parameters of `modules`: a frozen network
+    left trainable, or a trainable one left out, would go unnoticed otherwise.
+    """
+    trainable = {p for module in modules for p in module.parameters() if p.requires_grad}
+    given = [p for group in groups for p in group["params"]]
+    if len(given) != len(trainable) or set(given) != trainable:
+        raise ValueError(f"the optimiser holds {len(given)} parameters, {len(trainable)} are trainable")
+    device = given[0].device
+    groups = [group | {"lr": torch.tensor(float(group["lr"]), device=device)} for group in groups]
+    return kind(groups, fused=True, **options)
+
+
+def set_lr(group: dict, lr: float) -> None:
+    """Set a parameter group's learning rate in place: compiled steps keep reading the same tensor."""
+    group["lr"].fill_(lr)
+
+
+def to_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:
+    """Scalar tensors as numbers, fetched from the device in one go."""
+    tensors = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
+    if not tensors:
+        return dict(metrics)
+    values = torch.stack([value.detach().float().reshape(()) for value in tensors.values()]).tolist()
+    return {**metrics, **dict(zip(tensors, values, strict=True))}

@@ -1,0 +1,221 @@
+"""setup_data.sh and download_data.py: real command lines, local zips, a stub in the place of gdown."""
+
+import inspect
+import json
+import os
+import random
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import gdown
+import pytest
+
+import download_data
+from errors import UserError
+from procgen_env import GAMES
+
+ROOT = Path(__file__).resolve().parent.parent
+CHUNKS = {f"bigfish/{name}.npz": name.encode() * 500 for name in ("train/0", "train/1", "train/10", "test/0")}
+STUB = """
+import json, os, shutil
+from gdown.exceptions import DownloadError
+
+def download(**kwargs):
+    with open(os.environ["CALLS"], "a") as calls:
+        calls.write(json.dumps(kwargs) + "\\n")
+    if "ARCHIVE" not in os.environ:
+        raise DownloadError("Too many users have viewed\\n\\n\\tor downloaded this file recently.")
+    shutil.copy(os.environ["ARCHIVE"], kwargs["output"])
+"""
+
+
+class Drive:
+    """A data folder, and a gdown that hands out `archive` or, without one, refuses."""
+
+    def __init__(self, folder: Path):
+        self.data = folder / "data"
+        self.data.mkdir()
+        self.archive: Path | None = None
+        self.log = folder / "calls"
+        self.stub = folder / "stub"
+        (self.stub / "gdown").mkdir(parents=True)
+        (self.stub / "gdown" / "__init__.py").write_text(STUB)
+        (self.stub / "gdown" / "exceptions.py").write_text("class DownloadError(Exception): pass\n")
+
+    def set_up(self, *games: str) -> subprocess.CompletedProcess[str]:
+        env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(self.stub), "CALLS": str(self.log)}
+        if self.archive:
+            env["ARCHIVE"] = str(self.archive)
+        command = ["bash", str(ROOT / "setup_data.sh"), *games, "--data-dir", str(self.data)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+    def calls(self) -> list[dict]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+
+@pytest.fixture
+def drive(tmp_path) -> Drive:
+    return Drive(tmp_path)
+
+
+def write_zip(path: Path, members: dict[str, bytes] = CHUNKS) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_download_unpacks_removes_the_archive_and_is_not_repeated(drive, tmp_path):
+    members = {"bigfish/": b"", **CHUNKS, "bigfish/.DS_Store": b"no chunk"}
+    drive.archive = write_zip(tmp_path / "published.zip", members)
+    (drive.data / "bigfish.zipabcd1234.part").write_bytes(b"of a download that broke off")
+    (drive.data / ".bigfish.unpacking").mkdir()
+    (drive.data / ".bigfish.unpacking" / "of a run that was killed").write_bytes(b"")
+
+    first = drive.set_up("bigfish")
+    assert first.returncode == 0, first.stderr
+    assert "3 train and 1 test chunks are now in" in first.stdout
+    assert "left out 1 files" in first.stdout
+    assert files(drive.data) == CHUNKS
+    (call,) = drive.calls()
+    assert call["id"] == download_data.ARCHIVES["bigfish"]
+    assert call["resume"] is True
+    inspect.signature(gdown.download).bind(**call)  # the real gdown takes these arguments
+
+    again = drive.set_up("bigfish")
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+    assert len(drive.calls()) == 1
+
+
+def test_refusal_says_what_to_do_by_hand_and_the_other_games_go_on(drive):
+    write_zip(drive.data / "bigfish.zip")
+    result = drive.set_up("maze", "bigfish")
+    assert result.returncode == 2
+    (error,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    for part in (
+        "maze: the download failed (Too many users have viewed or downloaded this file recently.)",
+        f"https://drive.google.com/file/d/{download_data.ARCHIVES['maze']}/view",
+        f"https://drive.google.com/drive/folders/{download_data.FOLDER}",
+        f"save the zip as {drive.data / 'maze.zip'}",
+    ):
+        assert part in error
+    assert result.stdout.endswith("1 of 2 games could not be set up: maze\n")
+    assert files(drive.data) == CHUNKS  # from the zip that lay there, without a download
+    assert len(drive.calls()) == 1
+
+
+def truncated(path: Path) -> None:
+    write_zip(path)
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def damaged(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in CHUNKS.items():
+            archive.writestr(name, content)
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+
+
+def symlink(path: Path) -> None:
+    write_zip(path)
+    link = zipfile.ZipInfo("bigfish/train/2.npz")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(link, "/etc/passwd")
+
+
+def too_large(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in CHUNKS.items():
+            archive.writestr(name, content)
+        archive.infolist()[0].file_size = 10**15
+
+
+def web_page(path: Path) -> None:
+    path.write_text("<html>Sign in</html>")
+
+
+def holding(*names: str) -> Callable[[Path], Path]:
+    return lambda path: write_zip(path, dict.fromkeys(names, b"frames"))
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (truncated, "bigfish.zip is not the intact archive"),
+        (damaged, "(Bad CRC-32 for file 'bigfish/train/0.npz')"),
+        (web_page, "(File is not a zip file)"),
+        (holding(*CHUNKS, "bigfish/train/../../../evil.npz"), "evil.npz' leads out of the archive"),
+        (holding(*CHUNKS, "/tmp/evil.npz"), "evil.npz' leads out of the archive"),
+        (symlink, "'bigfish/train/2.npz' leads out of the archive"),
+        (holding("maze/train/0.npz", "maze/test/0.npz"), "no bigfish/train/<number>.npz"),
+        (holding("bigfish/train/0.npz"), "no bigfish/test/<number>.npz"),
+        (too_large, "unpacks to 1000000.0 GB, but the disk has"),
+    ],
+)
+def test_bad_archive_leaves_everything_as_it_was(drive, make, complaint):
+    make(drive.data / "bigfish.zip")
+    before = files(drive.data.parent)
+    result = drive.set_up("bigfish")
+    assert result.returncode == 2
+    (error,) = (line for line in result.stderr.splitlines() if "error" in line)
+    assert error.startswith(f"error: bigfish: {drive.data / 'bigfish.zip'} ")
+    assert complaint in error
+    assert "run the command again" in error
+    assert files(drive.data.parent) == before
+    assert [path.name for path in drive.data.iterdir()] == ["bigfish.zip"]
+
+
+def test_a_flipped_bit_never_makes_a_wrong_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(download_data.os, "fsync", lambda _: None)  # hundreds would be slow on a busy disk
+    archive = tmp_path / "bigfish.zip"
+    intact = write_zip(archive).read_bytes()
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(150):
+        content = bytearray(intact)
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        archive.write_bytes(content)
+        try:
+            download_data.unpack(archive, "bigfish")
+        except (UserError, OSError):
+            refused += 1
+            assert not (tmp_path / "bigfish").exists()
+        else:
+            assert files(tmp_path / "bigfish").items() <= {k[8:]: v for k, v in CHUNKS.items()}.items()
+            shutil.rmtree(tmp_path / "bigfish")
+    assert 25 < refused < 150
+
+
+@pytest.mark.parametrize("games", [[], ["bigfsh"]])
+def test_unknown_game_is_one_sentence_with_the_games(drive, games):
+    result = drive.set_up(*games)
+    assert result.returncode == 2
+    (error,) = result.stderr.splitlines()
+    assert ", ".join(GAMES) in error
+    assert drive.calls() == []
+
+
+def test_missing_environment_is_one_sentence(tmp_path):
+    script = shutil.copy(ROOT / "setup_data.sh", tmp_path)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHON"}
+    result = subprocess.run(["bash", script, "all"], env=env, capture_output=True, text=True)
+    assert result.returncode == 2
+    (error,) = result.stderr.splitlines()
+    assert error == f"error: there is no {tmp_path}/.venv/bin/python; run 'make venv' in {tmp_path} first"
+
+
+def test_every_game_has_an_archive():
+    assert list(download_data.ARCHIVES) == list(GAMES)
