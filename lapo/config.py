@@ -325,8 +325,8 @@ def load_config(argv: list[str] | None = None, description: str = "") -> Config:
     """Read config.yaml, `--config`, `--preset` and the command line, in this order of precedence.
 
     Any key of the config is an option: `--stage1.lr 1e-4`, `--stage1.lr=1e-4`; a list takes several values.
-    `--help` prints `description` and all keys, and exits. Raises `UserError` for an unknown key, a wrong type,
-    an impossible value or a missing file.
+    `--help` prints `description` and all keys, and exits. Raises `UserError` for an unknown key, a wrong
+    type, an impossible value or a missing file.
     """
     options = _options(sys.argv[1:] if argv is None else argv)
     files, presets = options.pop("config", []), options.pop("preset", [])
@@ -335,9 +335,11 @@ def load_config(argv: list[str] | None = None, description: str = "") -> Config:
     for file in files:
         values = _merge(values, _read_yaml(Path(file).expanduser()))
         source = file
-    known = values.pop("presets", {}) or {}
+    known = values.pop("presets", None) or {}
+    if not isinstance(known, dict):
+        raise UserError(f"{source}: 'presets' must hold one group of settings per name, found {known!r}")
     for name in presets:
-        if not isinstance(known, dict) or name not in known:
+        if name not in known:
             raise UserError(f"unknown preset '{name}'; the presets are: {', '.join(known) or 'none'}")
         values = _merge(values, known[name])
         source = f"preset {name}"
@@ -392,7 +394,7 @@ def _read_yaml(path: Path) -> dict:
         raise UserError(f"cannot read the config file {path}: {error}") from None
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None

@@ -9,8 +9,10 @@ of one chunk; the action of interest was taken at the second to last of them.
 """
 
 import math
+import re
 import zipfile
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,10 @@ from torch import Tensor
 from config import Config
 from errors import UserError
 
+KEYS = ("obs", "ta", "done")
 WINDOW = 3
 FRAME_SHAPE = (64, 64, 3)
+MAX_ACTIONS = 256
 
 
 def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
@@ -35,7 +39,8 @@ def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"the data folder {folder} does not exist; make it with {remedy}")
     chunks = sorted(
-        (path for path in folder.glob("*.npz") if path.stem.isdigit()), key=lambda path: int(path.stem)
+        (path for path in folder.glob("*.npz") if re.fullmatch("[0-9]+", path.stem)),
+        key=lambda path: int(path.stem),
     )
     if not chunks:
         raise UserError(f"the data folder {folder} holds no chunk (<number>.npz); make some with {remedy}")
@@ -48,31 +53,72 @@ def read_header(path: Path) -> int:
     Raises `UserError` naming the file if it is not a chunk: not a readable npz, no `obs`, wrong shape or
     type, fewer than three frames.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = set(archive.namelist())
-            if "obs.npy" not in names:
-                raise UserError(
-                    f"{path} holds no array `obs`, found: {', '.join(sorted(names)) or 'nothing'}"
-                )
-            headers = {
-                key: _npy_header(archive, f"{key}.npy")
-                for key in ("obs", "ta", "done")
-                if f"{key}.npy" in names
-            }
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, zlib.error, NotImplementedError) as error:
-        raise UserError(f"{path} is not a readable npz file ({error}); delete it and make it again") from None
+    with _open_chunk(path) as archive:
+        names = archive.namelist()
+        if "obs.npy" not in names:
+            raise UserError(f"{path} holds no array `obs`, found: {', '.join(sorted(names)) or 'nothing'}")
+        headers = {key: _read_npy_header(archive, key) for key in KEYS if f"{key}.npy" in names}
     shape, dtype = headers.pop("obs")
     if dtype != np.uint8 or len(shape) != 4 or shape[1:] != FRAME_SHAPE:
         raise UserError(f"{path}: `obs` must be uint8 (N, 64, 64, 3), found {dtype} {shape}")
     if shape[0] < WINDOW:
         raise UserError(f"{path} holds {shape[0]} frames; a chunk needs at least {WINDOW}")
-    kinds = {"ta": "iu", "done": "b"}
+    kinds = {"ta": ("iu", "integers"), "done": ("b", "bool")}
     for key, (key_shape, key_dtype) in headers.items():
-        if key_shape != shape[:1] or key_dtype.kind not in kinds[key]:
-            expected = f"{'integers' if key == 'ta' else 'bool'} ({shape[0]},)"
-            raise UserError(f"{path}: `{key}` must be {expected}, found {key_dtype} {key_shape}")
+        kind, kind_name = kinds[key]
+        if key_shape != shape[:1] or key_dtype.kind not in kind:
+            raise UserError(
+                f"{path}: `{key}` must be {kind_name} ({shape[0]},), found {key_dtype} {key_shape}"
+            )
     return shape[0]
+
+
+def read_chunk(path: Path) -> dict[str, np.ndarray]:
+    """The arrays `obs`, `ta`, `done` of a chunk, those that it has, checksums verified.
+
+    Raises `UserError` naming a bad file; `read_header` has checked types and shapes before.
+    """
+    with _open_chunk(path) as archive:
+        names = archive.namelist()
+        chunk = {key: _read_npy(archive, key) for key in KEYS if f"{key}.npy" in names}
+    ta = chunk.get("ta")
+    if ta is not None and not (ta.min() >= 0 and ta.max() < MAX_ACTIONS):
+        raise UserError(f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, found {ta.min()}..{ta.max()}")
+    return chunk
+
+
+@contextmanager
+def _open_chunk(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The zip archive that a chunk is; whatever a damaged file makes its readers raise becomes UserError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not a readable npz file ({what}); delete it and make it again") from None
+
+
+def _read_npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
+    with archive.open(f"{key}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+        expected = file.tell() + math.prod(shape) * dtype.itemsize
+    found = archive.getinfo(f"{key}.npy").file_size
+    if found != expected:
+        raise ValueError(f"`{key}` has {found} bytes instead of {expected}")
+    return shape, dtype
+
+
+def _read_npy(archive: zipfile.ZipFile, key: str) -> np.ndarray:
+    with archive.open(f"{key}.npy") as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+        file.read(1)  # only a read at the end of the file compares the checksum
+        return array
 
 
 def chunks_holding(folder: Path, frames: int) -> int:
@@ -83,28 +129,6 @@ def chunks_holding(folder: Path, frames: int) -> int:
             break
         held, count = held + read_header(path), count + 1
     return count
-
-
-def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-        return shape, dtype
-
-
-def read_chunk(path: Path) -> dict[str, np.ndarray]:
-    """The arrays `obs`, `ta`, `done` of a chunk, those that it has. Raises `UserError` naming a bad file."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            chunk = {key: arrays[key] for key in ("obs", "ta", "done") if key in arrays}
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, zlib.error, NotImplementedError) as error:
-        raise UserError(f"{path} is corrupt ({error}); delete it and make it again") from None
-    if "ta" in chunk and chunk["ta"].min() < 0:
-        raise UserError(f"{path}: `ta` must hold action numbers from 0, found {chunk['ta'].min()}")
-    return chunk
 
 
 def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -> np.ndarray:

@@ -49,44 +49,55 @@ def epochs(size: int, count: int, batch_size: int, device: torch.device) -> Iter
         yield from torch.randperm(size, device=device).split(batch_size)
 
 
+def training_updates(cfg: DecoderConfig, updates: int, steps_per_update: int, scale: float) -> list[int]:
+    """The PPO updates (from 1) of a run of `updates` after which the decoder is trained.
+
+    The schedule of `cfg` is given in env steps of a run of the published length, `scale` shrinks it. However
+    short the run, the decoder is trained at least once.
+    """
+    every = max(1, round(cfg.every * scale))
+    chosen = []
+    for update in range(1, updates + 1):
+        env_steps = update * steps_per_update
+        early = env_steps < cfg.every_update_until * scale
+        due = env_steps < cfg.until * scale and (early or update % every == 0)
+        if env_steps > cfg.start * scale and (due or not chosen):
+            chosen.append(update)
+    return chosen
+
+
 class OnlineDecoder:
     """Learns the decoder of online mode from the agent's own steps.
 
-    During a rollout `watch` sees every step; after the PPO update `learn` labels the new windows with the IDM
-    and, when it is time, trains a new decoder on all pairs so far and hands its weights to the policy's.
-    Windows that span an episode's end are left out. After the last training nothing is kept or labelled.
-
-    The schedule of `cfg` is given in env steps of a run of the published length, `scale` shrinks it.
+    During a rollout `watch` sees every step; after the PPO update `learn` labels the new windows with the
+    IDM and, after the `updates` named (see `training_updates`), trains a new decoder on all pairs so far and
+    hands its weights to the policy's `decoder`. Windows that span an episode's end are left out. After the
+    last training nothing is kept or labelled.
     """
 
-    def __init__(self, decoder: Decoder, idm: IDM, cfg: DecoderConfig, compute: Compute, scale: float):
-        self.decoder, self.idm, self.cfg, self.compute = decoder, idm, cfg, compute
-        self.start, self.until = cfg.start * scale, cfg.until * scale
-        self.every_update_until = cfg.every_update_until * scale
+    def __init__(self, decoder: Decoder, idm: IDM, cfg: DecoderConfig, compute: Compute, updates: list[int]):
+        self.decoder, self.idm, self.cfg, self.compute, self.updates = decoder, idm, cfg, compute, updates
         # What the next windows need of the past: frames (N, H, W, C), actions (N,), dones (N,) of each step.
         self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
         self.la: list[Tensor] = []
         self.ta: list[Tensor] = []
-        self.active = True
+        self.active = bool(updates)
 
     def watch(self, frames: Tensor, action: Tensor, done: Tensor) -> None:
         """Take in one step: `frames` seen, `action` taken at them, whether it ended the episode."""
         if self.active:
             self.steps.append((frames, action, done))
 
-    def learn(self, frames: Tensor, env_steps: int, update: int) -> dict[str, Tensor]:
+    def learn(self, frames: Tensor, update: int) -> dict[str, Tensor]:
         """Label the rollout's windows and train the decoder if it is time; returns metrics.
 
-        `frames` (N, H, W, C): the observation after the last step; `env_steps`, `update`: how many are done.
+        `frames` (N, H, W, C): the observation after the last step; `update`: how many updates are done.
         """
         if not self.active:
             return {}
         self._label(frames)
-        metrics = {}
-        early = env_steps < self.every_update_until
-        if self.start < env_steps < self.until and (early or update % self.cfg.every == 0):
-            metrics = self._train()
-        if env_steps >= self.until:
+        metrics = self._train() if update in self.updates else {}
+        if update >= self.updates[-1]:
             self.active = False
             self.steps, self.la, self.ta = [], [], []
         return metrics
@@ -94,6 +105,8 @@ class OnlineDecoder:
     @torch.no_grad()
     def _label(self, frames: Tensor) -> None:
         """Turn the watched steps into pairs; the last step stays, as the past of the next rollout's first."""
+        if len(self.steps) < WINDOW - 1:
+            return
         seen, actions, dones = (torch.stack(x) for x in zip(*self.steps, strict=True))
         seen = torch.cat([seen, frames[None]])  # (S+1, N, H, W, C)
         # Window s holds frames s, s+1, s+2; its action was taken at s+1. Neither step may end an episode.

@@ -54,9 +54,11 @@ def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str
     `la` (M, la_dim), `ta` (M,) int64, in the order of the data: neighbouring frames stay on one side. The
     random generator is the probe's own, so that measuring changes nothing. Returns `probe_acc`, `probe_loss`
     (training half), `probe_acc_test`, `probe_loss_test`, and `majority_acc_test`, the accuracy of always
-    guessing the commonest action.
+    guessing the commonest action; nothing for fewer than two windows.
     """
     half = len(la) // 2
+    if not half:
+        return {}
     num_actions = int(ta.max()) + 1
     with torch.random.fork_rng(devices=[la.device] if la.device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -51,7 +51,7 @@ def atomic_write(
         if verify:
             verify(part)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UserError) as error:
         part.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); what was there before is kept") from None
 
@@ -119,6 +119,7 @@ class Run:
         self._rng: dict | None = None
         self._sums: dict[str, Tensor | float] = {}
         self._count = 0
+        self._logged = -1  # step of the last line of metrics; the stage's unit, not always that of `step`
         self._started = self._saved = time.monotonic()
         print(f"{stage} of {cfg.env}, seed {cfg.seed}, on {compute}\n{self.dir}")
         if self.checkpoint_path.exists():
@@ -143,7 +144,7 @@ class Run:
             )
         self.step, self.finished = checkpoint["step"], checkpoint["finished"]
         self.metrics, self.state = checkpoint["metrics"], checkpoint["state"]
-        self._sums, self._count = checkpoint["sums"], checkpoint["count"]
+        self._sums, self._count, self._logged = (checkpoint[key] for key in ("sums", "count", "logged"))
         self._wandb_id = checkpoint["wandb_id"]
         if self.finished:
             print(f"finished already, at step {self.step:,}")
@@ -162,7 +163,7 @@ class Run:
         kept = []
         for line in self.metrics_path.read_text().splitlines():
             with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= self.step and self.state is not None:
+                if json.loads(line)["step"] <= self._logged:
                     kept.append(line + "\n")
         atomic_write(self.metrics_path, lambda path: path.write_text("".join(kept)))
 
@@ -221,6 +222,7 @@ class Run:
             "state": state,
             "sums": to_floats(self._sums),
             "count": self._count,
+            "logged": self._logged,
             "rng": rng_state(),
             "wandb_id": self._wandb_id,
             "provenance": provenance(),
@@ -269,6 +271,7 @@ class Run:
             file.write(json.dumps(line) + "\n")
         self._wandb.log(line, step=step)
         self.metrics |= values
+        self._logged = step
 
     def _diverged(self, what: str, step: int) -> UserError:
         there = self.checkpoint_path.exists()

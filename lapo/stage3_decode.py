@@ -20,7 +20,7 @@ from build import inherit, make_acting_policy, make_idm
 from collector import Collector
 from config import Config, load_config
 from data_loader import Windows, chunks_holding
-from decoding import OnlineDecoder, fit
+from decoding import OnlineDecoder, fit, training_updates
 from errors import UserError, run_main
 from ppo import Rollout, ppo_update
 from probe import INFERENCE_BATCH, label
@@ -93,7 +93,8 @@ def online(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
     idm.load_state_dict(earlier["stage1"]["idm"])
     idm.eval().requires_grad_(False)
     scale = min(1.0, cfg.stage3.steps / PUBLISHED_STEPS)
-    decoder = OnlineDecoder(policy.decoder, idm, cfg.decoder, compute, scale)
+    trainings = training_updates(cfg.decoder, *num_updates(cfg), scale)
+    decoder = OnlineDecoder(policy.decoder, idm, cfg.decoder, compute, trainings)
     ppo(cfg, compute, run, policy, optimizer, set_lrs, decoder)
     return policy
 
@@ -105,6 +106,20 @@ def scratch(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
     optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
     ppo(cfg, compute, run, policy, optimizer)
     return policy
+
+
+def num_updates(cfg: Config) -> tuple[int, int]:
+    """PPO updates of a run, and env steps of each; the last one is complete, so a run may be a bit longer.
+
+    Raises `UserError` when a minibatch would be too small to normalise its advantages.
+    """
+    steps_per_update = cfg.ppo.num_envs * cfg.ppo.rollout_steps
+    if steps_per_update < 2 * cfg.ppo.minibatches:
+        raise UserError(
+            f"ppo.minibatches is {cfg.ppo.minibatches}, too many for an update's {steps_per_update} steps"
+            " (ppo.num_envs · ppo.rollout_steps); a minibatch needs at least 2"
+        )
+    return math.ceil(cfg.stage3.steps / steps_per_update), steps_per_update
 
 
 def ppo(
@@ -119,8 +134,7 @@ def ppo(
     """Train `policy` for `cfg.stage3.steps` env steps."""
     collector = Collector(VecEnv(cfg.env, cfg.ppo.num_envs, seed=cfg.seed), cfg.ppo.gamma, compute)
     rollout = Rollout(cfg.ppo.rollout_steps, cfg.ppo.num_envs, compute.device)
-    steps_per_update = cfg.ppo.num_envs * cfg.ppo.rollout_steps
-    updates = math.ceil(cfg.stage3.steps / steps_per_update)
+    updates, steps_per_update = num_updates(cfg)
     parts = {"policy": policy, "optimizer": optimizer, "collector": collector}
     if decoder:
         parts["decoder"] = decoder
@@ -138,7 +152,7 @@ def ppo(
         set_lrs(env_steps)
         last_value = collector.collect(policy, rollout, decoder.watch if decoder else None)
         run.track(ppo_update(forward, optimizer, rollout, last_value, cfg.ppo, compute.autocast))
-        learned = decoder.learn(collector.frames, env_steps, update + 1) if decoder else {}
+        learned = decoder.learn(collector.frames, update + 1) if decoder else {}
         if collector.recent:
             learned["train_return"] = sum(collector.recent) / len(collector.recent)
         if (
