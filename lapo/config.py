@@ -333,21 +333,21 @@ def load_config(argv: list[str] | None = None, description: str = "") -> Config:
     values = _read_yaml(DEFAULTS)
     source = DEFAULTS.name
     for file in files:
-        values = _merge(values, _read_yaml(Path(file).expanduser()))
         source = file
+        values = _merge(values, _read_yaml(Path(file).expanduser()), source)
     known = values.pop("presets", None) or {}
     if not isinstance(known, dict):
         raise UserError(f"{source}: 'presets' must hold one group of settings per name, found {known!r}")
     for name in presets:
         if name not in known:
             raise UserError(f"unknown preset '{name}'; the presets are: {', '.join(known) or 'none'}")
-        values = _merge(values, known[name])
         source = f"preset {name}"
+        values = _merge(values, known[name], source)
     cfg = validate(values, source=source)
     if "help" in options:
         tyro.cli(Config, default=cfg, args=["--help"], description=description + _HELP, config=(FLAGS,))
     for key, words in options.items():
-        values = _merge(values, _nested(key, words))
+        values = _merge(values, _nested(key, words), "the command line")
     return validate(values, source="the command line")
 
 
@@ -405,14 +405,14 @@ def _read_yaml(path: Path) -> dict:
     return values
 
 
-def _merge(base: dict, changes: Any) -> dict:
-    """`base` with `changes` laid over it, group by group."""
+def _merge(base: dict, changes: Any, source: str) -> dict:
+    """`base` with `changes`, which come from `source`, laid over it, group by group."""
     if not isinstance(changes, dict):
-        raise UserError(f"a group of settings must hold `key: value` lines, found {changes!r}")
+        raise UserError(f"{source} must hold `key: value` lines, found {changes!r}")
     merged = dict(base)
     for key, value in changes.items():
         nested = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if nested else value
+        merged[key] = _merge(merged[key], value, source) if nested else value
     return merged
 
 

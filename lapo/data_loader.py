@@ -57,6 +57,8 @@ def read_header(path: Path) -> int:
         names = archive.namelist()
         if "obs.npy" not in names:
             raise UserError(f"{path} holds no array `obs`, found: {', '.join(sorted(names)) or 'nothing'}")
+        for name in names:
+            archive.open(name).close()  # compares the index's name with the one beside the data
         headers = {key: _read_npy_header(archive, key) for key in KEYS if f"{key}.npy" in names}
     shape, dtype = headers.pop("obs")
     if dtype != np.uint8 or len(shape) != 4 or shape[1:] != FRAME_SHAPE:
@@ -96,7 +98,7 @@ def _open_chunk(path: Path) -> Iterator[zipfile.ZipFile]:
     except UserError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
+        what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path} is not a readable npz file ({what}); delete it and make it again") from None
 
 
@@ -109,7 +111,7 @@ def _read_npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...
         shape, _, dtype = read(file)
         expected = file.tell() + math.prod(shape) * dtype.itemsize
     found = archive.getinfo(f"{key}.npy").file_size
-    if found != expected:
+    if found != expected and not dtype.hasobject:  # objects are refused by their type later
         raise ValueError(f"`{key}` has {found} bytes instead of {expected}")
     return shape, dtype
 

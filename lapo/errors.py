@@ -1,7 +1,9 @@
 """The one way a user's mistake is reported: a sentence on stderr and a non-zero exit code."""
 
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 
 class UserError(Exception):
@@ -9,12 +11,18 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`; turn `UserError` (exit code 2) and Ctrl-C (130) into one line on stderr."""
+    """Run a script's `main`; a `UserError` (exit code 2), Ctrl-C (130) and SIGTERM (143) become one line."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    print("terminated; the same command continues", file=sys.stderr)
+    sys.exit(128 + number)

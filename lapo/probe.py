@@ -52,14 +52,18 @@ def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str
     """Train an MLP la → ta on the first half of the windows and judge it on both.
 
     `la` (M, la_dim), `ta` (M,) int64, in the order of the data: neighbouring frames stay on one side. The
-    random generator is the probe's own, so that measuring changes nothing. Returns `probe_acc`, `probe_loss`
-    (training half), `probe_acc_test`, `probe_loss_test`, and `majority_acc_test`, the accuracy of always
-    guessing the commonest action; nothing for fewer than two windows.
+    latents are standardised, so that features of any scale get the same chance: an untrained IDM's are tiny.
+    The random generator is the probe's own, so that measuring changes nothing.
+
+    Returns `probe_acc`, `probe_loss` (training half), `probe_acc_test`, `probe_loss_test`, and
+    `majority_acc_test`, the accuracy of always guessing the commonest action. Nothing for under two windows.
     """
     half = len(la) // 2
     if not half:
         return {}
     num_actions = int(ta.max()) + 1
+    std = la[:half].std(0, correction=0)
+    la = (la - la[:half].mean(0)) / std.clamp_min(1e-2 * std.max() + 1e-12)
     with torch.random.fork_rng(devices=[la.device] if la.device.type == "cuda" else []):
         torch.manual_seed(seed)
         mlp = nn.Sequential(

@@ -13,12 +13,12 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,13 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
             f"the checkpoint {path} does not exist" + (f"; make it with `{command}`" if command else "")
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        raise UserError(
-            f"the checkpoint {path} cannot be read: damaged, or not one of ours; delete it"
-        ) from None
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() is not None  # torch does not compare the checksums
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever the readers raise for a damaged file
+        damaged = True
+    if damaged:
+        raise UserError(f"the checkpoint {path} cannot be read: damaged, or not one of ours; delete it")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise UserError(
@@ -172,6 +174,8 @@ class Run:
     ) -> Iterator[int]:
         """Yield the steps still to do, with progress, checkpoints, and an orderly stop on SIGTERM or SIGINT.
 
+        A checkpoint follows the last step too, for whatever the stage measures afterwards may take long.
+
         `state` gives what a continued run needs, as plain data; random states are added. Progress is shown in
         `unit`s, `scale` per step. Raises SystemExit with 143 or 130 after a signal, having saved.
         """
@@ -194,7 +198,7 @@ class Run:
                 self.step += 1
                 bar.update(scale)
                 overdue = time.monotonic() - self._saved > 60 * self.cfg.save_minutes
-                if self._stop_signal or (self.step < total and (self.step % save_every == 0 or overdue)):
+                if self._stop_signal or self.step == total or self.step % save_every == 0 or overdue:
                     self.save(state())
                 if self._stop_signal:
                     bar.close()

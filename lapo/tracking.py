@@ -47,7 +47,7 @@ def start_wandb(cfg: Config, stage: str, folder: Path, run_id: str | None) -> An
     try:
         return wandb.init(mode=mode, settings=wandb.Settings(silent=True, init_timeout=60), **options)
     except (wandb.Error, OSError) as error:
-        print(f"wandb: no connection ({error}), so metrics are kept offline")
+        print(f"wandb: no connection ({' '.join(str(error).split())}), so metrics are kept offline")
         return wandb.init(mode="offline", settings=wandb.Settings(silent=True), **options)
 
 

@@ -1,0 +1,168 @@
+"""Play a policy of ours on held-out levels: `python evaluate.py --env bigfish --exp main --policy offline`.
+
+Prints the mean return with its standard error, and where it lies between the random policy's and the
+published expert's. Any checkpoint of stage 3 will do (`--checkpoint PATH`), an unfinished one as well.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from acting import Act, checkpoint_actor, judge, random_actor
+from config import Config, load_config, to_dict, validate
+from errors import UserError, run_main
+from procgen_env import GAMES, check_game, relative_return
+from runs import atomic_write, load_checkpoint
+from training import Compute, seed_everything
+
+
+@dataclass
+class Arguments:
+    """Play a policy on levels that no recorded data shows, and print how well it does."""
+
+    exp: str
+    """Experiment whose policy plays."""
+    seed: int
+    """Seed of that experiment's run; also draws the levels and the actions."""
+    results_dir: str
+    """Folder of all results; relative to the repository's root."""
+    episodes: int
+    """Episodes played, rounded up to a multiple of num-envs."""
+    num_envs: int
+    """Environments played side by side."""
+    greedy: bool
+    """Take the most likely action instead of a sample."""
+    device: str
+    """auto, cpu, cuda or cuda:N."""
+    env: str | None = None
+    """Game; without it, the checkpoint's own or config.yaml's."""
+    policy: Literal["online", "offline", "scratch", "bc", "random"] | None = None
+    """Which of the experiment's policies, online unless said; random is uniform and needs no experiment."""
+    checkpoint: Path | None = None
+    """A stage-3 checkpoint, in place of exp and policy."""
+    json: Path | None = None
+    """Also write the result to this file."""
+
+
+def main() -> None:
+    """Play as the command line says."""
+    defaults = load_config([])
+    args = tyro.cli(
+        Arguments,
+        default=Arguments(
+            exp=defaults.exp,
+            seed=defaults.seed,
+            results_dir=defaults.results_dir,
+            device=defaults.device,
+            **to_dict(defaults.eval),
+        ),
+    )
+    evaluate(args, configure(args, defaults))
+
+
+def configure(args: Arguments, defaults: Config) -> Config:
+    """`defaults` with the arguments laid over them. Raises `UserError` for an impossible one."""
+    if args.policy and args.checkpoint:
+        raise UserError(f"--policy {args.policy} and --checkpoint {args.checkpoint}: give one of the two")
+    if args.env:
+        check_game(args.env)
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist; create it first")
+    given = {key: getattr(args, key) for key in ("exp", "seed", "results_dir", "device")}
+    judged = {key: getattr(args, key) for key in to_dict(defaults.eval)}
+    env = args.env or defaults.env
+    return validate(to_dict(defaults) | given | {"env": env, "eval": judged}, source="the command line")
+
+
+def evaluate(args: Arguments, cfg: Config) -> dict:
+    """Play, print the result and write it where asked; returns it as plain data."""
+    compute = Compute.from_config(cfg)
+    player = choose(args, cfg, compute)
+    check_game(player.game)
+    print(
+        f"{player.describe()} plays {cfg.eval.episodes} episodes of {player.game} on held-out levels,"
+        f" on {compute}"
+    )
+    seed_everything(cfg.seed)
+    played = judge(player.act, player.game, cfg.eval, cfg.seed)
+    result = {
+        "game": player.game,
+        "policy": player.policy,
+        "checkpoint": str(player.checkpoint) if player.checkpoint else None,
+        "seed": cfg.seed,
+        "greedy": cfg.eval.greedy,
+        "episodes": played.episodes,
+        "return_mean": played.mean,
+        "return_stderr": None if math.isnan(played.stderr) else played.stderr,
+        "relative_return": relative_return(player.game, played.mean),
+        "mean_length": float(played.lengths.mean()),
+    }
+    print(describe(result))
+    if args.json:
+        atomic_write(args.json, lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        print(f"written to {args.json}")
+    return result
+
+
+@dataclass(frozen=True)
+class Player:
+    """Who plays what."""
+
+    game: str
+    policy: str
+    """Mode of stage 3, or random."""
+    act: Act
+    checkpoint: Path | None = None
+    unfinished_at: int | None = None
+    """Environment steps so far of a policy whose training has not ended."""
+
+    def describe(self) -> str:
+        """The player in words."""
+        if self.checkpoint is None:
+            return "the uniform random policy"
+        progress = "" if self.unfinished_at is None else f", unfinished, at step {self.unfinished_at:,}"
+        return f"{self.policy} policy {self.checkpoint}{progress}"
+
+
+def choose(args: Arguments, cfg: Config, compute: Compute) -> Player:
+    """The player that the arguments ask for.
+
+    Raises `UserError` for a checkpoint that is missing, or of a stage whose networks cannot act.
+    """
+    if args.policy == "random":
+        return Player(cfg.env, "random", random_actor(cfg.seed))
+    mode = args.policy or "online"
+    path = args.checkpoint or cfg.run_dir / f"stage3_{mode}" / "checkpoint.pt"
+    command = f"python stage3.py --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed} --stage3.mode {mode}"
+    checkpoint = load_checkpoint(path, None if args.checkpoint else command)
+    saved = checkpoint["config"]
+    if not checkpoint["stage"].startswith("stage3"):
+        raise UserError(
+            f"{path} is a checkpoint of {checkpoint['stage']}, which cannot act; make one that can with"
+            f" `python stage3.py --env {saved['env']} --exp {saved['exp']} --seed {saved['seed']}`"
+        )
+    act = checkpoint_actor(checkpoint, compute, cfg.eval.greedy)
+    # Only the modes that play are saved before they end; they count PPO updates.
+    steps = checkpoint["step"] * saved["ppo"]["num_envs"] * saved["ppo"]["rollout_steps"]
+    unfinished_at = None if checkpoint["finished"] else steps
+    return Player(args.env or saved["env"], saved["stage3"]["mode"], act, path, unfinished_at)
+
+
+def describe(result: dict) -> str:
+    """What `evaluate` returns, in words."""
+    game = GAMES[result["game"]]
+    error = "" if result["return_stderr"] is None else f" ± {result['return_stderr']:.2f}"
+    return (
+        f"return    {result['return_mean']:.2f}{error}"
+        f" (mean ± standard error of {result['episodes']} episodes, {result['mean_length']:.0f} steps long)\n"
+        f"relative  {result['relative_return']:.2f}"
+        f" (0: random, {game.random_return:.2f}; 1: published expert, {game.expert_return:.2f})"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,219 @@
+"""Sum up what a run has learnt: `python report.py --env coinrun --exp demo`.
+
+Reads `<results_dir>/<exp>/<env>/seed<k>/` and adds to it
+
+    summary.md       the tables printed here
+    summary.json     the same numbers
+    learning.png     stage 1: world-model error, and how well a probe reads the true action
+    latents.png      latent actions by true action, after training and before
+    predictions.png  the world model's predictions, and what other latent actions would have led to
+    returns.png      stage 3: what the policies earn, beside the random policy and the expert
+    rl_curves.png    stage 3: returns while learning from rewards
+
+Stages that have not run are shown as missing; run again, it takes in what is new.
+"""
+
+import json
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import figures
+from build import inherit
+from config import Config, load_config
+from errors import UserError, run_main
+from inspection import Inspection
+from procgen_env import check_data
+from runs import atomic_write
+from summary import Record, read_records, summarize
+from training import Compute
+
+NAMES = {
+    "random": "random",
+    "bc": "behaviour cloning",
+    "scratch": "PPO from scratch",
+    "offline": "LAPO offline",
+    "online": "LAPO online",
+    "expert": "expert",
+}
+"""What the policies are called, in the order in which they are shown."""
+
+
+def main() -> None:
+    """Report on the run that the command line names."""
+    report(load_config(description=__doc__))
+
+
+def report(cfg: Config) -> dict:
+    """Write summary and figures of a run, print its tables; returns the summary as plain data.
+
+    Raises `UserError` if the run has no stage to report on.
+    """
+    check_data(cfg.env, cfg.game_data)
+    compute = Compute.from_config(cfg)
+    records = read_records(cfg)
+    summary = summarize(cfg, records)
+    text, data = to_markdown(summary), json.dumps(summary, indent=2) + "\n"
+    atomic_write(cfg.run_dir / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_write(cfg.run_dir / "summary.json", lambda path: path.write_text(data))
+    for name, figure in draw(cfg, compute, records, summary).items():
+        atomic_write(cfg.run_dir / name, lambda path, figure=figure: figure.savefig(path, format="png"))
+    print(f"\n{text}\nsummary and figures: {cfg.run_dir}")
+    return summary
+
+
+# ---------------------------------------------------------------- tables
+
+
+def to_markdown(summary: dict) -> str:
+    """The summary as tables."""
+    parts = [
+        f"# {summary['env']}, experiment {summary['exp']}, seed {summary['seed']}",
+        "## Learnt from frames alone, measured on held-out ones",
+        table(["measure", "LAPO", "for comparison"], learnt_rows(summary["learnt"])),
+    ]
+    if summary["returns"]:
+        parts += [
+            "## Mean returns on held-out levels, ± standard error",
+            table(["policy", "made from", "return", "relative", "episodes"], return_rows(summary["returns"])),
+            "Relative: 0 is the random policy's mean return, 1 that of the published expert frames.",
+        ]
+    stages = [stage_row(stage, progress) for stage, progress in summary["stages"].items()]
+    parts += ["## Stages", table(["stage", "steps", "time", "state"], stages)]
+    return "\n\n".join(parts) + "\n"
+
+
+def learnt_rows(learnt: dict) -> list[list[str]]:
+    """What stages 1 and 2 have learnt, a row for each thing measured."""
+
+    def error(key: str) -> str:
+        return f"{learnt[key]:#.3g}"
+
+    rows = []
+    if learnt["wm_loss_ratio"] is not None:
+        ratio = f"{error('copy_loss')} repeating the last frame (ratio {learnt['wm_loss_ratio']:.2f})"
+        rows.append(["world model's squared error", error("wm_loss"), ratio])
+    if learnt["probe_acc"] is not None:
+        majority, untrained = (f"{learnt[key]:.1%}" for key in ("majority_acc", "untrained_probe_acc"))
+        chance = f"{majority} commonest action, {untrained} from the untrained IDM's"
+        rows.append(["true action read from the latent one", f"{learnt['probe_acc']:.1%}", chance])
+    if learnt["perplexity"] is not None:
+        rows.append(["codes in use (perplexity)", f"{learnt['perplexity']:.1f}", f"{learnt['codes']} codes"])
+    if learnt["policy_loss"] is not None:
+        constant = f"{error('constant_loss')} predicting the mean latent action"
+        rows.append(["latent policy's squared error", error("policy_loss"), constant])
+    return rows or [["", "nothing measured yet", ""]]
+
+
+def return_rows(returns: dict[str, dict]) -> list[list[str]]:
+    """A row for each policy, those missing included."""
+    rows = []
+    for policy in NAMES:
+        row = returns.get(policy)
+        if row is None:
+            rows.append([NAMES[policy], "", "missing", "", ""])
+            continue
+        relative = round(row["relative_return"], 2) + 0.0  # no -0.00
+        spread = "" if row["return_stderr"] is None else f" ± {row['return_stderr']:.2f}"
+        rows.append(
+            [
+                NAMES[policy],
+                row["source"],
+                f"{row['return_mean']:.2f}{spread}",
+                f"{relative:.2f}",
+                str(row["episodes"] or ""),
+            ]
+        )
+    return rows
+
+
+def stage_row(stage: str, progress: dict | None) -> list[str]:
+    """How far a stage has come; None if it has not begun."""
+    if progress is None:
+        return [stage, "", "", "missing"]
+    minutes, seconds = divmod(progress["seconds"], 60)
+    state = "finished" if progress["finished"] else "unfinished"
+    return [stage, f"{progress['steps']:,}", f"{minutes} min {seconds:02} s", state]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, its columns aligned."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw(cfg: Config, compute: Compute, records: dict[str, Record], summary: dict) -> dict[str, Figure]:
+    """The figures that the records allow, by file name."""
+    drawn = {}
+    if stage1 := records.get("stage1"):
+        title = learning_title(cfg.env, summary["learnt"])
+        drawn["learning.png"] = figures.learning(stage1.lines, stage1.metrics, title)
+        try:
+            drawn |= draw_inspection(cfg, compute, stage1)
+        except UserError as error:  # the data may have gone since
+            print(f"latents.png and predictions.png are left out: {error}")
+    if judged := summary["returns"]:
+        bars = [
+            figures.Bar(policy, bar_label(policy, row), row["return_mean"], row["return_stderr"])
+            for policy, row in judged.items()
+        ]
+        title = f"{cfg.env}: mean return on held-out levels, with its standard error"
+        drawn["returns.png"] = figures.returns(bars, title)
+    stages = {mode: records.get(f"stage3_{mode}") for mode in ("online", "scratch")}
+    curves = {mode: record.lines for mode, record in stages.items() if record}
+    if any("train_return" in line for lines in curves.values() for line in lines):
+        levels = {policy: judged[policy]["return_mean"] for policy in ("random", "expert") if judged}
+        title = f"{cfg.env}: returns while learning from rewards"
+        drawn["rl_curves.png"] = figures.rl_curves(curves, NAMES, levels, title)
+    return drawn
+
+
+def learning_title(env: str, learnt: dict) -> str:
+    """What the figure of stage 1 shows, in numbers."""
+    title = f"{env}, stage 1"
+    if learnt["wm_loss_ratio"] is not None:
+        title += (
+            f": the world model's error is {learnt['wm_loss_ratio']:.2f} of that of repeating the last frame"
+        )
+    if learnt["probe_acc"] is not None:
+        title += (
+            f"\nlatent actions tell {learnt['probe_acc']:.0%} of the true ones;"
+            f" the commonest action alone makes up {learnt['majority_acc']:.0%}"
+        )
+    return title
+
+
+def bar_label(policy: str, row: dict) -> str:
+    """Name of a policy, and below it what it learns from."""
+    return NAMES[policy] + "\n" + row["source"].replace(", ", "\n")
+
+
+def draw_inspection(cfg: Config, compute: Compute, stage1: Record) -> dict[str, Figure]:
+    """The figures that run the networks of stage 1. Raises `UserError` if the data cannot be read."""
+    cfg = inherit(cfg, stage1.checkpoint, ("idm_scale", "wm_width"))
+    inspection = Inspection(cfg, stage1.checkpoint["state"], compute)
+    drawn, what_if = {}, []
+    if len(inspection.actions) > 1:
+        views, ta = inspection.latent_views()
+        title = (
+            f"{cfg.env}: what the latent actions of held-out steps tell of the true ones"
+            f"\n(the commonest action alone makes up {np.bincount(ta).max() / len(ta):.0%})"
+        )
+        drawn["latents.png"] = figures.latents(views, ta, inspection.names, title)
+        what_if = inspection.what_if()
+    title = f"{cfg.env}: what the world model predicts"
+    if what_if:
+        title += ", and what it takes the latent actions to mean"
+    drawn["predictions.png"] = figures.predictions(inspection.predictions(), what_if, title)
+    return drawn
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,40 @@
+"""A tiny run with all stages and modes, made once for all tests that read one."""
+
+import functools
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import stage1
+import stage2
+import stage3
+from conftest import Workplace, write_chunk
+
+SHOWN = [1, 4, 7]
+"""The actions in the data: LEFT, NOOP, RIGHT."""
+
+
+def write_strips(folder: Path, *, actions: bool = True) -> None:
+    """Chunks of 120 frames: a random texture that moves left, stays or moves right, as the action says."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        ta = rng.choice(SHOWN, size=120)
+        strip = rng.integers(256, size=(64, 64, 3), dtype=np.uint8)
+        shifts = np.cumsum([0, *(4 * (SHOWN.index(action) - 1) for action in ta[:-1])])
+        obs = np.stack([np.roll(strip, shift, axis=1) for shift in shifts])
+        write_chunk(folder / split / "0.npz", obs, **({"ta": ta} if actions else {}))
+
+
+@functools.cache
+def finished_run(folder: Path) -> Workplace:
+    """The run, made in `folder`; its policies were judged by their likeliest actions: no chance is left."""
+    folder.mkdir()
+    place = Workplace(folder)
+    shutil.rmtree(place.data)
+    write_strips(place.data / place.GAME)
+    stage1.train(place.config())
+    stage2.train(place.config())
+    for mode in ("online", "offline", "scratch", "bc"):
+        stage3.train(place.config("--stage3.mode", mode, "--eval.greedy", "true"))
+    return place

@@ -1,0 +1,16 @@
+"""Imported once by a fork server, so that its processes need not: the stages, and the simulator's images."""
+
+import threading
+
+import torch._dynamo  # what every first optimiser imports
+from tqdm import tqdm
+
+import stage1_idm_wm
+import stage2_bc
+import stage3_decode
+from procgen_env import VecEnv
+
+__all__ = ["stage1_idm_wm", "stage2_bc", "stage3_decode", "torch"]
+
+VecEnv("bossfight", 1, seed=0, num_threads=0).close()
+tqdm.set_lock(threading.RLock())  # the usual one is shared by processes, and a killed one leaves it behind

@@ -1,0 +1,282 @@
+"""config.yaml, its typed view, and the command line made from it."""
+
+import ast
+import dataclasses
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config import Config, load_config, to_dict, validate
+from conftest import LAPO, ROOT
+from errors import UserError
+
+YAML = yaml.safe_load((LAPO / "config.yaml").read_text())
+KEYS = YAML.keys() - {"presets"}
+
+
+def leaves(values: dict, prefix: str = "") -> dict[str, object]:
+    """Values of nested dicts by their dotted key."""
+    found = {}
+    for key, value in values.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def refusal(*arguments: str) -> str:
+    """The sentence with which a command line is refused."""
+    with pytest.raises(UserError) as error:
+        load_config(list(arguments))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    """Writes a config file; returns its path as a string."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "sweep.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+# ---------------------------------------------------------------- the file and its view
+
+
+def test_yaml_and_dataclasses_know_the_same_keys():
+    def fields(kind: type, prefix: str = "") -> set[str]:
+        found = set()
+        for field in dataclasses.fields(kind):
+            nested = dataclasses.is_dataclass(field.type)
+            found |= fields(field.type, f"{prefix}{field.name}.") if nested else {prefix + field.name}
+        return found
+
+    assert leaves({key: YAML[key] for key in KEYS}).keys() == fields(Config)
+
+
+def test_values_are_those_of_the_file():
+    assert to_dict(load_config([])) == {key: YAML[key] for key in KEYS}
+
+
+def test_defaults_are_the_published_numbers():
+    """Spot checks against the method's description; the schedules' are in test_training.py."""
+    cfg = load_config([])
+    assert (cfg.model.idm_scale, cfg.model.policy_scale, cfg.model.wm_width) == (4, 4, 24)
+    assert (cfg.vq.num_codebooks, cfg.vq.num_latents, cfg.vq.num_embs, cfg.vq.emb_dim) == (2, 4, 64, 16)
+    assert (cfg.vq.la_dim, cfg.vq.decay, cfg.vq.commitment_cost, cfg.vq.epsilon) == (128, 0.999, 0.05, 1e-5)
+    assert (cfg.vq.enabled, cfg.vq.start) == (True, "published")
+    assert (cfg.stage1.steps, cfg.stage1.batch_size, cfg.stage1.lr, cfg.stage1.clip_norm) == (
+        50_000,
+        128,
+        3e-4,
+        2,
+    )
+    assert cfg.stage1.save_every == 5_000
+    assert (cfg.stage2.steps, cfg.stage2.batch_size, cfg.stage2.lr) == (60_000, 128, 2e-4)
+    assert cfg.stage3.steps == 4_000_000
+    probe = cfg.probe
+    assert (probe.windows, probe.hidden, probe.batch_size, probe.epochs) == (131_072, 128, 128, 3)
+    ppo = cfg.ppo
+    assert (ppo.num_envs, ppo.rollout_steps, ppo.minibatches, ppo.epochs) == (64, 64, 8, 3)
+    assert (ppo.gamma, ppo.gae_lambda, ppo.clip, ppo.clip_norm) == (0.999, 0.95, 0.2, 0.5)
+    assert (ppo.entropy_coef, ppo.value_coef, ppo.lr) == (0.0025, 0.5, 1e-2)
+    decoder = cfg.decoder
+    assert (decoder.hidden, decoder.batch_size, decoder.epochs) == ([192, 128, 64], 512, 3)
+    assert (decoder.lr, decoder.label_smoothing) == (1e-3, 0.05)
+    assert cfg.data.train_chunks == 80
+
+
+def test_every_preset_is_valid_and_changes_only_what_it_names():
+    assert "demo" in YAML["presets"]
+    for name, changes in YAML["presets"].items():
+        expected = leaves({key: YAML[key] for key in KEYS}) | leaves(changes)
+        assert leaves(to_dict(load_config(["--preset", name]))) == expected
+
+
+def test_a_configuration_survives_being_written_and_read():
+    cfg = load_config(["--preset", "demo", "--decoder.hidden", "7", "--seed", "5"])
+    assert validate(yaml.safe_load(yaml.safe_dump(to_dict(cfg)))) == cfg
+
+
+def test_paths_start_at_the_repository_whatever_the_working_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(["--env", "maze", "--exp", "a", "--seed", "3"])
+    assert cfg.run_dir == ROOT / "exp_results" / "a" / "maze" / "seed3"
+    assert cfg.game_data == ROOT / "expert_data" / "maze"
+    elsewhere = load_config(["--results_dir", str(tmp_path), "--data_dir", "~/frames"])
+    assert elsewhere.run_dir == tmp_path / "main" / "bigfish" / "seed0"
+    assert elsewhere.game_data == Path.home() / "frames" / "bigfish"
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("key", leaves({key: YAML[key] for key in KEYS}))
+def test_every_key_is_an_option(key):
+    value = leaves(YAML)[key]
+    words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    assert load_config([f"--{key}", *words]) == load_config([])
+
+
+def test_options_are_written_with_space_or_equals_and_dash_or_underscore():
+    expected = load_config(["--stage1.batch_size", "64"])
+    assert expected.stage1.batch_size == 64
+    assert load_config(["--stage1.batch_size=64"]) == expected
+    assert load_config(["--stage1.batch-size", "64"]) == expected
+
+
+def test_values_take_the_type_of_their_key():
+    cfg = load_config(
+        ["--stage1.lr", "3e-4", "--vq.enabled", "false", "--decoder.hidden", "5", "6", "--exp", "17"]
+    )
+    assert (cfg.stage1.lr, cfg.vq.enabled, cfg.decoder.hidden, cfg.exp) == (3e-4, False, [5, 6], "17")
+    assert load_config(["--decoder.hidden", "5"]).decoder.hidden == [5]
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(yaml_file):
+    assert load_config(["--config", yaml_file("stage1: {lr: 3e-4}")]).stage1.lr == 3e-4
+
+
+def test_a_file_changes_only_what_it_names(yaml_file):
+    cfg = load_config(["--config", yaml_file("seed: 4\nstage1:\n  steps: 7\nenv: maze\n")])
+    expected = leaves(to_dict(load_config([]))) | {"seed": 4, "stage1.steps": 7, "env": "maze"}
+    assert leaves(to_dict(cfg)) == expected
+    assert load_config(["--config", yaml_file("")]) == load_config([])
+
+
+def test_later_sources_win(yaml_file):
+    file = ["--config", yaml_file("stage1: {steps: 1, log_every: 1, batch_size: 5}\n")]
+    demo = YAML["presets"]["demo"]["stage1"]
+    cfg = load_config([*file, "--preset", "demo", "--stage1.log_every", "3"])
+    assert (cfg.stage1.steps, cfg.stage1.log_every) == (demo["steps"], 3)
+    # Order on the command line does not matter.
+    assert load_config(["--stage1.log_every", "3", "--preset", "demo", *file]) == cfg
+
+
+def test_a_file_may_bring_presets(yaml_file):
+    file = yaml_file("presets: {tiny: {stage1: {steps: 3}}}")
+    assert load_config(["--config", file, "--preset", "tiny"]).stage1.steps == 3
+    assert load_config(["--config", file, "--preset", "demo"]).exp == "demo"
+
+
+def test_files_on_the_command_line_are_looked_for_in_the_working_directory(monkeypatch, yaml_file, tmp_path):
+    yaml_file("seed: 9")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(["--config", "sweep.yaml"]).seed == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--stage1.lrr 1", "unknown key 'stage1.lrr'; allowed here: steps, batch_size, lr,"),
+        ("--stage4.lr 1", "unknown key 'stage4'; allowed here: env, exp, seed,"),
+        ("--stage1 5", "'stage1' is '5'"),
+        ("--stage1.lr.x 5", "'stage1.lr' is {'x': '5'}"),
+        ("--vq.num_embs 0", "'vq.num_embs' is '0': input should be greater than or equal to 2"),
+        ("--vq.decay 1", "'vq.decay' is '1': input should be less than 1"),
+        ("--stage1.lr high", "'stage1.lr' is 'high': input should be a valid number"),
+        ("--stage1.lr nan", "'stage1.lr' is 'nan': input should be a finite number"),
+        ("--stage1.lr inf", "'stage1.lr' is 'inf': input should be a finite number"),
+        ("--stage1.lr 0", "'stage1.lr' is '0': input should be greater than 0"),
+        ("--stage1.steps 1.5", "'stage1.steps' is '1.5': input should be a valid integer"),
+        ("--stage1.steps -1", "'stage1.steps' is '-1': input should be greater than or equal to 1"),
+        ("--model.wm_width 3", "'model.wm_width' is '3': input should be a multiple of 2"),
+        ("--vq.enabled maybe", "'vq.enabled' is 'maybe': input should be a valid boolean"),
+        ("--vq.start best", "'vq.start' is 'best': input should be 'published' or 'data'"),
+        ("--stage3.mode x", "'stage3.mode' is 'x': input should be 'online', 'offline', 'scratch' or 'bc'"),
+        ("--decoder.hidden 8 0", "'decoder.hidden.1' is '0'"),
+        ("--decoder.hidden 8 x", "'decoder.hidden.1' is 'x'"),
+        ("--device tpu", "'device' is 'tpu'"),
+        ("--exp ../elsewhere", "'exp' is '../elsewhere'"),
+        ("--env a/b", "'env' is 'a/b'"),
+        ("--seed -1", "'seed' is '-1'"),
+        ("--seed 2147483648", "'seed' is '2147483648'"),
+        ("--seed 1 2", "'seed' is ['1', '2']"),
+        ("--seed", "--seed needs a value"),
+        ("--seed 1 --exp", "--exp needs a value"),
+        ("bigfish", "found 'bigfish' where an option such as --env was expected"),
+        ("--preset huge", "unknown preset 'huge'; the presets are: demo"),
+        ("--config missing.yaml", "cannot read the config file missing.yaml"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(arguments, sentence):
+    assert sentence in refusal(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stage1: {stepz: 5}", "unknown key 'stage1.stepz'; allowed here: steps,"),
+        ("stag1: {steps: 5}", "unknown key 'stag1'"),
+        ("stage1:\n  lr: [1, 2]", "'stage1.lr' is [1, 2]"),
+        ("stage1:\n  lr: .nan", "'stage1.lr' is nan"),
+        ("stage1:", "'stage1' is None"),
+        ("stage1: 5", "'stage1' is 5"),
+        ("ppo: {fc: {peak: -1}}", "'ppo.fc.peak' is -1"),
+        ("vq: {num_embs: 0}", "'vq.num_embs' is 0: input should be greater than or equal to 2"),
+        ("1: 2", "'1'"),
+        ("- 1\n- 2", "must hold `key: value` lines, found a list"),
+        ("a: b: c", "line 1 is not valid YAML"),
+        ("seed: 1\nstage1: {", "line 2 is not valid YAML"),
+        ("exp: 2024-99-99", "is not valid YAML"),
+        ("presets: 5", "'presets' must hold"),
+        ("exp: !!python/object/apply:os.mkdir [executed]", "is not valid YAML"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_the_file(yaml_file, tmp_path, monkeypatch, text, sentence):
+    monkeypatch.chdir(tmp_path)
+    path = yaml_file(text)
+    message = refusal("--config", path)
+    assert sentence in message
+    assert path in message
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_preset_that_is_no_group_of_settings_is_named(yaml_file):
+    file = yaml_file("presets: {tiny: 5}")
+    assert "tiny" in refusal("--config", file, "--preset", "tiny")
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "sweep.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot read the config file" in refusal("--config", str(tmp_path / "sweep.yaml"))
+    assert "cannot read the config file" in refusal("--config", str(tmp_path))
+
+
+def documented_keys(kind: str = "Config", prefix: str = "") -> dict[str, str]:
+    """What config.py writes below each key's line, by the dotted key."""
+    tree = ast.parse((LAPO / "config.py").read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    found = {}
+    for base in classes[kind].bases:
+        found |= documented_keys(base.id, prefix)
+    for field, below in itertools.pairwise([*classes[kind].body, None]):
+        if isinstance(field, ast.AnnAssign):
+            key, annotation = prefix + field.target.id, ast.unparse(field.annotation)
+            found |= (
+                documented_keys(annotation, f"{key}.") if annotation in classes else {key: below.value.value}
+            )
+    return found
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_shows_every_key_with_its_meaning_and_value(capsys, word):
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--preset", "demo", word], description="What the script does.")
+    assert stop.value.code == 0
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    for sentence in ("What the script does.", "--config FILE", "--preset NAME"):
+        assert sentence in text
+    values, meanings = leaves(to_dict(load_config(["--preset", "demo"]))), documented_keys()
+    assert values.keys() == meanings.keys()
+    for key, value in values.items():
+        option = f"--{key.replace('_', '-')} "
+        shown = " ".join(map(str, value)) if isinstance(value, list) else value
+        expected = " ".join(f"{meanings[key]} (default: {shown})".split())
+        assert expected in text[text.index(option) :], key

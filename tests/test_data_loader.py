@@ -1,0 +1,369 @@
+"""The loader: which windows it serves, in which order, and what it says of bad data."""
+
+import contextlib
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_loader
+from conftest import Trap, numbered_frames, read_numbers, write_chunk
+from data_loader import Windows, chunks_holding, find_chunks, read_chunk, read_header, window_starts
+from errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def counting_chunks(folder: Path, sizes: dict[str, int], **arrays) -> None:
+    """Chunks of numbered frames: frame i of chunk k has number 1000 · k + i, its action is i modulo 15."""
+    for name, size in sizes.items():
+        numbers = 1000 * int(name) + np.arange(size)
+        extra = {"ta": np.arange(size) % 15} | {key: make(size) for key, make in arrays.items()}
+        write_chunk(folder / f"{name}.npz", numbered_frames(numbers), **extra)
+
+
+# ---------------------------------------------------------------- windows
+
+
+def test_windows_hold_consecutive_frames_of_one_chunk_in_the_numeric_order_of_chunks(tmp_path):
+    counting_chunks(tmp_path, {"10": 5, "2": 4, "0": 3})
+    windows = Windows(tmp_path, device=CPU)
+    expected = [
+        [1000 * k + i, 1000 * k + i + 1, 1000 * k + i + 2]
+        for k, n in ((0, 1), (2, 2), (10, 3))
+        for i in range(n)
+    ]
+    assert len(windows) == 6
+    assert read_numbers(windows.gather(windows.all())).tolist() == expected
+    assert windows.frames.dtype == torch.uint8
+    assert windows.gather(windows.all()).shape == (6, 3, 64, 64, 3)
+
+
+def test_the_action_of_a_window_is_the_one_taken_at_its_middle_frame(tmp_path):
+    counting_chunks(tmp_path, {"0": 40, "1": 30})
+    windows = Windows(tmp_path, device=CPU)
+    ids = torch.randperm(len(windows))
+    middle = read_numbers(windows.middle_frames(ids))
+    np.testing.assert_array_equal(middle, read_numbers(windows.gather(ids))[:, 1])
+    np.testing.assert_array_equal(windows.actions(ids), middle % 1000 % 15)
+    assert windows.actions(ids).dtype == torch.int64
+
+
+@given(st.lists(st.booleans(), min_size=3, max_size=30), st.booleans())
+def test_windows_around_episode_ends_equal_a_loop(done, skip_resets):
+    done = np.array(done)
+    expected = [start for start in range(len(done) - 2) if not (skip_resets and any(done[start : start + 3]))]
+    assert window_starts(done, len(done), skip_resets).tolist() == expected
+    assert window_starts(None, len(done), skip_resets).tolist() == list(range(len(done) - 2))
+
+
+def test_windows_that_touch_an_episodes_end_are_left_out_of_every_chunk_unless_kept(tmp_path):
+    def ends(size: int) -> np.ndarray:
+        return np.arange(size) % 7 == 4
+
+    counting_chunks(tmp_path, {"0": 20, "1": 12}, done=ends)
+    for skip_resets in (True, False):
+        windows = Windows(tmp_path, device=CPU, skip_resets=skip_resets)
+        expected = [
+            1000 * k + start
+            for k, size in ((0, 20), (1, 12))
+            for start in range(size - 2)
+            if not (skip_resets and ends(size)[start : start + 3].any())
+        ]
+        assert read_numbers(windows.gather(windows.all()))[:, 0].tolist() == expected
+
+
+def test_frames_alone_are_enough(tmp_path):
+    write_chunk(tmp_path / "0.npz", numbered_frames(np.arange(5)))
+    windows = Windows(tmp_path, device=CPU)
+    assert windows.ta is None
+    assert len(windows) == 3
+    assert "without true actions" in windows.summary()
+
+
+def test_actions_count_only_when_every_chunk_has_them(tmp_path):
+    counting_chunks(tmp_path, {"0": 5})
+    write_chunk(tmp_path / "1.npz", numbered_frames(np.arange(5)))
+    assert Windows(tmp_path, device=CPU).ta is None
+    assert Windows(tmp_path, device=CPU, limit=1).ta is not None
+
+
+def test_other_keys_and_other_files_are_ignored(tmp_path):
+    counting_chunks(tmp_path, {"3": 4}, rewards=np.zeros, notes=lambda size: np.array(["a"] * size, object))
+    (tmp_path / "dataset.json").write_text("{}")
+    for name in ("extra.npz", "0.npz.part", "-1.npz", "².npz", "1.5.npz"):
+        (tmp_path / name).write_bytes(b"no chunk")
+    assert find_chunks(tmp_path) == [tmp_path / "3.npz"]
+    assert len(Windows(tmp_path, device=CPU)) == 2
+
+
+def test_compressed_and_fortran_ordered_chunks_are_read_alike(tmp_path):
+    obs = np.random.default_rng(0).integers(256, size=(4, 64, 64, 3), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "0.npz", obs=obs)
+    np.savez(tmp_path / "1.npz", obs=np.asfortranarray(obs))
+    frames = Windows(tmp_path, device=CPU).frames
+    np.testing.assert_array_equal(frames[:4], obs)
+    np.testing.assert_array_equal(frames[4:], obs)
+
+
+def test_only_the_first_chunks_are_read_when_limited(tmp_path):
+    counting_chunks(tmp_path, {"0": 5, "1": 5, "2": 5})
+    (tmp_path / "2.npz").write_bytes(b"never read")
+    windows = Windows(tmp_path, device=CPU, limit=2)
+    assert len(windows.frames) == 10
+    assert windows.num_chunks == 2
+
+
+def test_number_of_first_chunks_that_hold_enough_frames(tmp_path):
+    counting_chunks(tmp_path, {"0": 5, "1": 5, "2": 5})
+    assert [chunks_holding(tmp_path, frames) for frames in (1, 5, 6, 15, 99)] == [1, 1, 2, 3, 3]
+
+
+def test_configured_splits_and_what_is_printed_of_them(workplace, capsys):
+    train, test = Windows.splits(workplace.config("--data.train_chunks", "1"), CPU)
+    # 40 frames, an end at 20: the windows that hold frame 20 are left out.
+    assert (len(train), len(test)) == (35, 35)
+    assert not torch.equal(train.frames, test.frames)
+    assert "train: 40 frames in 1 chunks, 35 windows, with true actions" in capsys.readouterr().out
+    assert len(Windows.splits(workplace.config("--data.skip_resets", "false"), CPU)[0]) == 2 * 38
+
+    shutil.rmtree(workplace.data / workplace.GAME / "test")
+    train, test = Windows.splits(workplace.config(), CPU)
+    assert test is train
+    assert "test: no such folder, so the training windows are measured" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- order of batches
+
+
+@pytest.fixture(scope="module")
+def seventeen(tmp_path_factory) -> Path:
+    """A folder with 17 windows in two chunks."""
+    folder = tmp_path_factory.mktemp("seventeen")
+    counting_chunks(folder, {"0": 12, "1": 9})
+    return folder
+
+
+@given(batch_size=st.integers(1, 40), seed=st.integers(0, 2**31 - 1))
+def test_batches_cut_an_endless_row_of_exact_permutations(seventeen, batch_size, seed):
+    windows = Windows(seventeen, device=CPU)
+    steps = -(-4 * 17 // batch_size)
+    batches = [windows.batch(step, batch_size, seed) for step in range(steps)]
+    assert all(len(batch) == batch_size for batch in batches)
+    row = torch.cat(batches)
+    epochs = [row[17 * k : 17 * (k + 1)].tolist() for k in range(4)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(17))
+    assert len({tuple(epoch) for epoch in epochs}) == 4  # each its own order
+
+
+def test_a_batch_depends_on_seed_and_step_alone(seventeen):
+    first, second = Windows(seventeen, device=CPU), Windows(seventeen, device=CPU)
+    in_order = [first.batch(step, 5, 0) for step in range(20)]
+    torch.manual_seed(1234)
+    for step in (19, 3, 11, 0, 3):
+        torch.rand(7)
+        assert torch.equal(second.batch(step, 5, 0), in_order[step])
+    state = torch.get_rng_state()
+    second.batch(40, 5, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(torch.cat(in_order), torch.cat([first.batch(step, 5, 1) for step in range(20)]))
+
+
+# ---------------------------------------------------------------- bad data
+
+
+def good(frames: int = 5) -> dict[str, np.ndarray]:
+    return {
+        "obs": numbered_frames(np.arange(frames)),
+        "ta": np.arange(frames) % 15,
+        "done": np.zeros(frames, bool),
+    }
+
+
+def bad_chunk(kind: str, path: Path) -> None:
+    """Write a chunk with the named fault."""
+    arrays = good()
+    trap = np.array([Trap(path.parent / "executed")] * 5, object)
+    match kind:
+        case "no obs":
+            del arrays["obs"]
+        case "wrong shape":
+            arrays["obs"] = arrays["obs"][:, :32]
+        case "no colours":
+            arrays["obs"] = arrays["obs"][..., 0]
+        case "wrong dtype":
+            arrays["obs"] = arrays["obs"].astype(np.float32)
+        case "two frames":
+            arrays = good(2)
+        case "negative ta":
+            arrays["ta"] = arrays["ta"] - 1
+        case "huge ta":
+            arrays["ta"] = np.full(5, 2**63, np.uint64)
+        case "float ta":
+            arrays["ta"] = arrays["ta"].astype(np.float32)
+        case "ta of wrong length":
+            arrays["ta"] = arrays["ta"][:4]
+        case "done of wrong length":
+            arrays["done"] = arrays["done"][:3]
+        case "done of wrong dtype":
+            arrays["done"] = arrays["done"].astype(np.int64)
+        case "pickled obs":
+            arrays["obs"] = trap
+        case "pickled ta":
+            arrays["ta"] = trap
+    np.savez(path, **arrays)
+    content = path.read_bytes()
+    match kind:
+        case "empty":
+            path.write_bytes(b"")
+        case "truncated":
+            path.write_bytes(content[: len(content) // 2])
+        case "a bare array":
+            np.save(path.with_suffix(".npy"), arrays["obs"])
+            path.with_suffix(".npy").rename(path)
+        case "text":
+            path.write_text("these are no frames")
+        case "flipped bits":
+            damaged = bytearray(content)
+            damaged[len(content) // 2] ^= 16
+            path.write_bytes(damaged)
+        case "encrypted":
+            damaged = bytearray(content)
+            for name in (b"PK\x03\x04", b"PK\x01\x02"):
+                start = content.find(name)
+                damaged[start + (6 if name[2] == 3 else 8)] |= 1
+            path.write_bytes(damaged)
+        case "a folder":
+            path.unlink()
+            path.mkdir()
+
+
+FAULTS = {
+    "no obs": "holds no array `obs`, found: done.npy, ta.npy",
+    "wrong shape": "`obs` must be uint8 (N, 64, 64, 3), found uint8 (5, 32, 64, 3)",
+    "no colours": "`obs` must be uint8 (N, 64, 64, 3), found uint8 (5, 64, 64)",
+    "wrong dtype": "`obs` must be uint8 (N, 64, 64, 3), found float32",
+    "two frames": "holds 2 frames; a chunk needs at least 3",
+    "negative ta": "`ta` must lie in 0..255, found -1..3",
+    "huge ta": "`ta` must lie in 0..255, found",
+    "float ta": "`ta` must be integers (5,), found float32",
+    "ta of wrong length": "`ta` must be integers (5,), found int64 (4,)",
+    "done of wrong length": "`done` must be bool (5,), found bool (3,)",
+    "done of wrong dtype": "`done` must be bool (5,), found int64",
+    "pickled obs": "`obs` must be uint8",
+    "pickled ta": "`ta` must be integers",
+    "empty": "is not a readable npz file",
+    "truncated": "is not a readable npz file",
+    "a bare array": "is not a readable npz file",
+    "text": "is not a readable npz file",
+    "flipped bits": "is not a readable npz file",
+    "encrypted": "is not a readable npz file",
+    "a folder": "is not a readable npz file",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_chunk_is_named_with_its_fault(fault, tmp_path):
+    counting_chunks(tmp_path, {"0": 5})
+    bad_chunk(fault, tmp_path / "1.npz")
+    with pytest.raises(UserError) as error:
+        Windows(tmp_path, device=CPU)
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / "1.npz"))
+    assert FAULTS[fault] in message
+    assert "\n" not in message
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_header_that_claims_fewer_frames_than_stored_is_no_excuse(tmp_path):
+    """The checksum covers the header; reading only the frames it claims would never reach it."""
+    path = write_chunk(tmp_path / "0.npz", numbered_frames(np.arange(8)))
+    content = path.read_bytes()
+    assert content.count(b"'shape': (8,") == 1
+    path.write_bytes(content.replace(b"'shape': (8,", b"'shape': (7,"))
+    with pytest.raises(UserError, match="is not a readable npz file"):
+        Windows(tmp_path, device=CPU)
+
+
+def test_an_array_whose_name_is_damaged_is_not_taken_for_absent(tmp_path):
+    path = tmp_path / "0.npz"
+    np.savez(path, **good())
+    directory, entry = path.read_bytes().rsplit(b"done.npy", 1)
+    path.write_bytes(directory + b"dome.npy" + entry)
+    with pytest.raises(UserError, match="is not a readable npz file"):
+        Windows(tmp_path, device=CPU)
+
+
+def test_missing_and_empty_folders_say_how_to_get_data(tmp_path):
+    folder = tmp_path / "bigfish" / "train"
+    with pytest.raises(
+        UserError, match=r"train does not exist; make it with .*record_expert.py --env bigfish"
+    ):
+        Windows(folder, device=CPU)
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"train holds no chunk \(<number>.npz\).*setup_data.sh bigfish"):
+        Windows(folder, device=CPU)
+
+
+def test_data_in_which_every_window_touches_an_episodes_end_is_refused(tmp_path):
+    counting_chunks(tmp_path, {"0": 6}, done=lambda size: np.arange(size) % 3 == 2)
+    with pytest.raises(UserError, match="every window of its 6 frames touches an episode's end"):
+        Windows(tmp_path, device=CPU)
+
+
+def test_frames_that_do_not_fit_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    counting_chunks(tmp_path, {"0": 50, "1": 50})
+    monkeypatch.setattr(data_loader, "_free_bytes", lambda device: 1_000_000)
+    with pytest.raises(UserError, match=r"100 frames need 0.0 GB on cpu.*lower data.train_chunks"):
+        Windows(tmp_path, device=CPU)
+
+
+def read_fully(path: Path) -> dict[str, np.ndarray]:
+    """What the loader makes of one chunk file."""
+    size = read_header(path)
+    chunk = read_chunk(path)
+    assert len(chunk["obs"]) == size
+    return chunk
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@settings(max_examples=200)
+@given(data=st.data())
+def test_a_damaged_chunk_is_refused_or_read_correctly(tmp_path_factory, compression, data):
+    """Flipped bits, missing and repeated pieces: a UserError, or the very arrays that were written."""
+    folder = tmp_path_factory.getbasetemp() / f"damaged{compression}"
+    path, source = folder / "0.npz", folder / "source.npz"
+    if not source.exists():
+        folder.mkdir()
+        (np.savez if compression == zipfile.ZIP_STORED else np.savez_compressed)(source, **good())
+    content = bytearray(source.read_bytes())
+    # Most of the file is pixels: aim at the structures around them as often.
+    interesting = [
+        i for i in range(len(content)) if content[i : i + 2] == b"PK" or content[i : i + 6] == b"\x93NUMPY"
+    ]
+    places = st.integers(0, len(content) - 1) | st.builds(
+        lambda start, offset: min(start + offset, len(content) - 1),
+        st.sampled_from(interesting),
+        st.integers(0, 140),
+    )
+    for _ in range(data.draw(st.integers(1, 4))):
+        match data.draw(st.sampled_from(["flip", "flip", "flip", "cut", "repeat"])):
+            case "flip":
+                content[min(data.draw(places), len(content) - 1)] ^= data.draw(st.integers(1, 255))
+            case "cut":
+                start = data.draw(places)
+                del content[start : start + data.draw(st.integers(1, 5000))]
+            case "repeat":
+                start = data.draw(places)
+                content[start:start] = content[start : start + data.draw(st.integers(1, 500))]
+        if not content:
+            break
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
+        np.testing.assert_equal(read_fully(path), good())

@@ -1,0 +1,275 @@
+"""Decoders: when they are trained, on which pairs of latent and action, and how."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from config import DecoderConfig, load_config
+from conftest import numbered_frames
+from decoding import OnlineDecoder, epochs, fit, training_updates
+from models import Decoder
+from training import Compute
+
+CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
+
+
+@pytest.fixture(scope="module")
+def cfg() -> DecoderConfig:
+    """The published settings."""
+    return load_config([]).decoder
+
+
+# ---------------------------------------------------------------- when
+
+
+def test_at_full_length_the_decoder_is_trained_after_exactly_the_described_updates(cfg):
+    """While 10,000 < env steps < 400,000, and below 50,000 or after every 20th update of 64·64 steps."""
+    described = [
+        update
+        for update in range(1, 977 + 1)
+        if 10_000 < 4096 * update < 400_000 and (4096 * update < 50_000 or update % 20 == 0)
+    ]
+    assert described == [*range(3, 13), 20, 40, 60, 80]
+    assert training_updates(cfg, 977, 4096, 1.0) == described
+
+
+def test_in_a_run_of_a_quarter_the_schedule_shrinks_in_proportion(cfg):
+    # 2,500 < env steps < 100,000, and below 12,500 or after every fifth update.
+    assert training_updates(cfg, 245, 4096, 0.25) == [1, 2, 3, 5, 10, 15, 20]
+
+
+@given(envs=st.integers(1, 128), steps=st.integers(1, 128), length=st.integers(1, 4_000_000))
+def test_however_short_the_run_the_decoder_is_trained(cfg, envs, steps, length):
+    updates, scale = -(-length // (envs * steps)), length / 4_000_000
+    chosen = training_updates(cfg, updates, envs * steps, scale)
+    assert chosen
+    assert chosen == sorted(set(chosen))
+    assert chosen[0] >= 1
+    assert chosen[-1] <= updates
+    assert all(cfg.start * scale < update * envs * steps for update in chosen)
+    assert all(update * envs * steps < cfg.until * scale for update in chosen[1:])
+
+
+# ---------------------------------------------------------------- on what
+
+
+class SeeingIDM(nn.Module):
+    """Its latent actions are the numbers of the three frames it is shown."""
+
+    def label(self, window: Tensor) -> Tensor:
+        pixels = ((window[:, :, 0, 0] + 0.5) * 255).round().view(-1, 3, 3)
+        return pixels @ torch.tensor([1.0, 256.0, 65536.0])
+
+
+class Play:
+    """Random actions and episode ends; the frame of environment n at time t has number 1000 · n + t."""
+
+    def __init__(self, length: int, envs: int, ends: float, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.envs = envs
+        self.actions = rng.integers(15, size=(length, envs))
+        self.dones = rng.random((length, envs)) < ends
+
+    def frames(self, time: int) -> Tensor:
+        return torch.from_numpy(numbered_frames(1000 * np.arange(self.envs) + time))
+
+    def show(self, decoder: OnlineDecoder, start: int, end: int) -> Tensor:
+        """One rollout: what the agent sees and does from `start` on; returns the frames at `end`."""
+        for time in range(start, end):
+            decoder.watch(
+                self.frames(time), torch.from_numpy(self.actions[time]), torch.from_numpy(self.dones[time])
+            )
+        return self.frames(end)
+
+    def pairs(self, end: int) -> list[tuple[int, ...]]:
+        """By loops: numbers of the three frames of each window within an episode, and the middle action."""
+        found = []
+        for n in range(self.envs):
+            for t in range(1, end):
+                if not self.dones[t - 1, n] and not self.dones[t, n]:
+                    numbers = [1000 * n + t - 1, 1000 * n + t, 1000 * n + t + 1]
+                    found.append((*numbers, self.actions[t, n]))
+        return sorted(found)
+
+
+def kept_pairs(decoder: OnlineDecoder) -> list[tuple[int, ...]]:
+    la, ta = decoder.state_dict()["pairs"]
+    return sorted((*map(int, row), int(action)) for row, action in zip(la.tolist(), ta, strict=True))
+
+
+def online_decoder(cfg: DecoderConfig, updates: list[int]) -> OnlineDecoder:
+    return OnlineDecoder(Decoder(3, 15, tuple(cfg.hidden)), SeeingIDM(), cfg, CPU, updates)
+
+
+@given(
+    rollouts=st.lists(st.integers(1, 9), min_size=2, max_size=5),
+    envs=st.integers(1, 4),
+    ends=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+)
+def test_pairs_hold_each_window_within_an_episode_beside_the_action_at_its_middle(cfg, rollouts, envs, ends):
+    """Across the borders of rollouts of any length, and never across an episode's end."""
+    play = Play(sum(rollouts), envs, ends)
+    decoder = online_decoder(cfg, [99])
+    time = 0
+    for update, length in enumerate(rollouts, start=1):
+        frames = play.show(decoder, time, time + length)
+        time += length
+        assert decoder.learn(frames, update) == {}
+        if time > 1:
+            assert kept_pairs(decoder) == play.pairs(time)
+
+
+def test_training_takes_all_pairs_so_far(cfg):
+    play = Play(40, 3, 0.1)
+    decoder = online_decoder(cfg, [2, 4])
+    for update in range(1, 5):
+        metrics = decoder.learn(play.show(decoder, 10 * update - 10, 10 * update), update)
+        if update in (2, 4):
+            assert metrics["decoder_pairs"] == len(play.pairs(10 * update))
+        else:
+            assert not metrics
+
+
+def test_nothing_is_labelled_or_kept_after_the_last_training(cfg):
+    play = Play(30, 3, 0.0)
+    decoder = online_decoder(cfg, [2])
+    for update in range(1, 4):
+        decoder.learn(play.show(decoder, 10 * update - 10, 10 * update), update)
+    state = decoder.state_dict()
+    assert not state["active"]
+    assert not state["steps"]
+    assert state["pairs"] == [None, None]
+
+
+def test_a_decoder_that_is_never_trained_keeps_nothing(cfg):
+    play = Play(10, 3, 0.0)
+    decoder = online_decoder(cfg, [])
+    assert decoder.learn(play.show(decoder, 0, 10), 1) == {}
+    assert not decoder.state_dict()["steps"]
+
+
+def test_without_a_single_pair_the_decoder_stays_as_it_is(cfg):
+    play = Play(10, 3, 1.0)
+    decoder = online_decoder(cfg, [1, 2])
+    before = copy.deepcopy(decoder.decoder.state_dict())
+    assert decoder.learn(play.show(decoder, 0, 10), 1) == {}
+    torch.testing.assert_close(decoder.decoder.state_dict(), before, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- how
+
+
+def smoothed_cross_entropy(logits: Tensor, ta: Tensor, smoothing: float) -> Tensor:
+    logprobs = logits - logits.logsumexp(-1, keepdim=True)
+    target = torch.full_like(logprobs, smoothing / logits.shape[-1])
+    target[torch.arange(len(ta)), ta] += 1 - smoothing
+    return -(target * logprobs).sum(-1).mean()
+
+
+def test_training_equals_adam_on_smoothed_labels_from_a_new_start(cfg):
+    """Fewer pairs than a batch holds, so every epoch is one step whatever the order."""
+    play = Play(12, 3, 0.1)
+    decoder = online_decoder(cfg, [1, 2])
+    frames = play.show(decoder, 0, 12)
+    torch.manual_seed(7)
+    metrics = decoder.learn(frames, 1)
+
+    torch.manual_seed(7)
+    fresh = Decoder(3, 15, (192, 128, 64))
+    rows = torch.tensor(np.array(play.pairs(12)))
+    la, ta = rows[:, :3].float(), rows[:, 3]
+    optimizer = torch.optim.Adam(fresh.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = smoothed_cross_entropy(fresh(la), ta, 0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    torch.testing.assert_close(decoder.decoder.state_dict(), fresh.state_dict(), rtol=1e-5, atol=1e-5)
+    assert metrics["decoder_loss"].item() == pytest.approx(np.mean(losses), rel=1e-5)
+    right = (fresh(la).argmax(-1) == ta).float().mean()
+    assert metrics["decoder_acc"].item() == pytest.approx(right.item())
+
+
+def test_every_training_starts_anew(cfg):
+    play = Play(12, 3, 0.1)
+    weights = []
+    for scale in (1.0, 100.0):
+        decoder = online_decoder(cfg, [1])
+        with torch.no_grad():
+            for param in decoder.decoder.parameters():
+                param.mul_(scale)
+        frames = play.show(decoder, 0, 12)
+        torch.manual_seed(0)
+        decoder.learn(frames, 1)
+        weights.append(decoder.decoder.state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_a_trained_decoder_hands_over_its_weights_and_stays_frozen(cfg):
+    decoder = online_decoder(cfg, [1])
+    acting = decoder.decoder.requires_grad_(False)
+    before = copy.deepcopy(acting.state_dict())
+    play = Play(12, 3, 0.1)
+    decoder.learn(play.show(decoder, 0, 12), 1)
+    assert decoder.decoder is acting
+    assert not torch.equal(acting[0].weight, before["0.weight"])
+    assert not any(p.requires_grad for p in acting.parameters())
+    assert all(p.grad is None for p in acting.parameters())
+
+
+@pytest.mark.parametrize("interrupted_after", [1, 2, 3, 4, 5])
+def test_a_restored_decoder_continues_as_if_nothing_had_happened(cfg, interrupted_after, tmp_path):
+    cfg = replace(cfg, hidden=[8], batch_size=16)
+    play = Play(60, 2, 0.1)
+
+    def learn(decoder: OnlineDecoder, first: int, last: int) -> None:
+        for update in range(first, last + 1):
+            frames = play.show(decoder, 10 * update - 10, 10 * update)
+            torch.manual_seed(update)
+            decoder.learn(frames, update)
+
+    whole = online_decoder(cfg, [2, 3, 5])
+    learn(whole, 1, 6)
+    broken_off = online_decoder(cfg, [2, 3, 5])
+    learn(broken_off, 1, interrupted_after)
+    torch.save(broken_off.state_dict(), tmp_path / "state.pt")
+    continued = online_decoder(cfg, [2, 3, 5])
+    continued.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    continued.decoder.load_state_dict(broken_off.decoder.state_dict())
+    learn(continued, interrupted_after + 1, 6)
+    torch.testing.assert_close(continued.decoder.state_dict(), whole.decoder.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(continued.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+@given(size=st.integers(1, 50), batch_size=st.integers(1, 60), count=st.integers(1, 3))
+def test_epochs_are_permutations_in_batches(size, batch_size, count):
+    batches = list(epochs(size, count, batch_size, torch.device("cpu")))
+    row = torch.cat(batches).view(count, size)
+    assert all(sorted(epoch.tolist()) == list(range(size)) for epoch in row)
+    assert max(map(len, batches)) <= batch_size
+
+
+def test_fit_trains_the_named_network_on_the_named_examples():
+    torch.manual_seed(0)
+    network, inputs, ta = nn.Linear(4, 3), torch.randn(10, 4), torch.randint(3, (10,))
+    by_hand = copy.deepcopy(network)
+    batches = [torch.tensor([0, 1, 2]), torch.tensor([3]), torch.tensor([9, 9])]
+    loss = fit(lambda ids: network(inputs[ids]), network, ta, batches, lr=0.1)
+    optimizer = torch.optim.Adam(by_hand.parameters(), lr=0.1)
+    losses = []
+    for ids in batches:
+        losses.append(F.cross_entropy(by_hand(inputs[ids]), ta[ids]))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    torch.testing.assert_close(network.state_dict(), by_hand.state_dict(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,607 @@
+"""The networks against the method's description: naive loops, hand counts, and functional re-statements."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models import (
+    IDM,
+    ActorCritic,
+    DecodedPolicy,
+    Decoder,
+    Policy,
+    TwoPathPolicy,
+    VectorQuantizer,
+    WorldModel,
+    make_value_head,
+    normalize,
+    stack_frames,
+)
+
+EXACT = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def frames(*shape: int, seed: int = 0) -> Tensor:
+    """Random uint8 frames (*shape, 64, 64, 3)."""
+    return torch.randint(
+        256, (*shape, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+# ---------------------------------------------------------------- frames
+
+
+def test_normalize_maps_bytes_to_plus_minus_a_half():
+    pixel = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(2, 64, 64, 3)
+    for channel, value in enumerate((-0.5, -0.3, 0.5)):
+        torch.testing.assert_close(normalize(pixel)[:, channel], torch.full((2, 64, 64), value))
+
+
+def test_stack_frames_puts_the_windows_frames_in_order_on_the_channels():
+    window = frames(2, 3)
+    stacked = stack_frames(window)
+    assert stacked.shape == (2, 9, 64, 64)
+    for t in range(3):
+        torch.testing.assert_close(stacked[:, 3 * t : 3 * t + 3], normalize(window[:, t]))
+
+
+# ---------------------------------------------------------------- vector quantiser
+
+
+class QuantizerByLoops:
+    """The quantiser's description, number by number in Python floats."""
+
+    def __init__(self, vq: VectorQuantizer):
+        self.codebook = vq.codebook.tolist()
+        self.weight = vq.ema_weight.tolist()
+        self.count = vq.ema_count.tolist()
+        self.latents = vq.num_latents
+        self.decay, self.cost, self.epsilon = vq.decay, vq.commitment_cost, vq.epsilon
+
+    def view(self, row: list[float], codebook: int, slot: int) -> list[float]:
+        """The vector of one slot: of (codebooks · emb_dim, latents), slots vary fastest."""
+        dim = len(self.codebook[0][0])
+        return [row[(codebook * dim + d) * self.latents + slot] for d in range(dim)]
+
+    def distance(self, x: list[float], codebook: int, code: int) -> float:
+        return sum((a - b) ** 2 for a, b in zip(x, self.codebook[codebook][code], strict=True))
+
+    def quantize(self, la: Tensor, indices: Tensor) -> tuple[Tensor, float, float]:
+        """Latents quantised by the chosen `indices`, the commitment loss, the perplexity."""
+        la_q = torch.empty_like(la)
+        square_error, perplexity = 0.0, 0.0
+        dim, codes = len(self.codebook[0][0]), len(self.codebook[0])
+        for n in range(len(self.codebook)):
+            used = [0] * codes
+            for b, row in enumerate(la.tolist()):
+                for slot in range(self.latents):
+                    code = int(indices[b, n, slot])
+                    used[code] += 1
+                    square_error += self.distance(self.view(row, n, slot), n, code)
+                    for d in range(dim):
+                        la_q[b, (n * dim + d) * self.latents + slot] = self.codebook[n][code][d]
+            shares = [u / sum(used) for u in used if u]
+            perplexity += math.exp(-sum(p * math.log(p) for p in shares))
+        return la_q, self.cost * square_error / la.numel(), perplexity
+
+    def update(self, la: Tensor, indices: Tensor) -> None:
+        for n in range(len(self.codebook)):
+            codes, dim = len(self.codebook[n]), len(self.codebook[n][0])
+            number = [0] * codes
+            total = [[0.0] * dim for _ in range(codes)]
+            for b, row in enumerate(la.tolist()):
+                for slot in range(self.latents):
+                    code = int(indices[b, n, slot])
+                    number[code] += 1
+                    for d, value in enumerate(self.view(row, n, slot)):
+                        total[code][d] += value
+            count = [
+                self.decay * c + (1 - self.decay) * k for c, k in zip(self.count[n], number, strict=True)
+            ]
+            mass = sum(count)
+            self.count[n] = [(c + self.epsilon) / (mass + codes * self.epsilon) * mass for c in count]
+            for code in range(codes):
+                for d in range(dim):
+                    moved = self.decay * self.weight[n][code][d] + (1 - self.decay) * total[code][d]
+                    self.weight[n][code][d] = moved
+                    self.codebook[n][code][d] = moved / self.count[n][code]
+
+    def assert_nearest(self, la: Tensor, indices: Tensor) -> None:
+        for b, row in enumerate(la.tolist()):
+            for n in range(len(self.codebook)):
+                for slot in range(self.latents):
+                    x = self.view(row, n, slot)
+                    distances = [self.distance(x, n, code) for code in range(len(self.codebook[n]))]
+                    assert distances[indices[b, n, slot]] == pytest.approx(min(distances), rel=1e-5, abs=1e-5)
+
+    def assert_state(self, vq: VectorQuantizer) -> None:
+        for name in ("codebook", "weight", "count"):
+            kept = vq.codebook if name == "codebook" else getattr(vq, f"ema_{name}")
+            torch.testing.assert_close(kept, torch.tensor(getattr(self, name)), **EXACT)
+
+
+@given(
+    codebooks=st.integers(1, 3),
+    latents=st.integers(1, 4),
+    codes=st.integers(2, 9),
+    dim=st.integers(1, 5),
+    batch=st.integers(1, 12),
+    decay=st.sampled_from([0.0, 0.9, 0.999]),
+    seed=st.integers(0, 999),
+)
+def test_three_quantiser_steps_equal_loops(codebooks, latents, codes, dim, batch, decay, seed):
+    torch.manual_seed(seed)
+    vq = VectorQuantizer(codebooks, latents, codes, dim, decay=decay)
+    loops = QuantizerByLoops(vq)
+    for _ in range(3):
+        la = torch.randn(batch, codebooks * latents * dim)
+        out = vq(la)
+        la_q, loss, perplexity = loops.quantize(la, out.indices)  # with the codes before this update
+        loops.assert_nearest(la, out.indices)
+        torch.testing.assert_close(out.la_q, la_q, **EXACT)
+        assert float(out.loss) == pytest.approx(loss, rel=1e-5)
+        assert float(out.perplexity) == pytest.approx(perplexity, rel=1e-5)
+        loops.update(la, out.indices)
+        loops.assert_state(vq)
+        # Rounding must not add up in what the test compares against.
+        loops = QuantizerByLoops(vq)
+
+
+def test_published_start_is_uniform_codes_and_counts_of_zero():
+    vq = VectorQuantizer(2, 4, 64, 16)
+    assert vq.codebook.shape == (2, 64, 16)
+    assert vq.codebook.abs().max() <= 5 / 64
+    assert vq.codebook.abs().max() > 0.99 * 5 / 64
+    assert vq.codebook.mean().abs() < 0.005
+    assert torch.equal(vq.ema_weight, vq.codebook)
+    assert torch.equal(vq.ema_count, torch.zeros(2, 64))
+
+
+def test_published_start_throws_the_codes_away_with_the_first_update():
+    torch.manual_seed(0)
+    vq = VectorQuantizer(2, 4, 64, 16)
+    vq(0.05 * torch.randn(128, 128))
+    assert 1_000 < vq.codebook.abs().max() < 100_000
+    assert vq(0.05 * torch.randn(128, 128)).perplexity < 4  # of 128: hardly any code is left in reach
+
+
+def test_quantiser_in_eval_mode_never_changes():
+    vq = VectorQuantizer(2, 2, 8, 4, start="data").eval()
+    before = copy.deepcopy(vq.state_dict())
+    vq(torch.randn(16, 16))
+    assert all(torch.equal(value, before[key]) for key, value in vq.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_straight_through_gradient_is_identity_plus_commitment(training):
+    torch.manual_seed(0)
+    vq = VectorQuantizer(2, 4, 16, 8, commitment_cost=0.3).train(training)
+    la = torch.randn(5, 64, requires_grad=True)
+    upstream = torch.randn(5, 64)
+    out = vq(la)
+    ((out.la_q * upstream).sum() + out.loss).backward()
+    commitment = 0.3 * 2 * (la - out.la_q).detach() / la.numel()
+    torch.testing.assert_close(la.grad, upstream + commitment, **EXACT)
+
+
+def test_perplexity_runs_from_one_to_the_number_of_codes_per_codebook():
+    vq = VectorQuantizer(2, 1, 4, 1)
+    vq.codebook.copy_(torch.tensor([0.0, 1, 2, 3])[None, :, None].expand(2, 4, 1))
+    vq.eval()
+    assert vq(torch.zeros(8, 2)).perplexity == pytest.approx(2.0)
+    assert vq(torch.arange(8.0)[:, None].remainder(4).expand(8, 2)).perplexity == pytest.approx(8.0)
+
+
+@given(batch=st.integers(1, 12), seed=st.integers(0, 999))
+def test_data_start_draws_the_codes_from_the_first_batch_with_counts_of_one(batch, seed):
+    torch.manual_seed(seed)
+    vq = VectorQuantizer(2, 3, 8, 4, start="data", decay=0.9)
+    assert torch.equal(vq.ema_count, torch.ones(2, 8))
+    view = QuantizerByLoops(vq).view
+    la = torch.randn(batch, 24)
+    out = vq(la)
+    for n in range(2):
+        latents = [view(row, n, slot) for row in la.tolist() for slot in range(3)]
+        codes = [view(row, n, slot) for row in out.la_q.tolist() for slot in range(3)]
+        assert all(code in [pytest.approx(x, abs=1e-6) for x in latents] for code in codes)
+        assert out.indices[:, n].unique().numel() == min(8, 3 * batch)
+
+
+def test_data_start_happens_in_the_first_training_batch_only_and_its_codes_quantise_that_batch():
+    torch.manual_seed(0)
+    vq = VectorQuantizer(1, 1, 8, 4, start="data")
+    first, second = torch.randn(8, 4), torch.randn(8, 4)
+    out = vq(first)
+    torch.testing.assert_close(out.la_q, first, **EXACT)  # as many codes as latents: each is its own code
+    assert out.perplexity == pytest.approx(8.0)
+    loops = QuantizerByLoops(vq)
+    out = vq(second)
+    loops.assert_nearest(second, out.indices)
+    loops.update(second, out.indices)
+    loops.assert_state(vq)
+
+
+def test_a_restored_quantiser_does_not_start_from_data_again():
+    torch.manual_seed(0)
+    vq = VectorQuantizer(2, 2, 8, 4, start="data")
+    vq(torch.randn(8, 16))
+    restored = VectorQuantizer(2, 2, 8, 4, start="data")
+    restored.load_state_dict(vq.state_dict())
+    la = torch.randn(8, 16)
+    torch.testing.assert_close(restored(la), vq(la), rtol=0, atol=0)
+    torch.testing.assert_close(restored.state_dict(), vq.state_dict(), rtol=0, atol=0)
+
+
+def test_quantiser_stays_in_fp32_under_autocast():
+    torch.manual_seed(0)
+    plain = VectorQuantizer(2, 2, 8, 4)
+    mixed = copy.deepcopy(plain)
+    la = torch.randn(8, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mixed(la)
+    assert {out.la_q.dtype, out.loss.dtype, out.perplexity.dtype, mixed.codebook.dtype} == {torch.float32}
+    torch.testing.assert_close(out, plain(la.float()), rtol=0, atol=0)
+    torch.testing.assert_close(mixed.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- IMPALA
+
+
+def impala(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The conv sequences of IMPALA, flattened, from the trunk's weights in their order of creation."""
+    convs = iter(zip(*[iter(weights.values())] * 2, strict=True))  # (weight, bias) of each convolution
+
+    def conv(x: Tensor) -> Tensor:
+        weight, bias = next(convs)
+        return F.conv2d(x, weight, bias, padding=1)
+
+    for _ in range(3):
+        x = F.max_pool2d(conv(x), 3, stride=2, padding=1)
+        for _ in range(2):
+            x = x + conv(conv(x.relu()).relu())
+    return x.flatten(1)
+
+
+def linear(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def hidden(weights: dict[str, Tensor], x: Tensor, fc: str = "fc") -> Tensor:
+    """IMPALA's 256 hidden units: flatten, ReLU, linear, ReLU."""
+    trunk = {key: value for key, value in weights.items() if key.startswith("trunk.")}
+    return linear(weights, fc, impala(trunk, x).relu()).relu()
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def conv_params(i: int, o: int, size: int = 3) -> int:
+    return o * i * size**2 + o
+
+
+def impala_params(channels: int, scale: int) -> int:
+    total = 0
+    for width in (16 * scale, 32 * scale, 32 * scale):
+        total += conv_params(channels, width) + 4 * conv_params(width, width)
+        channels = width
+    return total + (32 * scale * 8 * 8) * 256 + 256
+
+
+def test_sizes_of_idm_and_policies_at_the_published_scale():
+    vq = VectorQuantizer(2, 4, 64, 16)
+    assert count(IDM(4, 128, vq)) == impala_params(9, 4) + 256 * 128 + 128
+    assert count(Policy(128, 4)) == impala_params(3, 4) + 256 * 128 + 128
+    assert count(ActorCritic(15, 4)) == impala_params(3, 4) + 256 * 15 + 15 + 256 + 1
+
+
+def test_idm_equals_a_functional_statement():
+    torch.manual_seed(0)
+    idm = IDM(1, 16, VectorQuantizer(2, 2, 8, 4)).eval()
+    window = stack_frames(frames(3, 3))
+    weights = dict(idm.named_parameters())
+    expected = linear(weights, "head", hidden(weights, window))
+    la, quantized = idm(window)
+    torch.testing.assert_close(la, expected, **EXACT)
+    torch.testing.assert_close(idm.label(window), la, rtol=0, atol=0)
+    torch.testing.assert_close(quantized.la_q, idm.vq(la).la_q, rtol=0, atol=0)
+
+
+def test_idm_without_quantiser_passes_its_latents_through():
+    torch.manual_seed(0)
+    idm = IDM(1, 16, None)
+    la, quantized = idm(stack_frames(frames(3, 3)))
+    assert quantized.la_q is la
+    assert quantized.loss == 0
+    quantized.la_q.sum().backward()
+    assert all(p.grad is not None for p in idm.parameters())
+
+
+def test_policies_equal_a_functional_statement():
+    torch.manual_seed(0)
+    obs = frames(3)
+    policy = Policy(16, 1)
+    weights = dict(policy.named_parameters())
+    expected = linear(weights, "policy_head", hidden(weights, normalize(obs)))
+    torch.testing.assert_close(policy(normalize(obs)), expected, **EXACT)
+    torch.testing.assert_close(policy.logits(obs), expected, **EXACT)
+
+    actor = ActorCritic(15, 1)
+    weights = dict(actor.named_parameters())
+    h = hidden(weights, normalize(obs))
+    logits, value = actor(*actor.encode(obs))
+    torch.testing.assert_close(logits, linear(weights, "policy_head", h), **EXACT)
+    torch.testing.assert_close(value, linear(weights, "value_head", h).squeeze(-1), **EXACT)
+    torch.testing.assert_close(actor.logits(obs), logits, rtol=0, atol=0)
+
+
+def test_layers_keep_pytorchs_default_initialisation():
+    """Uniform within ±1/√fan_in, weights and biases alike: the default of linear layers and convolutions."""
+    torch.manual_seed(0)
+    networks = {
+        "idm": IDM(4, 128, None),
+        "policy": Policy(128, 4),
+        "actor": ActorCritic(15, 4),
+        "world model": WorldModel(128, 8),
+        "decoder": Decoder(128, 15, (192, 128, 64)),
+    }
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    for name, network in networks.items():
+        for key, layer in network.named_modules():
+            if isinstance(layer, layers) and key != "value_head":
+                bound = layer.weight[0].numel() ** -0.5
+                for param in (layer.weight, layer.bias):
+                    assert param.abs().max() <= bound, (name, key)
+                spread = layer.weight.detach().std()
+                assert spread == pytest.approx(bound / 3**0.5, rel=4 / layer.weight.numel() ** 0.5), (
+                    name,
+                    key,
+                )
+
+
+def test_value_head_is_orthogonal_with_gain_root_two_and_no_bias():
+    for head in (make_value_head(), ActorCritic(15, 1).value_head):
+        assert head.weight.shape == (1, 256)
+        assert head.weight.norm().item() ** 2 == pytest.approx(2.0, rel=1e-5)
+        assert head.bias.item() == 0
+
+
+def test_decoder_has_the_published_layers():
+    decoder = Decoder(128, 15, (192, 128, 64))
+    sizes = [(m.in_features, m.out_features) for m in decoder if isinstance(m, torch.nn.Linear)]
+    assert sizes == [(128, 192), (192, 128), (128, 64), (64, 15)]
+    torch.manual_seed(0)
+    la = torch.randn(4, 128)
+    x = la
+    for index in (0, 2, 4):
+        x = linear(dict(decoder.named_parameters()), str(index), x).relu()
+    expected = linear(dict(decoder.named_parameters()), "6", x)
+    torch.testing.assert_close(decoder(la), expected, **EXACT)
+
+
+# ---------------------------------------------------------------- world model
+
+
+def unet_shapes(la_dim: int, b: int) -> dict[str, tuple[int, ...]]:
+    """Weight shapes of the U-Net, from its description."""
+    shapes = {}
+
+    def residual(prefix: str, channels: int) -> None:
+        shapes[f"{prefix}.conv0"] = (channels // 2, channels, 3, 3)
+        shapes[f"{prefix}.conv1"] = (channels, channels // 2, 3, 3)
+
+    down = [b, 2 * b, 4 * b, 8 * b, 16 * b]
+    for k, (i, o) in enumerate(zip([6 + la_dim, *down], down, strict=False)):
+        shapes[f"down.{k}.conv"] = (o, i, 3, 3)
+        shapes[f"down.{k}.norm"] = (o,)
+        residual(f"down.{k}.residual", o)
+    shapes["bottleneck"] = (32 * b, 16 * b, 2, 2)
+    skips = [la_dim, *reversed(down)]
+    i = 32 * b
+    for k, (skip, o) in enumerate(zip(skips, [16 * b, 8 * b, 4 * b, 2 * b, b, b], strict=True)):
+        shapes[f"up.{k}.conv"] = (i + skip, o, 2, 2)  # transposed: inputs first
+        shapes[f"up.{k}.norm"] = (o,)
+        residual(f"up.{k}.residual", o)
+        i = o
+    shapes["out.0"] = (b, b + 6, 3, 3)
+    residual("out.1", b)
+    shapes["out.3"] = (3, b, 1, 1)
+    return shapes
+
+
+def unet(weights: dict[str, Tensor], images: Tensor, la_q: Tensor, training: bool) -> Tensor:
+    """The U-Net's description, functionally; the action as constant channels."""
+
+    def conv(name: str, x: Tensor, **options) -> Tensor:
+        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **options)
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        w = [weights[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(x, w[0].clone(), w[1].clone(), w[2], w[3], training)
+
+    def residual(name: str, x: Tensor) -> Tensor:
+        inner = conv(f"{name}.conv0", x.relu(), padding=1)
+        return x + conv(f"{name}.conv1", inner.relu(), padding=1)
+
+    action = la_q[:, :, None, None]
+    x = torch.cat([images, action.repeat(1, 1, 64, 64)], 1)
+    skips = []
+    for k in range(5):
+        x = norm(f"down.{k}.norm", conv(f"down.{k}.conv", x, padding=1))
+        x = F.max_pool2d(residual(f"down.{k}.residual", x), 2).relu()
+        skips.append(x)
+    x = conv("bottleneck", x)
+    assert x.shape[2:] == (1, 1)
+    for k, skip in enumerate([action, *skips[::-1]]):
+        up = f"up.{k}"
+        x = torch.cat([x, skip], 1)
+        x = F.conv_transpose2d(x, weights[f"{up}.conv.weight"], weights[f"{up}.conv.bias"], stride=2)
+        x = residual(f"{up}.residual", norm(f"{up}.norm", x)).relu()
+    x = conv("out.0", torch.cat([x, images], 1), padding=1)
+    return conv("out.3", residual("out.1", x).relu()).tanh() / 2
+
+
+def example(batch: int, la_dim: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.rand(batch, 6, 64, 64) - 0.5, torch.randn(batch, la_dim)
+
+
+@pytest.mark.parametrize(("la_dim", "width"), [(128, 24), (16, 8), (5, 2)])
+def test_world_model_has_the_described_layers(la_dim, width):
+    with torch.device("meta"):
+        model = WorldModel(la_dim, width)
+    weights = {
+        key.removesuffix(".weight"): tuple(value.shape)
+        for key, value in model.named_parameters()
+        if key.endswith(".weight")
+    }
+    assert weights == unet_shapes(la_dim, width)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fold_action", [True, False])
+def test_world_model_equals_a_functional_statement(fold_action, training):
+    torch.manual_seed(0)
+    model = WorldModel(10, 8, fold_action)
+    images, la_q = example(3, 10)
+    model(*example(4, 10))  # running statistics that are not the initial ones
+    model.train(training)
+    expected = unet(copy.deepcopy(model.state_dict()), images, la_q, training)
+    torch.testing.assert_close(model(images, la_q), expected, **EXACT)
+
+
+def test_world_models_output_is_an_image_within_plus_minus_a_half():
+    torch.manual_seed(0)
+    model = WorldModel(8, 2)
+    images, la_q = example(2, 8)
+    out = model(images, la_q)
+    assert out.shape == (2, 3, 64, 64)
+    assert out.abs().max() < 0.5
+    with torch.no_grad():
+        model.out[-1].weight.mul_(1e4)
+        extreme = model(images, la_q)
+    assert extreme.abs().max() == 0.5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_folded_action_equals_constant_channels_in_outputs_and_gradients(training):
+    torch.manual_seed(0)
+    folded = WorldModel(12, 8, fold_action=True).train(training)
+    plain = WorldModel(12, 8, fold_action=False).train(training)
+    plain.load_state_dict(folded.state_dict())
+    images, la_q = example(3, 12)
+    upstream = torch.randn(3, 3, 64, 64) / 16
+    results = []
+    for model in (folded, plain):
+        action = la_q.clone().requires_grad_()
+        out = model(images, action)
+        (out * upstream).sum().backward()
+        grads = {key: p.grad for key, p in model.named_parameters()} | {"la_q": action.grad}
+        results.append((out, grads, model.state_dict()))
+    torch.testing.assert_close(results[0], results[1], **EXACT)
+    grads = results[0][1]
+    assert grads["la_q"].abs().max() > 0.01
+    assert grads["down.0.conv.weight"][:, 6:].abs().max() > 0.01
+
+
+def test_folded_first_layer_equals_a_loop_over_pixels_up_to_the_borders():
+    torch.manual_seed(0)
+    model = WorldModel(3, 2)
+    _, la_q = example(2, 3)
+    kernel = model.down[0].conv.weight[:, 6:]
+    expected = torch.zeros(2, 2, 64, 64)
+    for y in (0, 1, 31, 62, 63):
+        for x in (0, 1, 31, 62, 63):
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    if 0 <= y + dy < 64 and 0 <= x + dx < 64:
+                        expected[:, :, y, x] += la_q @ kernel[:, :, dy + 1, dx + 1].T
+            torch.testing.assert_close(model.action_map(la_q)[:, :, y, x], expected[:, :, y, x], **EXACT)
+
+
+def test_world_model_depends_on_the_action_of_each_sample():
+    torch.manual_seed(0)
+    model = WorldModel(8, 8).eval()
+    images, la_q = example(2, 8)
+    before, after = model(images, la_q), model(images, torch.stack([la_q[0], la_q[1] + 1]))
+    assert torch.equal(before[0], after[0])
+    assert (before[1] - after[1]).abs().max() > 1e-4
+
+
+# ---------------------------------------------------------------- acting policies
+
+
+def two_paths(seed: int = 0) -> tuple[TwoPathPolicy, Policy, Decoder]:
+    """A two-path policy over a small latent policy and decoder, and copies of these two as they were."""
+    torch.manual_seed(seed)
+    latent_policy, decoder = Policy(16, 1), Decoder(16, 15, (12, 8))
+    before = copy.deepcopy(latent_policy), copy.deepcopy(decoder)
+    return TwoPathPolicy(latent_policy, decoder, 15), *before
+
+
+def test_decoded_policy_acts_with_decoder_of_latent_policy():
+    torch.manual_seed(0)
+    policy, decoder = Policy(16, 1), Decoder(16, 15, (8,))
+    obs = frames(3)
+    torch.testing.assert_close(DecodedPolicy(policy, decoder).logits(obs), decoder(policy(normalize(obs))))
+
+
+def test_two_path_policy_starts_with_half_the_decoders_logits():
+    policy, latent_policy, decoder = two_paths()
+    obs = frames(3)
+    torch.testing.assert_close(policy.logits(obs), decoder(latent_policy(normalize(obs))) / 2, **EXACT)
+
+
+def test_two_path_policy_equals_a_full_forward_pass():
+    """The mean of both paths' logits; the value reads the RL path, whose layers have moved on."""
+    policy, latent_policy, decoder = two_paths()
+    with torch.no_grad():
+        for layer in (policy.fc, policy.policy_head):
+            for param in layer.parameters():
+                param.add_(0.1 * torch.randn_like(param))
+    obs = frames(3)
+    weights = dict(policy.named_parameters())
+    h = hidden(weights, normalize(obs))
+    logits_rl, value_rl = linear(weights, "policy_head", h), linear(weights, "value_head", h).squeeze(-1)
+    logits_sl = decoder(latent_policy(normalize(obs)))
+    logits, value = policy(*policy.encode(obs))
+    torch.testing.assert_close(logits, (logits_rl + logits_sl) / 2, **EXACT)
+    torch.testing.assert_close(value, value_rl, **EXACT)
+    torch.testing.assert_close(policy.logits(obs), logits, rtol=0, atol=0)
+
+
+def test_two_path_policy_trains_its_rl_path_alone():
+    policy, latent_policy, _ = two_paths()
+    trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert trainable == {
+        f"{layer}.{kind}" for layer in ("fc", "policy_head", "value_head") for kind in ("weight", "bias")
+    }
+    assert torch.equal(policy.fc.weight, latent_policy.fc.weight)
+    assert torch.equal(policy.fc.bias, latent_policy.fc.bias)
+    assert policy.fc.weight.data_ptr() != policy.sl_fc.weight.data_ptr()
+    assert not policy.policy_head.weight.any()
+    assert not policy.policy_head.bias.any()
+    assert policy.policy_head.weight.shape == (15, 256)
+
+
+def test_two_path_policys_rollout_encoding_carries_no_gradient():
+    policy, _, _ = two_paths()
+    features, logits_sl = policy.encode(frames(2))
+    assert features.shape == (2, 2048)
+    assert logits_sl.shape == (2, 15)
+    assert not features.requires_grad
+    assert not logits_sl.requires_grad
+
+
+def test_two_path_policy_follows_a_new_decoder():
+    policy, latent_policy, _ = two_paths()
+    fresh = Decoder(16, 15, (12, 8))
+    policy.decoder.load_state_dict(fresh.state_dict())
+    obs = frames(3)
+    torch.testing.assert_close(policy.logits(obs), fresh(latent_policy(normalize(obs))) / 2, **EXACT)

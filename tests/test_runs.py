@@ -1,0 +1,454 @@
+"""Runs: what they save, what they refuse, and that a stopped one continues as if nothing had happened."""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import stage1_idm_wm
+import stage2_bc
+import stage3_decode
+from config import to_dict
+from conftest import LAPO, Trap, Workplace
+from errors import UserError, run_main
+from runs import FORMAT, Run, atomic_write, diff, load_checkpoint, load_stage
+from training import Compute
+
+CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of all files below a folder."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def leaves(values: Any, key: str = "") -> dict[str, Any]:
+    """All that nested dicts, lists and tuples hold, by its path; tensors by a checksum of their bytes."""
+    if isinstance(values, torch.Tensor):
+        content = values.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return {key: (values.dtype, values.shape, hashlib.sha256(content).hexdigest())}
+    if isinstance(values, dict):
+        values = list(values.items())
+    elif isinstance(values, list | tuple):
+        values = list(enumerate(values))
+    else:
+        return {key: values}
+    return {path: leaf for name, value in values for path, leaf in leaves(value, f"{key}.{name}").items()}
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_atomic_write_replaces_the_file_once_it_is_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(part: Path) -> None:
+        assert path.read_text() == "old"
+        part.write_text("new")
+
+    atomic_write(path, write, verify=lambda part: part.read_text() == "new" or pytest.fail("not yet there"))
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def full_disk(part: Path) -> None:
+    part.write_text("half of")
+    raise OSError(28, "No space left on device")
+
+
+def unreadable(part: Path) -> None:
+    raise UserError(f"{part} is damaged")
+
+
+@pytest.mark.parametrize(
+    ("write", "verify"), [(full_disk, None), (lambda part: part.write_text("new"), unreadable)]
+)
+def test_a_failed_write_keeps_what_was_there(tmp_path, write, verify):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(UserError, match=r"cannot write .*file \(.*\); what was there before is kept"):
+        atomic_write(path, write, verify)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to let any file grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# ---------------------------------------------------------------- one run
+
+
+def tiny_run(workplace: Workplace, *arguments: str) -> Run:
+    return Run(workplace.config(*arguments), "stage1", ("model", "stage1"), CPU)
+
+
+def logged(folder: Path) -> list[dict]:
+    """Lines of metrics.jsonl, without the time they took."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def test_a_save_that_the_disk_refuses_keeps_the_previous_checkpoint(workplace):
+    run = tiny_run(workplace)
+    run.step = 1
+    run.save({"weights": torch.ones(100)})
+    run.step = 2
+    with (
+        largest_file(1_000_000),
+        pytest.raises(UserError, match=r"cannot write .*; what was there before is kept"),
+    ):
+        run.save({"weights": torch.ones(1_000_000)})
+    checkpoint = load_checkpoint(run.checkpoint_path)
+    assert checkpoint["step"] == 1
+    assert torch.equal(checkpoint["state"]["weights"], torch.ones(100))
+    assert not list(run.dir.glob("*.part"))
+
+
+def test_metrics_are_averages_since_the_last_line(workplace):
+    run = tiny_run(workplace)
+    for value in (1.0, 2.0, 6.0):
+        run.track({"loss": torch.tensor(value), "plain": value})
+    run.log(3, {"extra": torch.tensor(7)})
+    run.track({"loss": torch.tensor(5.0)})
+    run.log(4)
+    assert logged(run.dir) == [{"step": 3, "loss": 3.0, "plain": 3.0, "extra": 7.0}, {"step": 4, "loss": 5.0}]
+    assert run.metrics == {"loss": 5.0, "plain": 3.0, "extra": 7.0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(workplace, value):
+    run = tiny_run(workplace)
+    run.track({"wm_loss": torch.tensor(value)})
+    with pytest.raises(UserError, match=f"stage1: wm_loss is {value} at step 7; nothing was saved yet"):
+        run.log(7)
+    run.save({"weights": torch.ones(1)})
+    before = run.checkpoint_path.read_bytes()
+    run.track({"wm_loss": torch.tensor(value)})
+    with pytest.raises(UserError, match=r"at step 8; the last good checkpoint, .*checkpoint.pt, is kept"):
+        run.log(8)
+    with pytest.raises(UserError, match=r"net\.weights holds values that are not finite"):
+        run.save({"net": {"weights": torch.tensor([1.0, value])}})
+    assert run.checkpoint_path.read_bytes() == before
+
+
+def test_lines_written_after_the_last_checkpoint_are_dropped_when_a_run_continues(workplace):
+    run = tiny_run(workplace)
+    for step in (2, 4):
+        run.track({"loss": torch.tensor(1.0)})
+        run.log(step)
+    run.step = 4
+    run.save({})
+    run.log(6, {"loss": 0.5})
+    with run.metrics_path.open("a") as file:
+        file.write('{"step": 8, "lo')  # torn by a power cut
+    again = tiny_run(workplace)
+    assert again.step == 4
+    assert [line["step"] for line in logged(run.dir)] == [2, 4]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(workplace):
+    tiny_run(workplace).log(2, {"loss": 0.5})
+    again = tiny_run(workplace)
+    assert again.step == 0
+    assert again.state is None
+    assert logged(again.dir) == []
+
+
+def test_the_resolved_configuration_lies_beside_the_run(workplace):
+    run = tiny_run(workplace, "--stage1.lr", "0.125")
+    saved = yaml.safe_load((run.dir / "config.yaml").read_text())
+    assert saved == to_dict(run.cfg)
+    assert saved["stage1"]["lr"] == 0.125
+
+
+def test_a_checkpoint_is_plain_data_with_its_provenance(workplace):
+    run = tiny_run(workplace)
+    run.save({"weights": torch.ones(2)})
+    checkpoint = torch.load(run.checkpoint_path, weights_only=True)
+    assert checkpoint["format"] == FORMAT
+    assert checkpoint["stage"] == "stage1"
+    assert checkpoint["config"] == to_dict(run.cfg)
+    assert checkpoint["provenance"].keys() == {"revision", "python", "torch"}
+
+
+def test_loop_saves_at_its_interval_and_overdue_by_the_clock(workplace):
+    saved = []
+    for minutes in ("1000", "1e-9"):
+        run = tiny_run(workplace, "--save_minutes", minutes, "--exp", f"every{minutes}")
+        steps = []
+        for step in run.loop(7, lambda run=run: {"at": run.step}, save_every=3, unit="step"):
+            if run.checkpoint_path.exists():
+                steps.append(load_checkpoint(run.checkpoint_path)["state"]["at"])
+            assert step == run.step
+        saved.append(sorted(set(steps)))
+    assert saved == [[3, 6], [1, 2, 3, 4, 5, 6]]
+
+
+def test_loop_gives_signals_back_when_it_ends(workplace):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    for _ in tiny_run(workplace).loop(2, dict, save_every=9, unit="step"):
+        assert signal.getsignal(signal.SIGTERM) not in handlers
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_step_end_saves_and_exits(workplace, capsys, number, code):
+    run = tiny_run(workplace)
+    finished = []
+
+    def work() -> None:
+        for step in run.loop(9, lambda: {"finished": finished}, save_every=100, unit="step"):
+            if step == 4:
+                signal.raise_signal(number)
+            finished.append(step)
+
+    with pytest.raises(SystemExit) as stop:
+        work()
+    assert stop.value.code == code
+    checkpoint = load_checkpoint(run.checkpoint_path)
+    assert (checkpoint["step"], checkpoint["finished"]) == (5, False)
+    assert checkpoint["state"] == {"finished": [0, 1, 2, 3, 4]}
+    assert "stopped at step 5; the same command continues\n" in capsys.readouterr().err
+
+
+def test_diff_names_every_changed_leaf():
+    old = {"a": 1, "b": {"c": [1, 2], "d": 2}, "gone": 3}
+    new = {"a": 1, "b": {"c": [1], "d": 2.5}, "new": None}
+    assert diff(old, new) == ["b.c: [1, 2] → [1]", "b.d: 2 → 2.5", "gone: 3 → None"]
+
+
+# ---------------------------------------------------------------- checkpoints that are no good
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A good checkpoint."""
+    run = tiny_run(Workplace(tmp_path_factory.mktemp("good")))
+    run.save({"weights": torch.arange(500.0), "moments": [torch.ones(3, dtype=torch.bfloat16)]})
+    return run.checkpoint_path
+
+
+def test_a_missing_checkpoint_names_the_command_that_makes_it(workplace):
+    path = workplace.run_dir("stage1") / "checkpoint.pt"
+    with pytest.raises(UserError, match=r"checkpoint\.pt does not exist$"):
+        load_checkpoint(path)
+    with pytest.raises(UserError) as error:
+        load_stage(workplace.config("--seed", "0"), "stage1", "stage1.py")
+    assert f"{path} does not exist" in str(error.value)
+    assert "`python stage1.py --env bossfight --exp main --seed 0`" in str(error.value)
+
+
+def test_an_unfinished_stage_names_the_command_that_continues_it(workplace):
+    run = tiny_run(workplace)
+    run.step = 3
+    run.save({})
+    with pytest.raises(
+        UserError, match=r"is unfinished, at step 3; continue it with `python stage1.py --env"
+    ):
+        load_stage(run.cfg, "stage1", "stage1.py")
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    for saved, found in (({"format": 99}, "99"), ({"weights": 1}, "None"), ([1, 2], "'list'")):
+        torch.save(saved, tmp_path / "checkpoint.pt")
+        with pytest.raises(
+            UserError, match=f"has format {found}; this version of lapo reads format {FORMAT}"
+        ):
+            load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda trap, path: path.write_bytes(pickle.dumps(trap))])
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, save):
+    path = tmp_path / "checkpoint.pt"
+    save(Trap(tmp_path / "executed"), path)
+    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read: damaged, or not one of ours"):
+        load_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_or_read_correctly(checkpoint, tmp_path):
+    whole, content = load_checkpoint(checkpoint), checkpoint.read_bytes()
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        if draw.random() < 0.2:
+            damaged = damaged[: draw.randrange(len(damaged))]
+        else:
+            for _ in range(draw.choice([1, 1, 5])):
+                damaged[draw.randrange(len(damaged))] ^= draw.randrange(1, 256)
+        path = tmp_path / "checkpoint.pt"
+        path.write_bytes(damaged)
+        try:
+            read = load_checkpoint(path)
+        except UserError:
+            refused += 1
+        else:
+            assert leaves(read) == leaves(whole)
+    assert refused > 100
+
+
+# ---------------------------------------------------------------- stages that are stopped
+
+
+STAGES = {
+    "stage1": (stage1_idm_wm, []),
+    "stage2": (stage2_bc, []),
+    "stage3_online": (stage3_decode, ["--stage3.mode", "online"]),
+    "stage3_scratch": (stage3_decode, ["--stage3.mode", "scratch"]),
+}
+MAX_INTERRUPTIONS = 6
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_finished_run_says_so_and_changes_nothing(trained, capsys, stage):
+    before = contents(trained.results)
+    STAGES[stage][0].train(trained.config())
+    out = capsys.readouterr().out
+    assert "finished already, at step 8\n" in out
+    assert out.endswith(f"{stage} done: {trained.run_dir(stage) / 'checkpoint.pt'}\n")
+    assert contents(trained.results) == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "line"),
+    [
+        ("stage1", ["--stage1.lr", "0.5"], "stage1.lr: 0.0003 → 0.5"),
+        ("stage1", ["--vq.start", "data"], "vq.start: published → data"),
+        ("stage1", ["--data.skip_resets", "false"], "data.skip_resets: True → False"),
+        ("stage2", ["--stage2.steps", "9"], "stage2.steps: 8 → 9"),
+        ("stage2", ["--precision", "bf16"], "precision: fp32 → bf16"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused_with_the_difference_and_two_ways_out(
+    trained, stage, change, line
+):
+    before = contents(trained.results)
+    folder = trained.run_dir(stage)
+    with pytest.raises(UserError) as error:
+        STAGES[stage][0].train(trained.config(*change))
+    message = f"{folder} was made with other settings ({line}); choose another --exp, or delete {folder}"
+    assert str(error.value) == message
+    assert contents(trained.results) == before
+
+
+def test_settings_that_a_stage_does_not_read_and_the_place_of_the_data_may_change(trained, tmp_path, capsys):
+    shutil.copytree(trained.data, tmp_path / "moved")
+    arguments = ["--data_dir", str(tmp_path / "moved"), "--stage3.steps", "5", "--device", "auto"]
+    stage1_idm_wm.train(trained.config(*arguments))
+    assert "finished already" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def server() -> multiprocessing.context.BaseContext:
+    """Makes processes that have everything imported, so that many can be started and killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(LAPO), str(Path(__file__).parent)]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    process = context.Process(target=abs, args=(0,))
+    process.start()
+    process.join()  # now the server has imported what there is to import
+    return context
+
+
+# Many saves, so that a good part of all moments falls into one.
+LONGER = ["--stage1.steps=20", "--stage1.save_every=2", "--stage2.steps=20", "--stage2.save_every=2"]
+
+
+class Command:
+    """A stage's command as experiment `exp`, run in processes of its own until it has finished."""
+
+    def __init__(self, workplace: Workplace, stage: str, exp: str):
+        module, arguments = STAGES[stage]
+        self.main = partial(module.train, workplace.config("--exp", exp, *LONGER, *arguments))
+        self.folder = workplace.run_dir(stage, exp)
+        workplace.branch(exp, *(earlier for earlier in ("stage1", "stage2") if earlier < stage))
+
+    def run(
+        self, server: multiprocessing.context.BaseContext, stop: str | None = None, duration: float = 0.0
+    ) -> list[int]:
+        """Run again and again; the first processes are stopped by `kill` or `terminate`, at moments of
+        a run that takes `duration` seconds. Returns the exit codes.
+        """
+        moments = random.Random(self.folder.name)
+        codes = []
+        while 0 not in codes:
+            process = server.Process(target=run_main, args=(self.main,))
+            process.start()
+            if stop and len(codes) < MAX_INTERRUPTIONS:
+                if moments.random() < 0.5:
+                    self.wait_for_a_save(process)
+                process.join(moments.uniform(0, duration / 3))
+                getattr(process, stop)()
+            process.join(60)
+            codes.append(process.exitcode)
+        return codes
+
+    def wait_for_a_save(self, process: multiprocessing.Process) -> None:
+        """Return when a new checkpoint is in place, or the process has ended."""
+
+        def saved_at() -> int:
+            path = self.folder / "checkpoint.pt"
+            return path.stat().st_mtime_ns if path.exists() else 0
+
+        last = saved_at()
+        while process.is_alive() and saved_at() == last:
+            time.sleep(0.002)
+
+    def result(self) -> dict[str, Any]:
+        """The final checkpoint but for what made it, and the lines of metrics."""
+        checkpoint = load_checkpoint(self.folder / "checkpoint.pt")
+        del checkpoint["provenance"], checkpoint["config"]["exp"]
+        return leaves({"checkpoint": checkpoint, "metrics": logged(self.folder)})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_stopped_at_random_moments_ends_as_an_uninterrupted_one(trained, server, stage):
+    """Bit for bit: all tensors of the final checkpoint, and all lines of metrics."""
+    whole = Command(trained, stage, f"{stage}-whole")
+    started = time.monotonic()
+    assert whole.run(server) == [0]
+    duration = time.monotonic() - started
+
+    # Before the loop a signal ends the process at once: there is nothing to save yet.
+    for stop, allowed in (
+        ("kill", {-signal.SIGKILL}),
+        ("terminate", {128 + signal.SIGTERM, -signal.SIGTERM}),
+    ):
+        command = Command(trained, stage, f"{stage}-{stop}")
+        codes = command.run(server, stop, duration)
+        print(stage, stop, duration, codes)
+        assert set(codes[:-1]) <= allowed
+        assert command.result() == whole.result()
