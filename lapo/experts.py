@@ -7,16 +7,18 @@ import struct
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from errors import UserError
 from procgen_env import ACTIONS, VecEnv, check_game
 
-LEFT, DOWN, UP, RIGHT, RIGHT_UP = (
-    ACTIONS.index(name) for name in ("LEFT", "DOWN", "UP", "RIGHT", "RIGHT-UP")
+LEFT, LEFT_UP, DOWN, NOOP, UP, RIGHT, RIGHT_UP = (
+    ACTIONS.index(name) for name in ("LEFT", "LEFT-UP", "DOWN", "NOOP", "UP", "RIGHT", "RIGHT-UP")
 )
+NO_JUMP = {LEFT_UP: LEFT, UP: NOOP, RIGHT_UP: RIGHT}
+"""Who cannot jump, in the air say, moves as without UP."""
+MOTION = ("x", "y", "vx", "vy")
 
 # ------------------------------------------------------------------------------- the simulator's state
 
@@ -123,18 +125,46 @@ class State:
 # ----------------------------------------------------------------------------------------- the experts
 
 
-class Expert(Protocol):
+class Expert:
     """Plays N environments of one game."""
+
+    actions: tuple[int, ...]
+    """The actions that matter in the game."""
 
     def act(self, states: list[bytes]) -> np.ndarray:
         """Actions, int32 (N,), for N states as `VecEnv.get_state` gives them."""
+        raise NotImplementedError
+
+    def simplest(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
+        """The simplest actions (N,) that have the same effect as `actions` (N,) in `states`."""
+        return actions
 
 
-class MazeExpert:
+class Explorer(Expert):
+    """An expert who now and then does something else.
+
+    Where an expert's action can be foreseen from the state, a world model needs nobody to tell it: unforeseen
+    actions are what makes latent ones informative. The published experts are stochastic policies, too.
+    """
+
+    def __init__(self, expert: Expert, share: float, seed: int):
+        """Take an action at random in a `share` of the steps that `expert` plays."""
+        self.expert, self.share, self.actions = expert, share, expert.actions
+        self._rng = np.random.default_rng(seed)
+
+    def act(self, states: list[bytes]) -> np.ndarray:
+        """See `Expert`."""
+        actions = self.expert.act(states)
+        random = self._rng.choice(self.actions, len(states)).astype(np.int32)
+        chosen = np.where(self._rng.random(len(states)) < self.share, random, actions)
+        return self.expert.simplest(states, chosen)
+
+
+class MazeExpert(Expert):
     """Walks the shortest way to the cheese; the mazes are trees, so there is only one."""
 
     CHEESE, WALL = 2, 51
-    MOVES = ((RIGHT, 0, 1), (LEFT, 0, -1), (UP, 1, 0), (DOWN, -1, 0))
+    actions = RIGHT, LEFT, UP, DOWN
 
     def __init__(self, num_envs: int):
         """For `num_envs` environments."""
@@ -148,25 +178,38 @@ class MazeExpert:
         level, time = state.episode
         known = self._distances[env]
         if known is None or known[0] != level or time == 0:
-            known = self._distances[env] = level, self._distances_to_cheese(state.grid)
+            grid = state.grid
+            distances = grid_distances(grid != self.WALL, np.argwhere(grid == self.CHEESE))
+            known = self._distances[env] = level, distances
         row, column = int(state.agent["y"]) + 1, int(state.agent["x"]) + 1
-        return min(self.MOVES, key=lambda move: known[1][row + move[1], column + move[2]])[0]
+        ways = zip(self.actions, NEIGHBOURS, strict=True)
+        return min(ways, key=lambda way: known[1][row + way[1][0], column + way[1][1]])[0]
 
-    def _distances_to_cheese(self, grid: np.ndarray) -> np.ndarray:
-        """Steps from each cell of `grid` and of a border around it; a huge number where there is no way."""
-        free = np.pad(grid != self.WALL, 1)
-        distances = np.full(free.shape, np.iinfo(np.int32).max)
-        frontier = deque((row + 1, column + 1) for row, column in np.argwhere(grid == self.CHEESE))
-        for cell in frontier:
-            distances[cell] = 0
-        while frontier:
-            row, column = frontier.popleft()
-            for _, up, right in self.MOVES:
-                cell = row + up, column + right
-                if free[cell] and distances[cell] > distances[row, column] + 1:
-                    distances[cell] = distances[row, column] + 1
-                    frontier.append(cell)
-        return distances
+
+NEIGHBOURS = ((0, 1), (0, -1), (1, 0), (-1, 0))
+"""Row and column steps to the cells right, left, above and below."""
+NO_WAY = 10_000
+
+
+def grid_distances(free: np.ndarray, goals: np.ndarray) -> np.ndarray:
+    """Steps from each cell of a grid to the nearest goal, over cells that are `free`, bool (H, W).
+
+    `goals` are rows and columns (G, 2). The result (H + 2, W + 2) has a border around the grid, and NO_WAY
+    wherever there is none.
+    """
+    free = np.pad(free, 1)
+    distances = np.full(free.shape, NO_WAY)
+    frontier = deque((int(row) + 1, int(column) + 1) for row, column in goals)
+    for cell in frontier:
+        distances[cell] = 0
+    while frontier:
+        row, column = frontier.popleft()
+        for up, right in NEIGHBOURS:
+            cell = row + up, column + right
+            if free[cell] and distances[cell] > distances[row, column] + 1:
+                distances[cell] = distances[row, column] + 1
+                frontier.append(cell)
+    return distances
 
 
 @dataclass(frozen=True)
@@ -185,8 +228,8 @@ class SearchSettings:
     """What having got to a state alive is worth, in units of reward."""
     tolerance: float
     """How much worse than the best a preferred plan may be."""
-    simplest: Callable[[State, int], int]
-    """The simplest action that has the same effect as the given one."""
+    simpler: dict[int, int]
+    """Actions, and simpler ones that often have the same effect."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +241,7 @@ class _Course:
     actions: np.ndarray
 
 
-class SimulatorSearch:
+class SimulatorSearch(Expert):
     """Plays any game by trying plans in copies of the simulator.
 
     The best plan may be best by a hair, and another one a step later; who learns from single frames cannot
@@ -210,14 +253,28 @@ class SimulatorSearch:
 
     def __init__(self, settings: SearchSettings, num_envs: int):
         """For `num_envs` environments of the game."""
-        self.settings = settings
+        self.settings, self.actions = settings, settings.random_actions
         num_plans = len(settings.plans) + 1 + settings.random_plans
         self._simulator = VecEnv(settings.game, num_plans, seed=0, num_threads=0)
+        self._pairs = VecEnv(settings.game, 2 * num_envs, seed=0, num_threads=0)
         self._courses = [_Course(-1, 0, settings.plans[0])] * num_envs
 
     def act(self, states: list[bytes]) -> np.ndarray:
         """See `Expert`."""
-        return np.array([self._act(env, State(state)) for env, state in enumerate(states)], np.int32)
+        actions = [self._act(env, State(state)) for env, state in enumerate(states)]
+        return self.simplest(states, np.array(actions, np.int32))
+
+    def simplest(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
+        """See `Expert`; both actions are tried in the simulator."""
+        simpler = np.array([self.settings.simpler.get(int(action), action) for action in actions], np.int32)
+        if (simpler == actions).all():
+            return actions
+        looks = [State(state).without_looks() for state in states]
+        self._pairs.set_state(looks + looks)
+        self._pairs.step(np.concatenate([actions, simpler]))
+        ends = [State(state).agent[list(MOTION)].tobytes() for state in self._pairs.get_state()]
+        same = [ends[env] == ends[env + len(states)] for env in range(len(states))]
+        return np.where(same, simpler, actions)
 
     def _act(self, env: int, state: State) -> int:
         level, time = state.episode
@@ -227,7 +284,7 @@ class SimulatorSearch:
             rest = course.actions[elapsed:] if level == course.level and elapsed > 0 else course.actions[:0]
             course = self._courses[env] = _Course(level, time, self._search(state, rest))
             elapsed = 0
-        return self.settings.simplest(state, course.actions[elapsed])
+        return int(course.actions[elapsed])
 
     def _search(self, state: State, rest: np.ndarray) -> np.ndarray:
         """The actions (T,) to take from `state`, where `rest` (at most T) is left of the last plan."""
@@ -282,18 +339,145 @@ class CoinRunExpert(SimulatorSearch):
             commit=8,
             progress=lambda state: 0.1 * float(state.agent["x"]),
             tolerance=0.05,
-            simplest=self._simplest,
+            simpler=NO_JUMP,
         )
         super().__init__(settings, num_envs)
 
-    @staticmethod
-    def _simplest(state: State, action: int) -> int:
-        """Who is in the air cannot jump."""
-        in_the_air = state.agent["vy"] != 0
-        return RIGHT if action == RIGHT_UP and in_the_air else int(action)
+
+class JumperExpert(SimulatorSearch):
+    """Jumps through the caves to the carrot."""
+
+    CARROT, FREE = 1, 100
+
+    def __init__(self, num_envs: int):
+        """For `num_envs` environments."""
+        straight = [((action, 1),) for action in (LEFT, RIGHT, LEFT_UP, RIGHT_UP, UP)]
+        leaps = [
+            ((before, wait), (after, 1))
+            for wait in (1, 4)
+            for before, after in ((UP, LEFT), (UP, RIGHT), (LEFT, LEFT_UP), (RIGHT, RIGHT_UP))
+        ]
+        settings = SearchSettings(
+            game="jumper",
+            plans=np.stack([_plan(18, *stretches) for stretches in straight + leaps]),
+            random_plans=6,
+            random_actions=(LEFT, RIGHT, LEFT_UP, RIGHT_UP, UP),
+            commit=6,
+            progress=self._progress,
+            tolerance=0.1,
+            simpler=NO_JUMP,
+        )
+        super().__init__(settings, num_envs)
+        self._distances: dict[int, np.ndarray] = {}
+
+    def _progress(self, state: State) -> float:
+        """Closeness to the carrot, along the way there."""
+        level, _ = state.episode
+        if level not in self._distances:
+            while len(self._distances) > 100:
+                self._distances.pop(next(iter(self._distances)))
+            entities = state.entities
+            carrot = entities[entities["type"] == self.CARROT][0]
+            goal = np.array([[int(carrot["y"]), int(carrot["x"])]])
+            self._distances[level] = grid_distances(state.grid == self.FREE, goal)
+        # The way leads through the centre of a near cell; cell k of the bordered grid has its centre at k.
+        x, y = float(state.agent["x"]) + 0.5, float(state.agent["y"]) + 0.5
+        near = np.s_[round(y) - 1 : round(y) + 2, round(x) - 1 : round(x) + 2]
+        rows, columns = np.mgrid[near]
+        return -0.3 * float((self._distances[level][near] + np.hypot(rows - y, columns - x)).min())
 
 
-EXPERTS: dict[str, Callable[[int], Expert]] = {"coinrun": CoinRunExpert, "maze": MazeExpert}
+class BigFishExpert(Expert):
+    """Compares 81 ways to swim, each one move and then another, with how the other fish will have moved.
+
+    Arrays have axes N, P (81), F (other fish), T (steps ahead), in this order, left out where constant.
+    """
+
+    FISH = 2
+    SIZE = 20.0
+    STEPS, FIRST_MOVE = 18, 6
+    DISCOUNT = 0.97
+    # Safety distances, and what counts beside eating (1) and being eaten, in fish.
+    BERTH, REACH = 0.25, -0.03
+    PER_CELL, FAR = 0.02, 40.0
+    NEAR, EDGE = 1.5, 4.5
+    HABIT = 0.02
+
+    actions = tuple(range(9))
+
+    def __init__(self, num_envs: int):
+        """For `num_envs` environments."""
+        first, second = np.divmod(np.arange(81), 9)
+        self._time = np.arange(1, self.STEPS + 1, dtype=np.float32)
+        moves = np.where(self._time <= self.FIRST_MOVE, first[:, None], second[:, None])
+        self._push_x, self._push_y = moves // 3 - 1.0, moves % 3 - 1.0
+        self._last = np.full(num_envs, NOOP)
+
+    def act(self, states: list[bytes]) -> np.ndarray:
+        """See `Expert`."""
+        parsed = [State(state) for state in states]
+        self._last[[state.episode[1] == 0 for state in parsed]] = NOOP
+        agents = np.stack([state.agent for state in parsed])
+        values = self._values(agents, self._other_fish([state.entities for state in parsed]))
+        values = values.reshape(-1, 9, 9).max(2)
+        values[np.arange(len(states)), self._last] += self.HABIT
+        self._last = values.argmax(1)
+        return self._last.astype(np.int32)
+
+    def _other_fish(self, entities: list[np.ndarray]) -> np.ndarray:
+        """The fish of every environment, ENTITY (N, F); far away where there are fewer."""
+        shoals = [each[each["type"] == self.FISH] for each in entities]
+        fish = np.zeros((len(shoals), max(1, *map(len, shoals))), ENTITY)
+        fish["x"] = 1e6
+        for row, shoal in zip(fish, shoals, strict=True):
+            row[: len(shoal)] = shoal
+        return fish
+
+    def _swim(self, x: np.ndarray, v: np.ndarray, radius: np.ndarray, push: np.ndarray) -> np.ndarray:
+        """Coordinate (N, P, T) of agents at `x` with velocity `v` (N,) who push (P, T)."""
+        x, v, radius = x[:, None], v[:, None], radius[:, None]
+        path = np.empty((len(x), *push.shape), np.float32)
+        for t in range(self.STEPS):
+            v = 0.9 * (0.5 * v + 0.25 * push[:, t])
+            x = np.clip(x + v, radius, self.SIZE - radius)
+            path[:, :, t] = x
+        return path
+
+    def _values(self, agents: np.ndarray, fish: np.ndarray) -> np.ndarray:
+        """What each of the 81 ways (N, P) is worth to `agents` (N,) among `fish` (N, F)."""
+        x = self._swim(agents["x"], agents["vx"], agents["rx"], self._push_x)
+        y = self._swim(agents["y"], agents["vy"], agents["ry"], self._push_y)
+        discount = self.DISCOUNT**self._time
+
+        bigger = fish["rx"] > agents["rx"][:, None]
+        margin = np.where(bigger, self.BERTH, self.REACH)
+        fish_x = (fish["x"][..., None] + fish["vx"][..., None] * self._time)[:, None]
+        reach_x = (fish["rx"] + agents["rx"][:, None] + margin)[:, None, :, None]
+        reach_y = (fish["ry"] + agents["ry"][:, None] + margin)[:, None, :, None]
+        gap_x = np.abs(x[:, :, None] - fish_x) - reach_x
+        gap_y = np.abs(y[:, :, None] - fish["y"][:, None, :, None]) - reach_y
+        gap = np.maximum(gap_x, gap_y)
+        bigger = bigger[:, None, :, None]
+
+        eaten = np.logical_or.accumulate(((gap < 0) & bigger).any(2), axis=2)
+        meals = ((gap < 0) & ~bigger & ~eaten[:, :, None]) * discount
+        value = meals.max(3).sum(2) - 50 * (eaten * discount).mean(2) - 5 * eaten[..., -1]
+
+        # To end close to the next meal, away from bigger fish, and from edges where they appear suddenly.
+        leaving = (fish_x[..., -1] < 1) | (fish_x[..., -1] > self.SIZE - 1)
+        way = np.maximum(gap_x[..., -1], 0) + np.maximum(gap_y[..., -1], 0)
+        way = np.minimum(way + self.FAR * (bigger[..., 0] | leaving), self.FAR).min(2)
+        crowding = np.maximum(self.NEAR - np.where(bigger, gap, self.NEAR).min(2), 0).mean(2)
+        exposure = np.maximum(self.EDGE - np.minimum(x, self.SIZE - x), 0).mean(2)
+        return value - self.PER_CELL * (way + crowding + exposure)
+
+
+EXPERTS: dict[str, Callable[[int], Expert]] = {
+    "bigfish": BigFishExpert,
+    "coinrun": CoinRunExpert,
+    "jumper": JumperExpert,
+    "maze": MazeExpert,
+}
 """What plays each game: called with the number of environments."""
 
 

@@ -11,7 +11,7 @@ A chunk holds E environments one after another, T frames of each:
     rewards     (E·T,) float32, what the action earned
     ep_returns  (E·T,) float32, return of the episode that the action ended, else 0
     values      (E·T,) float32, discounted rewards up to the end of the episode or of the recording
-    logprobs    (E·T,) float32, of the action: 0, the experts are deterministic
+    logprobs    (E·T,) float32, of the action: 0, the experts are deterministic (but for `--noise`)
 """
 
 import contextlib
@@ -61,6 +61,8 @@ class Arguments:
     """Frames to test on, from levels of their own, in chunks of 4,096."""
     seed: int = 0
     """Draws the levels; another seed makes another data set."""
+    noise: float = 0.0
+    """Share of the steps in which a random action is taken instead of the expert's."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Processes; each records one chunk at a time, in about 0.6 GB of memory."""
     data_dir: Path = ROOT / "expert_data"
@@ -76,6 +78,7 @@ class Chunk:
     split: str
     number: int
     frames: int
+    noise: float = 0.0
 
     @property
     def name(self) -> str:
@@ -108,6 +111,8 @@ def plan_chunks(args: Arguments) -> list[Chunk]:
         raise UserError(f"--workers is {args.workers}; there must be at least 1")
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed is {args.seed}; choose one from 0 to {2**31 - 1}")
+    if not 0 <= args.noise <= 1:
+        raise UserError(f"--noise is {args.noise}; choose a share from 0 to 1")
     chunks = []
     for option, split, frames in (
         ("--frames", "train", args.frames),
@@ -118,7 +123,7 @@ def plan_chunks(args: Arguments) -> list[Chunk]:
         size = CHUNK_FRAMES[split]
         for number in range(math.ceil(frames / size)):
             length = min(max(frames - number * size, MIN_FRAMES), size)
-            chunks.append(Chunk(args.env, args.seed, split, number, length))
+            chunks.append(Chunk(args.env, args.seed, split, number, length, args.noise))
     return chunks
 
 
@@ -140,6 +145,8 @@ def play_chunk(
 
     env = chunk.make_env()
     expert = experts.make_expert(chunk.game, chunk.num_envs)
+    if chunk.noise:
+        expert = experts.Explorer(expert, chunk.noise, chunk.simulator_seed)
     tracker = EpisodeTracker(chunk.num_envs)
     frame = env.observe()
     for t in range(shape[1]):
@@ -202,7 +209,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
 class Dataset:
     """The folder of a game with its `dataset.json`: how the chunks were made, and which are finished."""
 
-    def __init__(self, folder: Path, game: str, seed: int):
+    def __init__(self, folder: Path, game: str, seed: int, noise: float = 0.0):
         """Open the data set in `folder`, or begin one.
 
         Raises UserError if there is no expert for `game`, or if the folder holds chunks made otherwise.
@@ -212,6 +219,7 @@ class Dataset:
             "game": game,
             "expert": experts.find_expert(game).__name__,
             "seed": seed,
+            "noise": noise,
             "levels": {split: list(levels) for split, levels in LEVELS.items()},
         }
         source = Path(experts.__file__).read_bytes()
@@ -270,6 +278,10 @@ class Dataset:
             "return_sum": float(returns.sum()),
             "return_square_sum": float(np.square(returns).sum()),
         }
+        self.save()
+
+    def save(self) -> None:
+        """Write `dataset.json`. It must be there before the first chunk, as the mark that chunks are ours."""
         in_order = sorted(self.chunks, key=lambda name: (name.startswith("test"), int(Path(name).stem)))
         record = {
             **self.settings,
@@ -369,7 +381,7 @@ def main() -> None:
     args = tyro.cli(Arguments)
     chunks = plan_chunks(args)
     folder = args.data_dir.expanduser().resolve() / args.env
-    dataset = Dataset(folder, args.env, args.seed)
+    dataset = Dataset(folder, args.env, args.seed, args.noise)
     rest = dataset.unfinished(chunks)
     kept = f"{len(chunks) - len(rest)} of {len(chunks)} chunks are there already"
     print(f"{folder}: recording {dataset.settings['expert']}, {kept}")
@@ -377,6 +389,7 @@ def main() -> None:
         if rest:
             for split in LEVELS:
                 (folder / split).mkdir(parents=True, exist_ok=True)
+            dataset.save()
             record(dataset, rest, args.workers)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; the finished chunks are kept") from None

@@ -1,0 +1,65 @@
+"""What all of this is for: from frames alone, stage 1 finds out which action was taken."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stage1_idm_wm
+from build import make_idm
+from config import load_config
+from conftest import write_chunk
+from data_loader import Windows
+from probe import label, train_probe
+from runs import load_checkpoint
+from training import Compute
+
+SHIFTS = np.array([(0, 0), (4, 0), (-4, 0), (0, 4), (0, -4)])
+
+
+def scrolling_texture(frames: int, seed: int) -> dict[str, np.ndarray]:
+    """Coloured tiles that one of five random actions shifts by 4 pixels, or not, around the borders."""
+    texture = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    ta = np.random.default_rng(seed).integers(len(SHIFTS), size=frames)
+    positions = np.cumsum(SHIFTS[ta], 0) - SHIFTS[ta]  # before each action
+    return {"obs": np.stack([np.roll(texture, tuple(at), (0, 1)) for at in positions]), "ta": ta}
+
+
+@pytest.fixture
+def all_cores():
+    """As many threads as a script would use; the other tests need one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("all_cores")
+def test_latent_actions_tell_true_actions_after_a_short_stage_1(tmp_path: Path):
+    for split, frames, seed in (("train", 2048, 1), ("test", 640, 2)):
+        write_chunk(tmp_path / "scroll" / split / "0.npz", **scrolling_texture(frames, seed))
+    cfg = load_config(
+        [
+            *("--preset", "demo", "--env", "scroll", "--device", "cpu", "--precision", "fp32"),
+            *("--data_dir", str(tmp_path), "--results_dir", str(tmp_path / "results")),
+            *("--stage1.steps", "120", "--stage1.batch_size", "32", "--probe.epochs", "30"),
+        ]
+    )
+    stage1_idm_wm.train(cfg)
+    checkpoint = load_checkpoint(cfg.run_dir / "stage1" / "checkpoint.pt")
+    metrics = checkpoint["metrics"]
+    assert metrics["probe_acc_test"] >= 0.95
+    assert metrics["untrained_probe_acc_test"] < 0.7
+    assert metrics["majority_acc_test"] < 0.3
+    assert metrics["wm_loss_test"] < 0.9 * metrics["copy_loss_test"]
+
+    # The control: the same latents tell nothing of shuffled actions.
+    compute = Compute.from_config(cfg)
+    windows = Windows.read(cfg, "test", compute.device)
+    idm = make_idm(cfg)
+    idm.load_state_dict(checkpoint["state"]["idm"])
+    la, ta = label(idm, windows, windows.all(), compute), windows.actions(windows.all())
+    assert train_probe(la, ta, cfg.probe, cfg.seed)["probe_acc_test"] >= 0.95
+    shuffled = ta[torch.randperm(len(ta), generator=torch.Generator().manual_seed(0))]
+    assert train_probe(la, shuffled, cfg.probe, cfg.seed)["probe_acc_test"] <= 0.3
