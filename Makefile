@@ -5,10 +5,12 @@
 
 PYTHON ?= python3
 
-# The demo's game and how many expert frames are recorded for it, in whole chunks of 32,768 and 4,096.
-GAME ?= coinrun
+# The demo's game, how many expert frames are recorded for it, in whole chunks of 32,768 and 4,096, and in
+# which share of them the expert does something at random: actions that can be foreseen teach stage 1 little.
+GAME ?= jumper
 FRAMES ?= 65536
-TEST_FRAMES ?= 4096
+TEST_FRAMES ?= 8192
+NOISE ?= 0.2
 
 VENV_PYTHON := .venv/bin/python
 # Newer than requirements.txt when .venv holds exactly those.
@@ -35,7 +37,7 @@ test: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest
 
 demo: $(INSTALLED)
-	$(VENV_PYTHON) lapo/record_expert.py --env $(GAME) --frames $(FRAMES) --test-frames $(TEST_FRAMES)
-	bash lapo/launch.sh $(GAME) --preset demo --modes online,offline,scratch,bc
+	$(VENV_PYTHON) lapo/record_expert.py --env $(GAME) --frames $(FRAMES) --test-frames $(TEST_FRAMES) --noise $(NOISE)
+	bash lapo/launch.sh $(GAME) --preset demo --modes offline,bc,online,scratch
 	$(VENV_PYTHON) lapo/report.py --env $(GAME) --exp demo
 	@s=$$(($$(date +%s) - $(START))) && echo "make demo took $$((s / 60)) min $$((s % 60)) s"

@@ -360,9 +360,9 @@ class JumperExpert(SimulatorSearch):
         settings = SearchSettings(
             game="jumper",
             plans=np.stack([_plan(18, *stretches) for stretches in straight + leaps]),
-            random_plans=6,
+            random_plans=4,
             random_actions=(LEFT, RIGHT, LEFT_UP, RIGHT_UP, UP),
-            commit=6,
+            commit=8,
             progress=self._progress,
             tolerance=0.1,
             simpler=NO_JUMP,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from errors import UserError
-from experts import EXPERTS, LEFT, RIGHT, RIGHT_UP, State, find_expert, make_expert
+from experts import EXPERTS, LEFT, RIGHT, RIGHT_UP, Explorer, State, find_expert, make_expert
 from procgen_env import GAMES, HELD_OUT_LEVELS, Evaluation, VecEnv, play
 
 
@@ -40,7 +40,7 @@ def test_agent_is_where_its_moves_lead() -> None:
         assert new["x"] - old["x"] == free[int(old["y"]), int(old["x"]) + 1]
 
 
-@pytest.mark.parametrize("game", ["bigfish", "coinrun", "climber", "starpilot"])
+@pytest.mark.parametrize("game", ["bigfish", "coinrun", "climber", "jumper", "starpilot"])
 def test_states_without_looks_play_on_alike(game: str) -> None:
     env = VecEnv(game, 8, seed=0, num_threads=0)
     simulator = VecEnv(game, 8, seed=1, num_threads=0)
@@ -111,9 +111,51 @@ def test_expert_is_a_function_of_what_it_was_shown(game: str) -> None:
         env.step(actions)
 
 
+def test_jumper_expert_finds_the_carrot() -> None:
+    assert evaluate("jumper", num_envs=4, episodes=12).mean >= 6
+
+
+def test_explorer_takes_its_share_of_random_actions() -> None:
+    env = VecEnv("maze", 50, seed=0, num_threads=0)
+    expert, rare, always = (make_expert("maze", 50) for _ in range(3))
+    rare, always = Explorer(rare, 0.2, seed=1), Explorer(always, 1.0, seed=1)
+    other, counts = 0, np.zeros(15, int)
+    for _ in range(40):
+        states = env.get_state()
+        actions = expert.act(states)
+        other += (rare.act(states) != actions).sum()
+        counts += np.bincount(always.act(states), minlength=15)
+        env.step(actions)
+    # One random action in four is the expert's own.
+    assert other / 2000 == pytest.approx(0.2 * 3 / 4, abs=0.03)
+    assert counts[list(expert.actions)] / 2000 == pytest.approx(1 / 4, abs=0.05)
+    assert counts.sum() == 2000
+
+
+def test_simplest_action_has_the_same_effect() -> None:
+    env, simulator = (VecEnv("jumper", 8, seed=0, num_threads=0) for _ in range(2))
+    expert = make_expert("jumper", 8)
+    rng = np.random.default_rng(0)
+    simplified = 0
+    for _ in range(30):
+        actions = rng.choice(expert.actions, 8).astype(np.int32)
+        states = env.get_state()
+        simplest = expert.simplest(states, actions)
+        simplified += (simplest != actions).sum()
+        simulator.set_state(states)
+        _, rewards, dones = simulator.step(simplest)
+        _, expected_rewards, expected_dones = env.step(actions)
+        assert np.array_equal(rewards, expected_rewards)
+        assert np.array_equal(dones, expected_dones)
+        for ours, theirs in zip(simulator.get_state(), env.get_state(), strict=True):
+            for name in ("x", "y", "vx", "vy"):
+                assert State(ours).agent[name] == State(theirs).agent[name]
+    assert simplified > 10
+
+
 def test_missing_expert_is_told_those_there_are() -> None:
     with pytest.raises(
-        UserError, match="no expert for fruitbot yet; there is one for bigfish, coinrun, maze"
+        UserError, match="no expert for fruitbot yet; there is one for bigfish, coinrun, jumper, maze"
     ):
         find_expert("fruitbot")
     with pytest.raises(UserError, match="'pong' is not a Procgen game"):

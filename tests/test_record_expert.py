@@ -74,7 +74,14 @@ def test_plan_covers_all_frames_with_seeds_of_their_own() -> None:
     assert len(seeds) == 11
 
 
-@pytest.mark.parametrize("chunk", [Chunk("maze", 3, "train", 1, 2100), Chunk("coinrun", 0, "test", 0, 150)])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        Chunk("maze", 3, "train", 1, 2100),
+        Chunk("coinrun", 0, "test", 0, 150),
+        Chunk("jumper", 0, "test", 0, 150, noise=0.3),
+    ],
+)
 def test_recorded_actions_lead_to_the_recorded_frames(chunk: Chunk) -> None:
     arrays = play_chunk(chunk)
     assert all(len(array) == chunk.frames for array in arrays.values())
