@@ -139,6 +139,9 @@ class VecEnv:
             rand_seed=seed,
             num_threads=min(num_envs, os.cpu_count() or 1) if num_threads is None else num_threads,
         )
+        # cffi looks a C function up once, under a lock. Freed by the garbage collector in the middle of such
+        # a look-up for another environment, this one would wait for ever had it to look up how to close.
+        _ = self._env._c_lib.libenv_close
 
     def observe(self) -> np.ndarray:
         """Current frames, uint8 (N, 64, 64, 3). Waits for a step in progress."""

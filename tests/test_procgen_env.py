@@ -1,8 +1,11 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from conftest import LAPO
 from errors import UserError
 from experts import State
 from procgen_env import (
@@ -108,6 +111,31 @@ def test_done_frame_is_the_first_of_the_next_episode() -> None:
         assert ((times == 0) == dones).all()
         ended += dones.sum()
     assert ended > 0
+
+
+FREED_DURING_ANOTHERS_LOOKUP = """
+import gc, sys
+from procgen_env import VecEnv
+
+gc.disable()
+cycle = [VecEnv("maze", 1, seed=0, num_threads=0)]
+cycle.append(cycle)
+del cycle
+collected = []
+def profile(frame, event, argument):
+    if frame.f_code.co_name == "accessor_function" and not collected:
+        collected.append(gc.collect())
+sys.setprofile(profile)
+VecEnv("maze", 1, seed=0, num_threads=0)
+sys.setprofile(None)
+print(bool(collected))
+"""
+
+
+def test_environment_can_be_freed_while_another_is_made() -> None:
+    command = [sys.executable, "-c", FREED_DURING_ANOTHERS_LOOKUP]
+    result = subprocess.run(command, cwd=LAPO, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "True\n", result.stderr
 
 
 def test_level_ranges_are_kept_and_disjoint() -> None:
