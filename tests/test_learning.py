@@ -48,7 +48,7 @@ def test_latent_actions_tell_true_actions_after_a_short_stage_1(tmp_path: Path):
         [
             *("--preset", "demo", "--env", "scroll", "--device", "cpu"),
             *("--data_dir", str(tmp_path), "--results_dir", str(tmp_path / "results")),
-            *("--stage1.steps", "350", "--stage1.batch_size", "32", "--probe.epochs", "20"),
+            *("--stage1.steps", "450", "--stage1.batch_size", "32", "--probe.epochs", "20"),
         ]
     )
     stage1_idm_wm.train(cfg)
