@@ -121,9 +121,9 @@ def test_failing_game_does_not_stop_the_others_and_a_rerun_continues(repo):
         (["maze", "--stages", "1,4"], "error: --stages is '1,4', but must list some of 1,2,3"),
         (["maze", "--modes"], "error: --modes needs a list, as in: --stages 1,2 or --modes online,offline"),
         (["maze", "--env", "ninja"], "error: games are named first and without --env"),
-        (["maze", "--modes", "online,ofline"], "invalid choice 'ofline'"),
-        (["maze", "--sead", "1"], "Unrecognized options: --sead"),
-        (["maze", "--vq.num_embs", "0"], "'vq.num_embs' is 0"),
+        (["maze", "--modes", "online,ofline"], "'stage3.mode' is 'ofline': input should be 'online'"),
+        (["maze", "--sead", "1"], "unknown key 'sead'; allowed here: env, exp, seed"),
+        (["maze", "--vq.num_embs", "0"], "'vq.num_embs' is '0'"),
     ],
 )
 def test_mistake_is_found_before_anything_starts(repo, arguments, sentence):
