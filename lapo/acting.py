@@ -11,7 +11,7 @@ import torch
 from build import make_acting_policy
 from config import Config, EvalConfig, validate
 from ppo import sample
-from procgen_env import ACTIONS, HELD_OUT_LEVELS, Evaluation, VecEnv, play
+from procgen_env import ACTIONS, HELD_OUT_LEVELS, Evaluation, VecEnv, Visuals, play
 from training import Compute
 
 Act = Callable[[np.ndarray], np.ndarray]
@@ -44,9 +44,10 @@ def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:
     return network_actor(network.eval(), compute, greedy)
 
 
-def judge(act: Act, game: str, cfg: EvalConfig, seed: int) -> Evaluation:
+def judge(act: Act, game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> Evaluation:
     """Play `cfg.episodes` episodes of `game` on levels that no recorded data shows."""
-    env = VecEnv(game, min(cfg.num_envs, cfg.episodes), seed=seed, levels=HELD_OUT_LEVELS)
+    num_envs = min(cfg.num_envs, cfg.episodes)
+    env = VecEnv(game, num_envs, seed=seed, levels=HELD_OUT_LEVELS, visuals=visuals)
     try:
         return play(act, env, cfg.episodes)
     finally:

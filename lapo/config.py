@@ -262,6 +262,8 @@ class Config:
     """Experiment: results lie in <results_dir>/<exp>/<env>/seed<seed>."""
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     """Seed of everything random."""
+    visuals: Literal["full", "plain"]
+    """How Procgen draws: full, as in the paper; plain: no backgrounds, one look for all levels."""
     data_dir: str
     """Folder of the games' chunks; relative to the repository's root."""
     results_dir: str

@@ -8,6 +8,7 @@ A chunk is an npz file `<game>/<split>/<k>.npz` with `obs` (N, 64, 64, 3) uint8 
 of one chunk; the action of interest was taken at the second to last of them.
 """
 
+import json
 import math
 import re
 import zipfile
@@ -189,6 +190,7 @@ class Windows:
     @classmethod
     def read(cls, cfg: Config, split: str, device: torch.device, limit: int | None = None) -> "Windows":
         """The windows of a configured game's `train` or `test`, at most `limit` chunks; prints a summary."""
+        _check_recording(cfg)
         most = cfg.data.train_chunks if split == "train" else cfg.data.test_chunks
         limit = min(most, limit or most)
         windows = cls(cfg.game_data / split, device=device, limit=limit, skip_resets=cfg.data.skip_resets)
@@ -221,6 +223,12 @@ class Windows:
     def all(self) -> Tensor:
         """Numbers of all windows, in the order of the data: (M,) int64."""
         return torch.arange(len(self), device=self.frames.device)
+
+    def spread(self, count: int) -> Tensor:
+        """Numbers of at most `count` windows, spread evenly over the data and in its order: (M,) int64."""
+        if count >= len(self):
+            return self.all()
+        return torch.linspace(0, len(self) - 1, count, device=self.frames.device, dtype=torch.float64).long()
 
     def gather(self, windows: Tensor) -> Tensor:
         """Frames of the windows numbered (B,) → (B, T, H, W, C) uint8."""
@@ -260,6 +268,28 @@ class Windows:
             order = torch.randperm(len(self), generator=generator)
             self._orders = {key: order.to(self.frames.device)}
         return self._orders[key]
+
+
+def _check_recording(cfg: Config) -> None:
+    """Raise `UserError` if the game has no data, or data that show it otherwise than it will be played."""
+    if not cfg.game_data.is_dir():
+        options = f"--env {cfg.env} --visuals {cfg.visuals} --data-dir {cfg.game_data.parent}"
+        raise UserError(
+            f"the data folder {cfg.game_data} does not exist; make it with"
+            f" `python record_expert.py {options}` or `bash setup_data.sh {cfg.env}`"
+        )
+    path = cfg.game_data / "dataset.json"
+    try:
+        recorded = json.loads(path.read_text()).get("visuals", cfg.visuals)
+    except FileNotFoundError:  # downloaded, or anyone's frames
+        return
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{path} is damaged; record the data again, or delete this file") from None
+    if recorded != cfg.visuals:
+        raise UserError(
+            f"{cfg.game_data} was recorded with visuals {recorded}, but visuals is {cfg.visuals};"
+            f" choose --visuals {recorded} or another --data_dir"
+        )
 
 
 def _allocate(total: int, device: torch.device, folder: Path) -> Tensor:

@@ -15,8 +15,9 @@ import tyro
 from acting import Act, checkpoint_actor, judge, random_actor
 from config import Config, load_config, to_dict, validate
 from errors import UserError, run_main
-from procgen_env import GAMES, check_game, relative_return
-from runs import atomic_write, load_checkpoint
+from files import atomic_write
+from procgen_env import GAMES, Visuals, check_game, relative_return
+from runs import load_checkpoint
 from training import Compute, seed_everything
 
 
@@ -88,7 +89,7 @@ def evaluate(args: Arguments, cfg: Config) -> dict:
         f" on {compute}"
     )
     seed_everything(cfg.seed)
-    played = judge(player.act, player.game, cfg.eval, cfg.seed)
+    played = judge(player.act, player.game, player.visuals, cfg.eval, cfg.seed)
     result = {
         "game": player.game,
         "policy": player.policy,
@@ -116,6 +117,8 @@ class Player:
     policy: str
     """Mode of stage 3, or random."""
     act: Act
+    visuals: Visuals
+    """How the game is drawn for it: as it was for its training."""
     checkpoint: Path | None = None
     unfinished_at: int | None = None
     """Environment steps so far of a policy whose training has not ended."""
@@ -134,7 +137,7 @@ def choose(args: Arguments, cfg: Config, compute: Compute) -> Player:
     Raises `UserError` for a checkpoint that is missing, or of a stage whose networks cannot act.
     """
     if args.policy == "random":
-        return Player(cfg.env, "random", random_actor(cfg.seed))
+        return Player(cfg.env, "random", random_actor(cfg.seed), cfg.visuals)
     mode = args.policy or "online"
     path = args.checkpoint or cfg.run_dir / f"stage3_{mode}" / "checkpoint.pt"
     command = f"python stage3.py --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed} --stage3.mode {mode}"
@@ -149,7 +152,9 @@ def choose(args: Arguments, cfg: Config, compute: Compute) -> Player:
     # Only the modes that play are saved before they end; they count PPO updates.
     steps = checkpoint["step"] * saved["ppo"]["num_envs"] * saved["ppo"]["rollout_steps"]
     unfinished_at = None if checkpoint["finished"] else steps
-    return Player(args.env or saved["env"], saved["stage3"]["mode"], act, path, unfinished_at)
+    return Player(
+        args.env or saved["env"], saved["stage3"]["mode"], act, saved["visuals"], path, unfinished_at
+    )
 
 
 def describe(result: dict) -> str:

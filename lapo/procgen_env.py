@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -26,6 +26,12 @@ ACTIONS = (
 ALL_LEVELS = (0, 0)
 TRAIN_LEVELS = (0, 100_000)
 HELD_OUT_LEVELS = (1_000_000, 1_000_000)
+
+Visuals = Literal["full", "plain"]
+"""How Procgen draws: as in the paper, or without backgrounds and with one look for all levels.
+
+Levels, rewards and movements stay the same, but where shapes come with the look: bigfish's fish, say.
+"""
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ class VecEnv:
         *,
         seed: int,
         levels: tuple[int, int] = ALL_LEVELS,
+        visuals: Visuals = "full",
         num_threads: int | None = None,
     ):
         """Make `num_envs` environments of `game`.
@@ -136,6 +143,8 @@ class VecEnv:
             distribution_mode="easy",
             start_level=start_level,
             num_levels=num_levels,
+            use_backgrounds=visuals == "full",
+            restrict_themes=visuals == "plain",
             rand_seed=seed,
             num_threads=min(num_envs, os.cpu_count() or 1) if num_threads is None else num_threads,
         )

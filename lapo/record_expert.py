@@ -22,15 +22,13 @@ import multiprocessing
 import os
 import queue
 import signal
-import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import tyro
@@ -39,7 +37,16 @@ from tqdm import tqdm
 import experts
 from config import ROOT
 from errors import UserError, run_main
-from procgen_env import GAMES, HELD_OUT_LEVELS, TRAIN_LEVELS, EpisodeTracker, VecEnv, simulator_version
+from files import atomic_write
+from procgen_env import (
+    GAMES,
+    HELD_OUT_LEVELS,
+    TRAIN_LEVELS,
+    EpisodeTracker,
+    VecEnv,
+    Visuals,
+    simulator_version,
+)
 
 CHUNK_FRAMES = {"train": 32_768, "test": 4_096}
 LEVELS = {"train": TRAIN_LEVELS, "test": HELD_OUT_LEVELS}
@@ -63,6 +70,8 @@ class Arguments:
     """Draws the levels; another seed makes another data set."""
     noise: float = 0.0
     """Share of the steps in which a random action is taken instead of the expert's."""
+    visuals: Visuals = "full"
+    """How the game is drawn; plain: no backgrounds, one look for all levels."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Processes; each records one chunk at a time, in about 0.6 GB of memory."""
     data_dir: Path = ROOT / "expert_data"
@@ -79,6 +88,7 @@ class Chunk:
     number: int
     frames: int
     noise: float = 0.0
+    visuals: Visuals = "full"
 
     @property
     def name(self) -> str:
@@ -98,8 +108,14 @@ class Chunk:
 
     def make_env(self) -> VecEnv:
         """New environments, in which the recorded actions lead to the recorded frames."""
-        levels = LEVELS[self.split]
-        return VecEnv(self.game, self.num_envs, seed=self.simulator_seed, levels=levels, num_threads=0)
+        return VecEnv(
+            self.game,
+            self.num_envs,
+            seed=self.simulator_seed,
+            levels=LEVELS[self.split],
+            visuals=self.visuals,
+            num_threads=0,
+        )
 
 
 def plan_chunks(args: Arguments) -> list[Chunk]:
@@ -123,7 +139,7 @@ def plan_chunks(args: Arguments) -> list[Chunk]:
         size = CHUNK_FRAMES[split]
         for number in range(math.ceil(frames / size)):
             length = min(max(frames - number * size, MIN_FRAMES), size)
-            chunks.append(Chunk(args.env, args.seed, split, number, length, args.noise))
+            chunks.append(Chunk(args.env, args.seed, split, number, length, args.noise, args.visuals))
     return chunks
 
 
@@ -179,28 +195,15 @@ def play_chunk(
 
 def write_chunk(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write `arrays` as an npz file, atomically; equal arrays give equal bytes."""
-    with (
-        replace_file(path) as file,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=COMPRESSION) as archive,
-    ):
-        for name, array in arrays.items():
-            # A member that is opened by its name carries a fixed date.
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
 
+    def write(part: Path) -> None:
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=COMPRESSION) as archive:
+            for name, array in arrays.items():
+                # A member that is opened by its name carries a fixed date.
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
 
-@contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` once all of it is on the disk, and not before."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    atomic_write(path, write)
 
 
 # ------------------------------------------------------------------------------------- the data set
@@ -209,7 +212,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
 class Dataset:
     """The folder of a game with its `dataset.json`: how the chunks were made, and which are finished."""
 
-    def __init__(self, folder: Path, game: str, seed: int, noise: float = 0.0):
+    def __init__(self, folder: Path, game: str, seed: int, noise: float = 0.0, visuals: Visuals = "full"):
         """Open the data set in `folder`, or begin one.
 
         Raises UserError if there is no expert for `game`, or if the folder holds chunks made otherwise.
@@ -220,6 +223,7 @@ class Dataset:
             "expert": experts.find_expert(game).__name__,
             "seed": seed,
             "noise": noise,
+            "visuals": visuals,
             "levels": {split: list(levels) for split, levels in LEVELS.items()},
         }
         source = Path(experts.__file__).read_bytes()
@@ -236,7 +240,7 @@ class Dataset:
 
     def _read(self) -> None:
         try:
-            record = json.loads(self.file.read_text())
+            record = {"noise": 0.0, "visuals": "full"} | json.loads(self.file.read_text())
             found = {key: record[key] for key in self.settings}
             self.recorded_versions, self.chunks = record["versions"], record["chunks"]
         except (ValueError, KeyError, TypeError):
@@ -289,8 +293,7 @@ class Dataset:
             **{split: self.summary(split) for split in LEVELS},
             "chunks": {name: self.chunks[name] for name in in_order},
         }
-        with replace_file(self.file) as file:
-            file.write((json.dumps(record, indent=2) + "\n").encode())
+        atomic_write(self.file, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
 
     def summary(self, split: str) -> dict[str, float | None]:
         """Frames, complete episodes and their mean return and its standard error in one split."""
@@ -381,7 +384,7 @@ def main() -> None:
     args = tyro.cli(Arguments)
     chunks = plan_chunks(args)
     folder = args.data_dir.expanduser().resolve() / args.env
-    dataset = Dataset(folder, args.env, args.seed, args.noise)
+    dataset = Dataset(folder, args.env, args.seed, args.noise, args.visuals)
     rest = dataset.unfinished(chunks)
     kept = f"{len(chunks) - len(rest)} of {len(chunks)} chunks are there already"
     print(f"{folder}: recording {dataset.settings['expert']}, {kept}")
@@ -398,9 +401,6 @@ def main() -> None:
             "a worker process died, perhaps for lack of memory; the finished chunks are kept, "
             "run the same command again with fewer --workers"
         ) from None
-    except KeyboardInterrupt:
-        print("interrupted; the finished chunks are kept, the same command continues", file=sys.stderr)
-        sys.exit(130)
     for split in LEVELS:
         summary = dataset.summary(split)
         score = ""

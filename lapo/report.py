@@ -22,9 +22,9 @@ import figures
 from build import inherit
 from config import Config, load_config
 from errors import UserError, run_main
+from files import atomic_write
 from inspection import Inspection
 from procgen_env import check_data
-from runs import atomic_write
 from summary import Record, read_records, summarize
 from training import Compute
 

@@ -30,30 +30,11 @@ from tqdm import tqdm
 
 from config import ROOT, Config, to_dict
 from errors import UserError
+from files import atomic_write
 from tracking import start_wandb
 from training import Compute, rng_state, set_rng_state, to_floats
 
 FORMAT = 1
-
-
-def atomic_write(
-    path: Path, write: Callable[[Path], None], verify: Callable[[Path], Any] | None = None
-) -> None:
-    """Let `write` make a file beside `path`, force it to disk, `verify` it, and only then put it in place.
-
-    Raises `UserError` when the disk refuses; the file that was there stays as it was.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        if verify:
-            verify(part)
-        os.replace(part, path)
-    except (OSError, RuntimeError, UserError) as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); what was there before is kept") from None
 
 
 def load_checkpoint(path: Path, command: str | None = None) -> dict:
@@ -115,7 +96,7 @@ class Run:
         self.checkpoint_path = self.dir / "checkpoint.pt"
         self.metrics_path = self.dir / "metrics.jsonl"
         self.step, self.finished, self.metrics, self.state = 0, False, {}, None
-        self._reads = ("env", "seed", "precision", *reads)
+        self._reads = ("env", "seed", "visuals", "precision", *reads)
         self._wandb_id: str | None = None
         self._stop_signal: int | None = None
         self._rng: dict | None = None

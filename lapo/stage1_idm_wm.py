@@ -86,7 +86,7 @@ def train(cfg: Config) -> None:
         return metrics
 
     def measure() -> dict[str, Tensor]:
-        ids = held_out.all()[: cfg.probe.windows]
+        ids = held_out.spread(cfg.probe.windows)
         metrics = world_model_loss(idm, world_model, held_out, ids, compute)
         if held_out.ta is not None:
             la = label(idm, held_out, ids, compute)

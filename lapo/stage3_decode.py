@@ -60,7 +60,8 @@ def score(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
     """Play on held-out levels; nothing to play for a name that is no Procgen game."""
     if cfg.env not in GAMES:
         return {}
-    played = judge(network_actor(policy.eval(), compute, cfg.eval.greedy), cfg.env, cfg.eval, cfg.seed)
+    act = network_actor(policy.eval(), compute, cfg.eval.greedy)
+    played = judge(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
     return {
         "return_mean": played.mean,
         "return_stderr": played.stderr,
@@ -132,7 +133,8 @@ def ppo(
     decoder: OnlineDecoder | None = None,
 ) -> None:
     """Train `policy` for `cfg.stage3.steps` env steps."""
-    collector = Collector(VecEnv(cfg.env, cfg.ppo.num_envs, seed=cfg.seed), cfg.ppo.gamma, compute)
+    env = VecEnv(cfg.env, cfg.ppo.num_envs, seed=cfg.seed, visuals=cfg.visuals)
+    collector = Collector(env, cfg.ppo.gamma, compute)
     rollout = Rollout(cfg.ppo.rollout_steps, cfg.ppo.num_envs, compute.device)
     updates, steps_per_update = num_updates(cfg)
     parts = {"policy": policy, "optimizer": optimizer, "collector": collector}

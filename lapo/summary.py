@@ -144,7 +144,7 @@ def random_return(cfg: Config) -> dict:
         if last["eval"] == to_dict(cfg.eval):
             return last["returns"]["random"]
     print(f"the random policy plays {cfg.eval.episodes} episodes")
-    played = judge(random_actor(cfg.seed), cfg.env, cfg.eval, cfg.seed)
+    played = judge(random_actor(cfg.seed), cfg.env, cfg.visuals, cfg.eval, cfg.seed)
     metrics = {"return_mean": played.mean, "return_stderr": played.stderr, "episodes": played.episodes}
     return result(cfg, metrics, source="uniform actions")
 

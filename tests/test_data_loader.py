@@ -138,6 +138,26 @@ def test_configured_splits_and_what_is_printed_of_them(workplace, capsys):
     assert "test: no such folder, so the training windows are measured" in capsys.readouterr().out
 
 
+def test_frames_recorded_with_other_visuals_are_refused(workplace):
+    record = workplace.data / workplace.GAME / "dataset.json"
+    record.write_text('{"visuals": "plain"}')
+    with pytest.raises(UserError, match="recorded with visuals plain, but visuals is full; choose --visuals"):
+        Windows.splits(workplace.config(), CPU)
+    assert len(Windows.splits(workplace.config("--visuals", "plain"), CPU)[0])
+    record.write_text("[]")
+    with pytest.raises(UserError, match=r"dataset.json is damaged"):
+        Windows.splits(workplace.config(), CPU)
+    record.write_text("{}")  # recorded before there was a choice, or by others
+    assert len(Windows.splits(workplace.config(), CPU)[0])
+
+
+def test_a_missing_game_is_told_how_to_record_it_as_configured(workplace):
+    cfg = workplace.config("--env", "maze", "--visuals", "plain")
+    remedy = rf"record_expert.py --env maze --visuals plain --data-dir {workplace.data}`"
+    with pytest.raises(UserError, match=remedy):
+        Windows.splits(cfg, CPU)
+
+
 # ---------------------------------------------------------------- order of batches
 
 
@@ -160,6 +180,17 @@ def test_batches_cut_an_endless_row_of_exact_permutations(seventeen, batch_size,
     for epoch in epochs:
         assert sorted(epoch) == list(range(17))
     assert len({tuple(epoch) for epoch in epochs}) == 4  # each its own order
+
+
+@given(count=st.integers(1, 30))
+def test_windows_to_measure_are_spread_over_all(seventeen, count):
+    ids = Windows(seventeen, device=CPU).spread(count)
+    assert len(ids) == min(count, 17)
+    assert ids[0] == 0
+    assert count == 1 or ids[-1] == 16
+    gaps = ids.diff()
+    assert count < 3 or gaps.max() - gaps.min() <= 1
+    assert (gaps > 0).all()
 
 
 def test_a_batch_depends_on_seed_and_step_alone(seventeen):

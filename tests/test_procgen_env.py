@@ -81,6 +81,17 @@ def test_arrays_are_the_callers_to_keep() -> None:
     assert not np.array_equal(kept, env.observe())
 
 
+@pytest.mark.parametrize("game", ["coinrun", "jumper", "maze"])
+def test_plain_visuals_change_the_frames_and_nothing_else(game: str) -> None:
+    full, plain = (VecEnv(game, 4, seed=1, visuals=visuals) for visuals in ("full", "plain"))
+    for (obs, *facts), (plain_obs, *plain_facts) in zip(
+        random_steps(full, 200), random_steps(plain, 200), strict=True
+    ):
+        assert same([tuple(facts)], [tuple(plain_facts)])
+        assert (obs != plain_obs).any()
+    assert (full.level_seeds() == plain.level_seeds()).all()
+
+
 @pytest.mark.parametrize("game", ["coinrun", "leaper", "starpilot"])
 def test_state_continues_in_another_environment(game: str) -> None:
     original, copy = VecEnv(game, 4, seed=1), VecEnv(game, 4, seed=2)

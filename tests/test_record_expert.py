@@ -79,7 +79,7 @@ def test_plan_covers_all_frames_with_seeds_of_their_own() -> None:
     [
         Chunk("maze", 3, "train", 1, 2100),
         Chunk("coinrun", 0, "test", 0, 150),
-        Chunk("jumper", 0, "test", 0, 150, noise=0.3),
+        Chunk("jumper", 0, "test", 0, 150, noise=0.3, visuals="plain"),
     ],
 )
 def test_recorded_actions_lead_to_the_recorded_frames(chunk: Chunk) -> None:
@@ -181,7 +181,7 @@ def test_ctrl_c_stops_with_one_line_and_keeps_finished_chunks(tmp_path: Path) ->
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert stderr.splitlines()[-1] == "interrupted; the finished chunks are kept, the same command continues"
+    assert stderr.splitlines()[-1] == "interrupted; the same command continues"
     assert "Traceback" not in stderr
     assert sorted(contents(folder)) == ["maze/dataset.json", "maze/train/0.npz"]
 
@@ -215,6 +215,7 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 def test_other_data_are_never_overwritten(recorded: Path, tmp_path: Path) -> None:
     before = contents(recorded)
     assert "recorded with seed 0, not 1" in refusal(recorded, "--env", "maze", *SMALL, "--seed", "1")
+    assert "visuals full, not plain" in refusal(recorded, "--env", "maze", *SMALL, "--visuals", "plain")
     assert "has 300 frames where 400" in refusal(
         recorded, "--env", "maze", "--frames", "400", "--test-frames", "4100"
     )
@@ -238,6 +239,17 @@ def test_data_of_another_expert_are_complete_but_not_continued(recorded: Path, t
     assert dataset.unfinished(plan) == []
     with pytest.raises(UserError, match="another version"):
         dataset.unfinished([*plan, Chunk("maze", 0, "train", 1, 32_768)])
+
+
+def test_data_from_before_noise_and_visuals_are_continued(recorded: Path, tmp_path: Path) -> None:
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "maze/dataset.json"
+    record = json.loads(file.read_text())
+    del record["noise"], record["visuals"]
+    file.write_text(json.dumps(record))
+    assert Dataset(tmp_path / "maze", "maze", 0).chunks == record["chunks"]
+    with pytest.raises(UserError, match=r"noise 0.0, not 0.2"):
+        Dataset(tmp_path / "maze", "maze", 0, noise=0.2)
 
 
 def test_mistakes_on_the_command_line(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ import stage3_decode
 from config import to_dict
 from conftest import LAPO, Trap, Workplace
 from errors import UserError, run_main
-from runs import FORMAT, Run, atomic_write, diff, load_checkpoint, load_stage
+from files import atomic_write
+from runs import FORMAT, Run, diff, load_checkpoint, load_stage
 from training import Compute
 
 CPU = Compute(torch.device("cpu"), bf16=False, compile=False)

@@ -1,0 +1,29 @@
+"""Files that are whole or absent: a crash or a full disk leaves no half file in the place of a good one."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+
+
+def atomic_write(
+    path: Path, write: Callable[[Path], Any], verify: Callable[[Path], Any] | None = None
+) -> None:
+    """Let `write` make a file beside `path`, force it to disk, `verify` it, and only then put it in place.
+
+    Raises `UserError` when the disk refuses; the file that was there stays as it was.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        if verify:
+            verify(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError, UserError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"cannot write {path} ({error}); what was there before is kept") from None
+    finally:
+        part.unlink(missing_ok=True)
