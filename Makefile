@@ -8,8 +8,8 @@ PYTHON ?= python3
 # The demo's game, how many expert frames are recorded for it, in whole chunks of 32,768 and 4,096, and in
 # which share of them the expert does something at random: actions that can be foreseen teach stage 1 little.
 GAME ?= jumper
-FRAMES ?= 65536
-TEST_FRAMES ?= 8192
+FRAMES ?= 49152
+TEST_FRAMES ?= 12288
 NOISE ?= 0.2
 
 VENV_PYTHON := .venv/bin/python
@@ -37,7 +37,8 @@ test: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest
 
 demo: $(INSTALLED)
-	$(VENV_PYTHON) lapo/record_expert.py --env $(GAME) --frames $(FRAMES) --test-frames $(TEST_FRAMES) --noise $(NOISE)
+	$(VENV_PYTHON) lapo/record_expert.py --env $(GAME) --frames $(FRAMES) --test-frames $(TEST_FRAMES) \
+		--noise $(NOISE) --visuals plain --data-dir expert_data/demo
 	bash lapo/launch.sh $(GAME) --preset demo --modes offline,bc,online,scratch
 	$(VENV_PYTHON) lapo/report.py --env $(GAME) --preset demo
 	@s=$$(($$(date +%s) - $(START))) && echo "make demo took $$((s / 60)) min $$((s % 60)) s"
