@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -66,9 +67,10 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
 def load_stage(cfg: Config, stage: str, script: str) -> dict:
     """The finished checkpoint of an earlier stage of the same experiment, game and seed.
 
-    Raises `UserError` naming the command that makes it, if it is missing or unfinished.
+    Raises `UserError` naming the command that makes it, if it is missing or unfinished: `script` with this
+    process's own options, as every stage takes the same.
     """
-    command = f"python {script} --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed}"
+    command = shlex.join(["python", script, *sys.argv[1:]])
     path = cfg.run_dir / stage / "checkpoint.pt"
     checkpoint = load_checkpoint(path, command)
     if not checkpoint["finished"]:

@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -258,14 +259,15 @@ def checkpoint(tmp_path_factory) -> Path:
     return run.checkpoint_path
 
 
-def test_a_missing_checkpoint_names_the_command_that_makes_it(workplace):
+def test_a_missing_checkpoint_names_the_command_that_makes_it(workplace, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stage2.py", "--exp", "ma in", "--preset", "demo"])
     path = workplace.run_dir("stage1") / "checkpoint.pt"
     with pytest.raises(UserError, match=r"checkpoint\.pt does not exist$"):
         load_checkpoint(path)
     with pytest.raises(UserError) as error:
         load_stage(workplace.config("--seed", "0"), "stage1", "stage1.py")
     assert f"{path} does not exist" in str(error.value)
-    assert "`python stage1.py --env bossfight --exp main --seed 0`" in str(error.value)
+    assert "`python stage1.py --exp 'ma in' --preset demo`" in str(error.value)
 
 
 def test_an_unfinished_stage_names_the_command_that_continues_it(workplace):
@@ -273,7 +275,7 @@ def test_an_unfinished_stage_names_the_command_that_continues_it(workplace):
     run.step = 3
     run.save({})
     with pytest.raises(
-        UserError, match=r"is unfinished, at step 3; continue it with `python stage1.py --env"
+        UserError, match=r"is unfinished, at step 3; continue it with `python stage1.py"
     ):
         load_stage(run.cfg, "stage1", "stage1.py")
 

@@ -181,7 +181,7 @@ def test_a_missing_earlier_stage_names_the_command_that_makes_it(workplace):
     message = refused(workplace, "stage2.py", "--seed", "0")
     assert message == (
         f"the checkpoint {path} does not exist; make it with"
-        " `python stage1.py --env bossfight --exp main --seed 0`"
+        f" `python stage1.py --config {workplace.config_file} --seed 0`"
     )
 
 
