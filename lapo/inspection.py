@@ -18,8 +18,11 @@ from procgen_env import ACTIONS, GAMES
 from training import Compute
 
 MAX_WINDOWS = 4096
+BLOCK = 64
+"""A linear map is fitted to every other block of so many windows (fewer where there are few windows), and
+judged on those between: both parts see all environments, and few windows have a neighbour in the other part."""
 MIN_WINDOWS = 8
-"""An action that fewer windows of the first half have is not shown."""
+"""An action that fewer of the windows fitted to have is not shown."""
 EXAMPLES = 5
 MUCH_CHANGE = 0.95
 """Quantile of the frames' change at which examples are taken: much happens, yet nothing freakish."""
@@ -34,6 +37,7 @@ class Inspection:
         ids      (M,) numbers of the windows
         la       (M, D) their latent actions
         ta       (M,) their true actions, or None where the data has none
+        fitted   (M,) which windows maps are fitted to; the others are shown
         actions  (A,) the true actions that are not too rare to show, ascending
         names    (A) their names
     """
@@ -46,10 +50,12 @@ class Inspection:
         self.game, self.compute = cfg.env, compute
         # As in stage 1, training windows serve where nothing is held out.
         split = "test" if (cfg.game_data / "test").is_dir() else "train"
-        limit = chunks_holding(cfg.game_data / split, 2 * MAX_WINDOWS)
+        limit = chunks_holding(cfg.game_data / split, 4 * MAX_WINDOWS)
         self.windows = Windows.read(cfg, split, compute.device, limit=limit)
         self.ids = self.windows.all()[:: -(-len(self.windows) // MAX_WINDOWS)]
         self.ta = None if self.windows.ta is None else self.windows.actions(self.ids)
+        block = max(1, min(BLOCK, len(self.ids) // 8))
+        self.fitted = torch.arange(len(self.ids), device=self.ids.device) // block % 2 == 0
 
         self.idm, self.world_model = compute.place(make_idm(cfg)), compute.place(make_world_model(cfg))
         self.idm.load_state_dict(state["idm"])
@@ -61,8 +67,8 @@ class Inspection:
             network.eval().requires_grad_(False)
         self.la = label(self.idm, self.windows, self.ids, compute)
 
-        first_half = self.ids.new_empty(0) if self.ta is None else self.ta[: len(self.ta) // 2]
-        self.actions = torch.nonzero(first_half.bincount() >= MIN_WINDOWS).flatten()
+        fitted = self.ids.new_empty(0) if self.ta is None else self.ta[self.fitted]
+        self.actions = torch.nonzero(fitted.bincount() >= MIN_WINDOWS).flatten()
         self.names = [self._name(action) for action in self.actions.tolist()]
 
     def _name(self, action: int) -> str:
@@ -72,22 +78,23 @@ class Inspection:
     def latent_views(self) -> tuple[list[LatentView], np.ndarray]:
         """Latent actions after and before training, and their true actions as indices of `actions`.
 
-        What is shown is the second half of the windows, seen through a linear map fitted to the first.
+        They are seen through a linear map fitted to other windows, see `BLOCK`.
         """
         shown = torch.isin(self.ta, self.actions)
         ta = torch.searchsorted(self.actions, self.ta[shown])
-        half = int(shown[: len(shown) // 2].sum())
+        fitted = self.fitted[shown]
+        ta_seen = ta[~fitted]
         untrained = label(self.untrained_idm, self.windows, self.ids[shown], self.compute)
         views = []
         for when, la in (("After stage 1", self.la[shown]), ("Before training", untrained)):
-            xy, read = discriminate(la[:half], ta[:half], la[half:])
+            xy, read = discriminate(la[fitted], ta[fitted], la[~fitted])
             confusion = torch.zeros(len(self.actions), len(self.actions), device=ta.device)
-            confusion.index_put_((ta[half:], read), confusion.new_ones(()), accumulate=True)
+            confusion.index_put_((ta_seen, read), confusion.new_ones(()), accumulate=True)
             confusion /= confusion.sum(1, keepdim=True).clamp_min(1)
-            right = (read == ta[half:]).float().mean()
+            right = (read == ta_seen).float().mean()
             title = f"{when}: a linear reading names {right:.0%} of the actions"
             views.append(LatentView(title, xy.cpu().numpy(), confusion.cpu().numpy()))
-        return views, ta[half:].cpu().numpy()
+        return views, ta_seen.cpu().numpy()
 
     def predictions(self) -> Predictions:
         """The world model's predictions for windows in which much changes.

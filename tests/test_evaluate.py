@@ -76,7 +76,7 @@ def test_random_policy_needs_no_run(call, trained, tmp_path):
     arguments = ("--policy", "random", "--env", GAME, "--exp", "nowhere", "--seed", "5", "--json", str(file))
     status, out, err = call(*arguments)
     assert (status, err) == (0, "")
-    played = judge(random_actor(5), GAME, trained.config().eval, seed=5)
+    played = judge(random_actor(5), GAME, "full", trained.config().eval, seed=5)
     assert json.loads(file.read_text()) == {
         "game": GAME,
         "policy": "random",

@@ -67,7 +67,7 @@ def test_command_line_reports_a_complete_run(finished, cfg):
 
 def test_random_policy_plays_once(cfg, monkeypatch):
     found = summary.summarize(cfg, summary.read_records(cfg))
-    played = judge(random_actor(cfg.seed), GAME, cfg.eval, cfg.seed)
+    played = judge(random_actor(cfg.seed), GAME, cfg.visuals, cfg.eval, cfg.seed)
     assert found["returns"]["random"]["return_mean"] == played.mean
     (cfg.run_dir / "summary.json").write_text(json.dumps(found))
     monkeypatch.setattr(summary, "judge", lambda *_: pytest.fail("played again"))
