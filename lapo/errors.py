@@ -1,5 +1,6 @@
 """The one way a user's mistake is reported: a sentence on stderr and a non-zero exit code."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -18,6 +19,9 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
