@@ -1,11 +1,19 @@
 """Files that are whole or absent: a crash or a full disk leaves no half file in the place of a good one."""
 
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from errors import UserError
+
+CHUNK_FRAMES = {"train": 32_768, "test": 4_096}
+"""Frames of a full chunk, as in the published data."""
+# Level 4 packs frames twice as fast as zlib's default, into files about a quarter larger.
+COMPRESSION = 4
 
 
 def atomic_write(
@@ -27,3 +35,16 @@ def atomic_write(
         raise UserError(f"cannot write {path} ({error}); what was there before is kept") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_chunk(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write `arrays` as an npz file, atomically; equal arrays give equal bytes."""
+
+    def write(part: Path) -> None:
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=COMPRESSION) as archive:
+            for name, array in arrays.items():
+                # A member that is opened by its name carries a fixed date.
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+
+    atomic_write(path, write)

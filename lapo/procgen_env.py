@@ -79,7 +79,8 @@ def check_data(name: str, folder: Path) -> None:
     """Raise UserError unless `name` is a Procgen game or, for other frames, `folder` holds its data."""
     if name not in GAMES and not folder.is_dir():
         raise UserError(
-            f"'{name}' is neither a Procgen game nor a folder {folder}; the games are {', '.join(GAMES)}"
+            f"'{name}' is neither a Procgen game nor a folder {folder}; the games are {', '.join(GAMES)},"
+            f" and `python import_video.py --env {name}` makes such a folder from videos"
         )
 
 

@@ -23,7 +23,6 @@ import os
 import queue
 import signal
 import threading
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -37,7 +36,7 @@ from tqdm import tqdm
 import experts
 from config import ROOT
 from errors import UserError, run_main
-from files import atomic_write
+from files import CHUNK_FRAMES, atomic_write, write_chunk
 from procgen_env import (
     GAMES,
     HELD_OUT_LEVELS,
@@ -48,12 +47,9 @@ from procgen_env import (
     simulator_version,
 )
 
-CHUNK_FRAMES = {"train": 32_768, "test": 4_096}
 LEVELS = {"train": TRAIN_LEVELS, "test": HELD_OUT_LEVELS}
 MIN_FRAMES = 3  # one window of the data loader
 DISCOUNT = 0.999
-# Level 4 packs frames twice as fast as zlib's default, into files about a quarter larger.
-COMPRESSION = 4
 
 
 @dataclass
@@ -191,19 +187,6 @@ def play_chunk(
     arrays = {name: array.reshape(-1, *array.shape[2:])[: chunk.frames] for name, array in arrays.items()}
     arrays["done"][-1] = True
     return arrays
-
-
-def write_chunk(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write `arrays` as an npz file, atomically; equal arrays give equal bytes."""
-
-    def write(part: Path) -> None:
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=COMPRESSION) as archive:
-            for name, array in arrays.items():
-                # A member that is opened by its name carries a fixed date.
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-
-    atomic_write(path, write)
 
 
 # ------------------------------------------------------------------------------------- the data set

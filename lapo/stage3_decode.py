@@ -24,7 +24,7 @@ from decoding import OnlineDecoder, fit, training_updates
 from errors import UserError, run_main
 from ppo import Rollout, ppo_update
 from probe import INFERENCE_BATCH, label
-from procgen_env import GAMES, VecEnv, check_data, check_game, relative_return
+from procgen_env import ACTIONS, GAMES, VecEnv, check_data, relative_return
 from runs import Run, load_stage
 from training import Compute, make_optimizer, piecewise_linear, ramp_schedule, seed_everything, set_lr
 
@@ -205,7 +205,15 @@ def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
     folder, count = cfg.game_data / "train", cfg.offline.labels
     windows = Windows.read(cfg, "train", compute.device, limit=chunks_holding(folder, 4 * count))
     if windows.ta is None:
-        raise UserError(f"{folder} holds no true actions `ta`, which mode {cfg.stage3.mode} learns from")
+        raise UserError(
+            f"{folder} holds no true actions `ta`, which mode {cfg.stage3.mode} learns from; add them to its"
+            " chunks, see expert_data/README.md"
+        )
+    if windows.ta.max() >= len(ACTIONS):
+        raise UserError(
+            f"{folder} holds true actions up to {windows.ta.max()}, but policies of stage 3 choose among"
+            f" {len(ACTIONS)}; number them from 0 to {len(ACTIONS) - 1}"
+        )
     if len(windows) < count:
         raise UserError(f"offline.labels is {count}, but {folder} has {len(windows)} windows; lower it")
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -259,10 +267,13 @@ class Mode:
 
     def check(self, cfg: Config) -> None:
         """Raise `UserError` when the configured name cannot serve this mode."""
-        if self.plays:
-            check_game(cfg.env)
-        else:
-            check_data(cfg.env, cfg.game_data)
+        if self.plays and cfg.env not in GAMES:
+            raise UserError(
+                f"mode {cfg.stage3.mode} learns by playing, and '{cfg.env}' is not a Procgen game; frames of"
+                " your own can be decoded with --stage3.mode offline, if they come with true actions `ta`"
+                f" (the games are {', '.join(GAMES)})"
+            )
+        check_data(cfg.env, cfg.game_data)
 
 
 MODES = {

@@ -13,8 +13,9 @@ import pytest
 from conftest import LAPO
 from data_loader import find_chunks, read_header
 from errors import UserError
+from files import write_chunk
 from procgen_env import GAMES, HELD_OUT_LEVELS, TRAIN_LEVELS
-from record_expert import Arguments, Chunk, Dataset, plan_chunks, play_chunk, write_chunk
+from record_expert import Arguments, Chunk, Dataset, plan_chunks, play_chunk
 
 SMALL = ("--frames", "300", "--test-frames", "4100")  # three chunks, of 300, 4,096 and 4 frames
 

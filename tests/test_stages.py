@@ -130,7 +130,8 @@ def test_an_unknown_game_lists_the_games(workplace):
     message = refused(workplace, "stage1.py", "--env", "bigfsh")
     assert message == (
         f"'bigfsh' is neither a Procgen game nor a folder {workplace.data / 'bigfsh'};"
-        f" the games are {', '.join(GAMES)}"
+        f" the games are {', '.join(GAMES)}, and `python import_video.py --env bigfsh` makes such a folder"
+        " from videos"
     )
 
 
@@ -459,6 +460,16 @@ def test_frames_without_actions_cannot_be_labels(trained, tmp_path, mode):
         stage3_decode.train(cfg)
 
 
+@pytest.mark.parametrize("mode", ["offline", "bc"])
+def test_actions_that_no_policy_can_take_cannot_be_labels(trained, tmp_path, mode):
+    frames, ta = numbered_frames(np.arange(50)), np.arange(50) % 16
+    write_chunk(tmp_path / trained.GAME / "train" / "0.npz", frames, ta=ta)
+    trained.branch(f"many-{mode}", "stage1", "stage2")
+    cfg = trained.config("--stage3.mode", mode, "--data_dir", str(tmp_path), "--exp", f"many-{mode}")
+    with pytest.raises(UserError, match="true actions up to 15, but policies of stage 3 choose among 15;"):
+        stage3_decode.train(cfg)
+
+
 def test_frames_of_no_procgen_game_train_and_can_be_decoded_but_not_played(workplace):
     game = workplace.data / workplace.GAME
     game.rename(workplace.data / "mygame")
@@ -467,7 +478,7 @@ def test_frames_of_no_procgen_game_train_and_can_be_decoded_but_not_played(workp
     stage2_bc.train(workplace.config(*mine))
     for mode in ("online", "scratch"):
         with pytest.raises(
-            UserError, match=f"'mygame' is not a Procgen game; choose one of {', '.join(GAMES)}"
+            UserError, match=rf"mode {mode} learns by playing, and 'mygame' is not .*--stage3.mode offline"
         ):
             stage3_decode.train(workplace.config(*mine, "--stage3.mode", mode))
     for mode in ("offline", "bc"):

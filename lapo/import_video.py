@@ -1,0 +1,222 @@
+"""Turn anyone's videos into chunks of frames: `python import_video.py clip.mp4 walk.gif shots/ --env mygame`.
+
+A clip is a video file, a GIF or a folder of images; its frames are taken as stored, whatever their timing.
+Writes `<data_dir>/<env>/{train,test}/<k>.npz`, which is all that stages 1 and 2 read, and `dataset.json`
+beside them, which says how they were made. The folder appears when everything is in it; an import that was
+stopped begins again.
+
+A chunk holds N frames:
+    obs   (N, 64, 64, 3) uint8 RGB; a pixel is the mean of the area that it covers in the source
+    done  (N,) bool, a cut: the last frame of a shot
+
+A shot ends with its clip, where the part of the clip that is held out for `test` begins, and where the
+picture changes by more than `--cut-threshold` from one frame to the next. Shots without a window are left
+out.
+"""
+
+import json
+import math
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from config import ROOT, load_config
+from errors import UserError, run_main
+from files import CHUNK_FRAMES, atomic_write, write_chunk
+from procgen_env import GAMES
+from video import SIZE, Crop, find_files, probe, read_frames, shrink, to_rgb, versions
+
+MIN_SHOT = 4
+"""Frames of the shortest shot: a window is three frames, none of them the last one of a shot."""
+
+
+@dataclass
+class Arguments:
+    """Turn videos into chunks of frames that stages 1 and 2 learn from."""
+
+    sources: tyro.conf.Positional[list[Path]]
+    """Clips: video files, GIFs, and folders of images, which are taken in the order of the numbers in their
+    names."""
+    env: str
+    """Name of the data set: any but a Procgen game's."""
+    crop: Crop | None = None
+    """X Y WIDTH HEIGHT: the part of the picture to keep, in pixels of the source; all of it unless given.
+    What is kept is squeezed into a square."""
+    frame_skip: int = 1
+    """Keep one frame in so many, beginning with a clip's first: 4 keeps frames 0, 4, 8, ..."""
+    test_share: float = 0.1
+    """Share of every clip, at its end, that is held out for `test`."""
+    # Random play of Procgen stays below it in 97 to 100 % of the steps within episodes (ninja: 94 %).
+    cut_threshold: float = 35.0
+    """Mean absolute difference (0 to 255) between one kept frame and the next beyond which a new shot begins;
+    255 finds no cuts."""
+    data_dir: Path = ROOT / "expert_data"
+    """Where the folder of the data set lies."""
+
+    def check(self) -> None:
+        """Raise UserError for arguments that make no data set."""
+        if not self.sources:
+            raise UserError("no clip is named; name video files, GIFs or folders of images")
+        load_config(["--env", self.env])  # the stages must accept the name
+        if self.env in GAMES:
+            raise UserError(f"'{self.env}' is a Procgen game; choose another name, such as my{self.env}")
+        if self.frame_skip < 1:
+            raise UserError(f"--frame-skip is {self.frame_skip}; 1 keeps every frame")
+        if not 0 <= self.test_share < 1:
+            raise UserError(f"--test-share is {self.test_share}; choose a share from 0 to below 1")
+        if not 0 <= self.cut_threshold <= 255:
+            raise UserError(f"--cut-threshold is {self.cut_threshold}; choose a difference from 0 to 255")
+
+    def settings(self) -> dict:
+        """All that the chunks depend on, as plain data. Raises UserError for a clip that does not exist."""
+        sizes = [sum(file.stat().st_size for file in find_files(path)) for path in self.sources]
+        return {
+            "sources": [
+                {"name": path.resolve().name, "bytes": size}
+                for path, size in zip(self.sources, sizes, strict=True)
+            ],
+            "crop": list(self.crop) if self.crop else None,
+            "frame_skip": self.frame_skip,
+            "test_share": self.test_share,
+            "cut_threshold": self.cut_threshold,
+        }
+
+
+class Split:
+    """The chunks of `train` or `test`, written one by one as they fill up: memory holds a single one."""
+
+    def __init__(self, folder: Path, chunk_frames: int):
+        """Chunks of at most `chunk_frames` frames, in `folder`."""
+        self.folder = folder
+        self.obs = np.empty((chunk_frames, SIZE, SIZE, 3), np.uint8)
+        self.done = np.zeros(chunk_frames, bool)
+        self.filled = 0
+        self.shot_frames = 0
+        """Frames of the present shot in the present chunk."""
+        self.chunks = self.frames = self.shots = self.left_out = 0
+
+    def add(self, obs: np.ndarray) -> None:
+        """Add a frame (64, 64, 3) to the present shot."""
+        if self.filled == len(self.obs):
+            self.flush()
+        self.obs[self.filled] = obs
+        self.filled += 1
+        self.shot_frames += 1
+
+    def end_shot(self) -> None:
+        """Mark the end of the present shot; without a single window, it is taken back."""
+        if self.shot_frames < MIN_SHOT:
+            self.filled -= self.shot_frames
+            self.left_out += self.shot_frames
+        else:
+            self.done[self.filled - 1] = True
+            self.shots += 1
+        self.shot_frames = 0
+
+    def flush(self) -> None:
+        """Write the present chunk, if it holds anything, and begin the next one."""
+        if self.filled:
+            self.folder.mkdir(exist_ok=True)
+            arrays = {"obs": self.obs[: self.filled], "done": self.done[: self.filled]}
+            write_chunk(self.folder / f"{self.chunks}.npz", arrays)
+            self.chunks, self.frames = self.chunks + 1, self.frames + self.filled
+        self.done[:] = False
+        self.filled = self.shot_frames = 0
+
+
+def import_clips(args: Arguments, folder: Path) -> dict:
+    """Write the chunks that the arguments ask for to `folder`; returns their summary as plain data.
+
+    Raises UserError for a bad clip: before anything else is read if its very first frame shows it.
+    """
+    lengths = [probe(path, args.crop) for path in args.sources]
+    splits = {name: Split(folder / name, size) for name, size in CHUNK_FRAMES.items()}
+    decoded = []
+    with tqdm(total=sum(lengths), unit=" frames", unit_scale=True, mininterval=1) as bar:
+        for path, length in zip(args.sources, lengths, strict=True):
+            first_test = round(length * (1 - args.test_share)) if args.test_share else math.inf
+            split, previous, index = splits["train"], None, -1
+            for index, frame in enumerate(read_frames(path)):
+                bar.update()
+                if index % args.frame_skip:
+                    continue
+                obs = shrink(to_rgb(frame, args.crop, path))
+                goes_to = splits["test" if index >= first_test else "train"]
+                if goes_to is not split or is_cut(previous, obs, args.cut_threshold):
+                    split.end_shot()
+                goes_to.add(obs)
+                split, previous = goes_to, obs
+            split.end_shot()
+            decoded.append(index + 1)
+    for split in splits.values():
+        split.flush()
+    if not splits["train"].frames:
+        raise UserError(
+            f"nothing to train on: no shot of the training part has {MIN_SHOT} frames; lower --frame-skip or"
+            " --test-share, raise --cut-threshold, or name more clips"
+        )
+    counts = ("frames", "shots", "chunks", "left_out")
+    return {"decoded": decoded} | {
+        name: {key: getattr(split, key) for key in counts} for name, split in splits.items()
+    }
+
+
+def is_cut(previous: np.ndarray | None, obs: np.ndarray, threshold: float) -> bool:
+    """Whether `obs` (64, 64, 3) begins another shot than the frame before it, if there is one."""
+    return previous is not None and np.abs(obs - previous.astype(np.int16)).mean() > threshold
+
+
+def is_finished(folder: Path, settings: dict) -> bool:
+    """Whether `folder` holds this very import. Raises UserError if it holds anything else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    way_out = "choose another --env or --data-dir, or delete it"
+    try:
+        record = json.loads((folder / "dataset.json").read_text())
+        found = {key: record[key] for key in settings}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} holds something else already; {way_out}") from None
+    if found.pop("sources") != settings["sources"]:
+        raise UserError(f"{folder} was imported from other clips; {way_out}")
+    for key, value in found.items():
+        if value != settings[key]:
+            raise UserError(f"{folder} was imported with {key} {value}, not {settings[key]}; {way_out}")
+    return True
+
+
+def main() -> None:
+    """Import what the command line names."""
+    args = tyro.cli(Arguments)
+    args.check()
+    folder = args.data_dir.expanduser().resolve() / args.env
+    partial = folder.with_name(f".{args.env}.importing")
+    try:
+        settings = args.settings()
+        if is_finished(folder, settings):
+            print(f"{folder} holds these clips already: nothing to do")
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        summary = import_clips(args, partial)
+        record = json.dumps({**settings, **summary, "versions": versions()}, indent=2) + "\n"
+        atomic_write(partial / "dataset.json", lambda path: path.write_text(record))
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot make {folder} ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for name in CHUNK_FRAMES:
+        split = summary[name]
+        left_out = f", {split['left_out']:,} frames of shots too short left out" if split["left_out"] else ""
+        print(f"{name}: {split['frames']:,} frames in {split['shots']:,} shots{left_out}")
+    place = "" if args.data_dir == ROOT / "expert_data" else f" --data-dir {shlex.quote(str(folder.parent))}"
+    print(f"{folder} is ready: bash launch.sh {args.env} --stages 1,2{place}")
+
+
+if __name__ == "__main__":
+    run_main(main)
