@@ -136,7 +136,7 @@ def test_an_unknown_game_lists_the_games(workplace):
 
 
 def test_a_missing_data_folder_says_how_to_make_it(workplace):
-    folder = workplace.data / "maze" / "train"
+    folder = workplace.data / "maze"
     message = refused(workplace, "stage1.py", "--env", "maze")
     assert message.startswith(f"the data folder {folder} does not exist; make it with")
     assert "record_expert.py --env maze" in message
