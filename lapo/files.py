@@ -1,7 +1,8 @@
 """Files that are whole or absent: a crash or a full disk leaves no half file in the place of a good one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,14 @@ def atomic_write(
         raise UserError(f"cannot write {path} ({error}); what was there before is kept") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path, kept: str) -> Iterator[None]:
+    """A disk that refuses what is done to `path` raises `UserError`, which also says what is `kept`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error}); {kept}; once that is mended, the same command continues"
+        ) from None
