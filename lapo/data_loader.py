@@ -123,11 +123,13 @@ def read_npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...]
         )
         shape, _, dtype = read(file)
         expected = file.tell() + math.prod(shape) * dtype.itemsize
-    found = archive.getinfo(f"{key}.npy").file_size
+    member = archive.getinfo(f"{key}.npy")
+    found = member.file_size
     if found != expected and not dtype.hasobject:  # objects are refused by their type later
         raise ValueError(f"`{key}` has {found} bytes instead of {expected}")
     stored = os.path.getsize(archive.filename)
-    if found > MAX_UNPACKING * stored:  # before anybody makes room for them
+    factor = 1 if member.compress_type == zipfile.ZIP_STORED else MAX_UNPACKING
+    if found > factor * stored:  # before anybody makes room for them
         raise ValueError(f"`{key}` claims {found} bytes, too many for a file of {stored}")
     return shape, dtype
 

@@ -471,7 +471,7 @@ def npy(array: np.ndarray, **claims) -> bytes:
     return file.getvalue() + array.tobytes()
 
 
-@settings(max_examples=200)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_chunk_that_lies_is_refused_or_read_correctly(tmp_path_factory, data):
     """Wrong types and shapes, huge headers and pickles in an intact zip file: a UserError, or what it holds.
@@ -483,9 +483,10 @@ def test_a_chunk_that_lies_is_refused_or_read_correctly(tmp_path_factory, data):
     path, mark = folder / "0.npz", folder / "executed"
     arrays = good() | {"rewards": np.arange(5, dtype=np.float32)}
     key = data.draw(st.sampled_from([*arrays]))
-    members = {name: npy(array) for name, array in arrays.items()}
+    kept = data.draw(st.sampled_from([[*arrays], ["obs", key]]))
+    members = {name: npy(arrays[name]) for name in kept}
     claimed_size = None
-    kind = data.draw(st.sampled_from(["type", "shape", "huge", "huge", "header", "pickle"]))
+    kind = data.draw(st.sampled_from(["type", "shape", "huge", "huge", "header", "pickle", "pickle"]))
     match kind:
         case "type":
             dtype = np.dtype(data.draw(st.sampled_from(OTHER_TYPES)))
@@ -496,7 +497,7 @@ def test_a_chunk_that_lies_is_refused_or_read_correctly(tmp_path_factory, data):
             sizes = st.lists(st.sampled_from([0, 1, 3, 4, 5, 64]), max_size=5)
             members[key] = npy(np.resize(arrays[key], data.draw(sizes)))
         case "huge":
-            shape = (10 ** data.draw(st.integers(3, 18)), *arrays[key].shape[1:])
+            shape = (data.draw(st.sampled_from([1000, 4000, 10**6, 10**12, 10**18])), *arrays[key].shape[1:])
             header = npy(arrays[key][:0], shape=shape)
             members[key] = header + arrays[key].tobytes()
             if data.draw(st.booleans()):
@@ -534,4 +535,4 @@ def test_a_chunk_that_lies_is_refused_or_read_correctly(tmp_path_factory, data):
     if read is None or (key == "rewards" and kind in ("huge", "header", "pickle")):
         assert fault
     if read is not None:
-        np.testing.assert_equal(read, good())
+        np.testing.assert_equal(read, {name: array for name, array in good().items() if name in kept})
