@@ -34,11 +34,13 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
     train_chunks: Count
-    """Use at most this many training chunks, in order of their number."""
+    """Use at most this many training chunks, in order of their number, bad ones included."""
     test_chunks: Count
     """The same for test chunks."""
     skip_resets: bool
     """Leave out windows that touch an episode's end (the published code keeps them)."""
+    skip_bad_chunks: bool
+    """Name a damaged chunk and go on without it, instead of stopping."""
 
 
 @dataclass

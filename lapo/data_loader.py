@@ -6,11 +6,15 @@ Dimensions
 A chunk is an npz file `<game>/<split>/<k>.npz` with `obs` (N, 64, 64, 3) uint8 and, optionally, `ta` (N,) and
 `done` (N,). Frames stay uint8, as stored, in one tensor on the device. A window is three consecutive frames
 of one chunk; the action of interest was taken at the second to last of them.
+
+`python data_loader.py --check FOLDER` checks chunks and prints a table, see check_data.py.
 """
 
 import json
 import math
+import os
 import re
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +25,14 @@ import torch
 from torch import Tensor
 
 from config import Config
-from errors import UserError
+from errors import UserError, run_main
 
 KEYS = ("obs", "ta", "done")
 WINDOW = 3
 FRAME_SHAPE = (64, 64, 3)
 MAX_ACTIONS = 256
+MAX_UNPACKING = 1032
+"""How many bytes deflate makes of one at most: what claims more is no zip file of frames."""
 
 
 def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
@@ -39,13 +45,18 @@ def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
     )
     if not folder.is_dir():
         raise UserError(f"the data folder {folder} does not exist; make it with {remedy}")
-    chunks = sorted(
-        (path for path in folder.glob("*.npz") if re.fullmatch("[0-9]+", path.stem)),
-        key=lambda path: int(path.stem),
-    )
+    chunks = list_chunks(folder)
     if not chunks:
         raise UserError(f"the data folder {folder} holds no chunk (<number>.npz); make some with {remedy}")
     return chunks[:limit]
+
+
+def list_chunks(folder: Path) -> list[Path]:
+    """The files `<number>.npz` of a folder in order of their number, perhaps none."""
+    return sorted(
+        (path for path in folder.glob("*.npz") if re.fullmatch("[0-9]+", path.stem)),
+        key=lambda path: int(path.stem),
+    )
 
 
 def read_header(path: Path) -> int:
@@ -54,13 +65,13 @@ def read_header(path: Path) -> int:
     Raises `UserError` naming the file if it is not a chunk: not a readable npz, no `obs`, wrong shape or
     type, fewer than three frames.
     """
-    with _open_chunk(path) as archive:
+    with open_chunk(path) as archive:
         names = archive.namelist()
         if "obs.npy" not in names:
             raise UserError(f"{path} holds no array `obs`, found: {', '.join(sorted(names)) or 'nothing'}")
         for name in names:
             archive.open(name).close()  # compares the index's name with the one beside the data
-        headers = {key: _read_npy_header(archive, key) for key in KEYS if f"{key}.npy" in names}
+        headers = {key: read_npy_header(archive, key) for key in KEYS if f"{key}.npy" in names}
     shape, dtype = headers.pop("obs")
     if dtype != np.uint8 or len(shape) != 4 or shape[1:] != FRAME_SHAPE:
         raise UserError(f"{path}: `obs` must be uint8 (N, 64, 64, 3), found {dtype} {shape}")
@@ -81,9 +92,9 @@ def read_chunk(path: Path) -> dict[str, np.ndarray]:
 
     Raises `UserError` naming a bad file; `read_header` has checked types and shapes before.
     """
-    with _open_chunk(path) as archive:
+    with open_chunk(path) as archive:
         names = archive.namelist()
-        chunk = {key: _read_npy(archive, key) for key in KEYS if f"{key}.npy" in names}
+        chunk = {key: read_npy(archive, key) for key in KEYS if f"{key}.npy" in names}
     ta = chunk.get("ta")
     if ta is not None and not (ta.min() >= 0 and ta.max() < MAX_ACTIONS):
         raise UserError(f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, found {ta.min()}..{ta.max()}")
@@ -91,7 +102,7 @@ def read_chunk(path: Path) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _open_chunk(path: Path) -> Iterator[zipfile.ZipFile]:
+def open_chunk(path: Path) -> Iterator[zipfile.ZipFile]:
     """The zip archive that a chunk is; whatever a damaged file makes its readers raise becomes UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -103,7 +114,8 @@ def _open_chunk(path: Path) -> Iterator[zipfile.ZipFile]:
         raise UserError(f"{path} is not a readable npz file ({what}); delete it and make it again") from None
 
 
-def _read_npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
+def read_npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array of a chunk. Raises ValueError if the file cannot hold that many bytes."""
     with archive.open(f"{key}.npy") as file:
         version = np.lib.format.read_magic(file)
         read = (
@@ -111,26 +123,45 @@ def _read_npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...
         )
         shape, _, dtype = read(file)
         expected = file.tell() + math.prod(shape) * dtype.itemsize
-    found = archive.getinfo(f"{key}.npy").file_size
+    member = archive.getinfo(f"{key}.npy")
+    found = member.file_size
     if found != expected and not dtype.hasobject:  # objects are refused by their type later
         raise ValueError(f"`{key}` has {found} bytes instead of {expected}")
+    stored = os.path.getsize(archive.filename)
+    factor = 1 if member.compress_type == zipfile.ZIP_STORED else MAX_UNPACKING
+    if found > factor * stored:  # before anybody makes room for them
+        raise ValueError(f"`{key}` claims {found} bytes, too many for a file of {stored}")
     return shape, dtype
 
 
-def _read_npy(archive: zipfile.ZipFile, key: str) -> np.ndarray:
+def read_npy(archive: zipfile.ZipFile, key: str) -> np.ndarray:
+    """An array of a chunk, its checksum verified. Raises ValueError for pickled objects."""
     with archive.open(f"{key}.npy") as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
         file.read(1)  # only a read at the end of the file compares the checksum
         return array
 
 
-def chunks_holding(folder: Path, frames: int) -> int:
-    """How many of the folder's first chunks hold `frames` frames together; all of them if they hold fewer."""
+def chunks_holding(folder: Path, frames: int, skip_bad: bool = False) -> int:
+    """How many of the folder's first chunks hold `frames` frames together; all of them if they hold fewer.
+
+    With `skip_bad` a bad chunk counts as one without frames. The chunks are read in full then: what is behind
+    a good header may be bad as well.
+    """
     held, count = 0, 0
     for path in find_chunks(folder):
         if held >= frames:
             break
-        held, count = held + read_header(path), count + 1
+        count += 1
+        try:
+            size = read_header(path)
+            if skip_bad:
+                read_chunk(path)
+        except UserError:  # `Windows` names it
+            if not skip_bad:
+                raise
+        else:
+            held += size
     return count
 
 
@@ -154,38 +185,70 @@ class Windows:
         frames  (F, H, W, C) uint8
         starts  (M,) int64: index of every window's first frame
         ta      (F,) int64 true actions, or None when some chunk lacks them; used only to measure
+
+    `num_chunks` were read, `num_bad` left out.
     """
 
     def __init__(
-        self, folder: Path, *, device: torch.device, limit: int | None = None, skip_resets: bool = True
+        self,
+        folder: Path,
+        *,
+        device: torch.device,
+        limit: int | None = None,
+        skip_resets: bool = True,
+        skip_bad: bool = False,
     ):
         """Read the chunks of `folder`, one after the other: host memory holds one decoded chunk at a time.
 
-        Raises `UserError` for a missing or empty folder, a bad chunk, data without any window, or frames that
-        do not fit into memory.
+        `limit` counts chunk files, bad ones included. With `skip_bad`, bad ones are named on stderr and left
+        out; everything else then follows from those that were read.
+
+        Raises `UserError` for a missing or empty folder, a bad chunk (with `skip_bad`: if there is no good
+        one), data without any window, or frames that do not fit into memory.
         """
         paths = find_chunks(folder, limit)
-        sizes = [read_header(path) for path in paths]
-        total = sum(sizes)
-        self.frames = _allocate(total, device, folder)
+        self.num_bad = 0
+        sizes = {}
+        for path in paths:
+            with self._leaving_out_bad(skip_bad):
+                sizes[path] = read_header(path)
+        frames = _allocate(sum(sizes.values()), device, folder)
         starts, actions = [], []
         offset = 0
-        for path, size in zip(paths, sizes, strict=True):
-            chunk = read_chunk(path)
-            self.frames[offset : offset + size].copy_(torch.from_numpy(chunk["obs"]))
-            starts.append(window_starts(chunk.get("done"), size, skip_resets) + offset)
-            actions.append(chunk.get("ta"))
-            offset += size
+        for path, size in sizes.items():
+            with self._leaving_out_bad(skip_bad):
+                chunk = read_chunk(path)
+                frames[offset : offset + size].copy_(torch.from_numpy(chunk["obs"]))
+                starts.append(window_starts(chunk.get("done"), size, skip_resets) + offset)
+                actions.append(chunk.get("ta"))
+                offset += size
+        self.num_chunks = len(starts)
+        if not self.num_chunks:
+            raise UserError(
+                f"{folder}: every one of its {len(paths)} chunks is bad;"
+                f" `python data_loader.py --check {folder}` tells why; make them again"
+            )
+        self.frames = frames[:offset]
         self.starts = torch.from_numpy(np.concatenate(starts)).to(device)
         if not len(self.starts):
-            raise UserError(f"{folder}: every window of its {total:,} frames touches an episode's end")
+            raise UserError(f"{folder}: every window of its {offset:,} frames touches an episode's end")
         has_actions = all(ta is not None for ta in actions)
         self.ta = (
             torch.from_numpy(np.concatenate(actions).astype(np.int64)).to(device) if has_actions else None
         )
-        self.num_chunks = len(paths)
         self._offsets = torch.arange(WINDOW, device=device)
         self._orders: dict[tuple[int, int], Tensor] = {}
+
+    @contextmanager
+    def _leaving_out_bad(self, allowed: bool) -> Iterator[None]:
+        """Where it is `allowed`, name and count a bad chunk instead of raising `UserError`."""
+        try:
+            yield
+        except UserError as error:
+            if not allowed:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            self.num_bad += 1
 
     @classmethod
     def read(cls, cfg: Config, split: str, device: torch.device, limit: int | None = None) -> "Windows":
@@ -193,7 +256,13 @@ class Windows:
         _check_recording(cfg)
         most = cfg.data.train_chunks if split == "train" else cfg.data.test_chunks
         limit = min(most, limit or most)
-        windows = cls(cfg.game_data / split, device=device, limit=limit, skip_resets=cfg.data.skip_resets)
+        windows = cls(
+            cfg.game_data / split,
+            device=device,
+            limit=limit,
+            skip_resets=cfg.data.skip_resets,
+            skip_bad=cfg.data.skip_bad_chunks,
+        )
         print(f"{split}: {windows.summary()}")
         return windows
 
@@ -215,9 +284,10 @@ class Windows:
     def summary(self) -> str:
         """One line on what was read."""
         labels = "with" if self.ta is not None else "without"
+        left_out = f" ({self.num_bad} bad left out)" if self.num_bad else ""
         return (
-            f"{len(self.frames):,} frames in {self.num_chunks} chunks, {len(self):,} windows, {labels} true"
-            f" actions, {self.frames.numel() / 1e9:.2f} GB on {self.frames.device}"
+            f"{len(self.frames):,} frames in {self.num_chunks} chunks{left_out}, {len(self):,} windows,"
+            f" {labels} true actions, {self.frames.numel() / 1e9:.2f} GB on {self.frames.device}"
         )
 
     def all(self) -> Tensor:
@@ -313,3 +383,9 @@ def _free_bytes(device: torch.device) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+if __name__ == "__main__":
+    from check_data import main
+
+    run_main(main)

@@ -2,7 +2,8 @@
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ def atomic_write(
         raise UserError(f"cannot write {path} ({error}); what was there before is kept") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path, kept: str) -> Iterator[None]:
+    """A disk that refuses what is done to `path` raises `UserError`, which also says what is `kept`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error}); {kept}; once that is mended, the same command continues"
+        ) from None
 
 
 def write_chunk(path: Path, arrays: dict[str, np.ndarray]) -> None:

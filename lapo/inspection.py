@@ -50,7 +50,7 @@ class Inspection:
         self.game, self.compute = cfg.env, compute
         # As in stage 1, training windows serve where nothing is held out.
         split = "test" if (cfg.game_data / "test").is_dir() else "train"
-        limit = chunks_holding(cfg.game_data / split, 4 * MAX_WINDOWS)
+        limit = chunks_holding(cfg.game_data / split, 4 * MAX_WINDOWS, cfg.data.skip_bad_chunks)
         self.windows = Windows.read(cfg, split, compute.device, limit=limit)
         self.ids = self.windows.all()[:: -(-len(self.windows) // MAX_WINDOWS)]
         self.ta = None if self.windows.ta is None else self.windows.actions(self.ids)

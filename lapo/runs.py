@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,29 @@ from tqdm import tqdm
 
 from config import ROOT, Config, to_dict
 from errors import UserError
-from files import atomic_write
+from files import atomic_write, writing
 from tracking import start_wandb
 from training import Compute, rng_state, set_rng_state, to_floats
 
 FORMAT = 1
+FIELDS = {
+    "stage": str,
+    "config": dict,
+    "step": int,
+    "finished": bool,
+    "metrics": dict,
+    "state": dict,
+    "sums": dict,
+    "count": int,
+    "logged": int,
+    "rng": dict,
+    "wandb_id": str | None,
+    "provenance": dict,
+}
+"""What a checkpoint holds beside its format."""
+EXPLODED = 1e6
+"""No healthy loss or gradient norm comes near: frames lie in ±0.5 and rewards are normalised, so that losses
+are of order one, and of hundreds at most while the codes of the published quantiser's start are far away."""
 
 
 def load_checkpoint(path: Path, command: str | None = None) -> dict:
@@ -52,6 +71,8 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() is not None  # torch does not compare the checksums
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(checkpoint, dict) and "fingerprints" in checkpoint:  # older ones have none
+            damaged = checkpoint.pop("fingerprints") != _fingerprints(checkpoint)
     except Exception:  # whatever the readers raise for a damaged file
         damaged = True
     if damaged:
@@ -61,6 +82,13 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
         raise UserError(
             f"the checkpoint {path} has format {found!r}; this version of lapo reads format {FORMAT}"
         )
+    for key, kind in FIELDS.items():
+        if key not in checkpoint or not isinstance(checkpoint[key], kind):
+            found = type(checkpoint[key]).__name__ if key in checkpoint else "nothing"
+            raise UserError(f"the checkpoint {path} has no valid `{key}`: found {found}; delete it")
+    data = checkpoint["config"].get("data")
+    if isinstance(data, dict):
+        data.setdefault("skip_bad_chunks", False)  # as it was before there was a choice
     return checkpoint
 
 
@@ -109,7 +137,8 @@ class Run:
         print(f"{stage} of {cfg.env}, seed {cfg.seed}, on {compute}\n{self.dir}")
         if self.checkpoint_path.exists():
             self._continue()
-        self.dir.mkdir(parents=True, exist_ok=True)
+        with writing(self.dir, "nothing was changed"):
+            self.dir.mkdir(parents=True, exist_ok=True)
         if not self.finished:
             atomic_write(
                 self.dir / "config.yaml",
@@ -199,6 +228,11 @@ class Run:
 
     def save(self, state: dict) -> None:
         """Write the checkpoint of the current step; the previous one stays until this one was read back."""
+        floats = ((name, x) for name, x in _tensors(state) if x.is_floating_point())
+        bad = next((name for name, x in floats if not x.isfinite().all()), None)
+        if bad:
+            raise self._diverged(f"{bad} holds values that are not finite", self.step)
+        self._means(self.step)  # what has exploded since the last line must not cost the good checkpoint
         checkpoint = {
             "format": FORMAT,
             "stage": self.stage,
@@ -214,10 +248,8 @@ class Run:
             "wandb_id": self._wandb_id,
             "provenance": provenance(),
         }
-        bad = next(_non_finite(state), None)
-        if bad:
-            raise self._diverged(f"{bad} holds values that are not finite", self.step)
-        with self.metrics_path.open("a") as file:
+        checkpoint["fingerprints"] = _fingerprints(checkpoint)
+        with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
             os.fsync(file.fileno())
         atomic_write(self.checkpoint_path, lambda path: torch.save(checkpoint, path), verify=load_checkpoint)
         self._saved = time.monotonic()
@@ -245,27 +277,39 @@ class Run:
     def log(self, step: int, extra: dict[str, Any] | None = None) -> None:
         """Write one line for `step`: averages of what was tracked since the last one, and `extra` metrics.
 
-        Raises `UserError` when one is not finite.
+        Raises `UserError` when one is not finite, a loss or gradient norm has exploded, or the disk refuses.
         """
-        means = {key: value / self._count for key, value in to_floats(self._sums).items()}
+        values = self._means(step) | to_floats(extra or {})
         self._sums, self._count = {}, 0
-        values = means | to_floats(extra or {})
         for key, value in values.items():
             if not math.isfinite(value):
                 raise self._diverged(f"{key} is {value}", step)
         line = {"step": step, **values, "seconds": round(time.monotonic() - self._started, 1)}
-        with self.metrics_path.open("a") as file:
+        with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._wandb.log(line, step=step)
         self.metrics |= values
         self._logged = step
 
+    def _means(self, step: int) -> dict[str, float]:
+        """Averages of what was tracked since the last line.
+
+        Raises `UserError` when a loss or gradient norm among them has exploded.
+        """
+        means = {key: value / self._count for key, value in to_floats(self._sums).items()}
+        for key, value in means.items():
+            # Others may be huge in good health, such as the unexplained variance before the first reward.
+            if key.endswith(("loss", "grad_norm")) and not abs(value) < EXPLODED:
+                raise self._diverged(f"{key} is {value:.3g}", step)
+        return means
+
     def _diverged(self, what: str, step: int) -> UserError:
-        there = self.checkpoint_path.exists()
-        kept = (
-            f"the last good checkpoint, {self.checkpoint_path}, is kept" if there else "nothing was saved yet"
-        )
-        return UserError(f"{self.stage}: {what} at step {step:,}; {kept}; try a lower learning rate")
+        return UserError(f"{self.stage}: {what} at step {step:,}; {self._kept()}; try a lower learning rate")
+
+    def _kept(self) -> str:
+        if not self.checkpoint_path.exists():
+            return "nothing was saved yet"
+        return f"the last good checkpoint, {self.checkpoint_path}, is kept"
 
 
 def diff(old: Any, new: Any, key: str = "") -> list[str]:
@@ -278,19 +322,26 @@ def diff(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new else [f"{key}: {old} → {new}"]
 
 
-def _non_finite(values: Any, key: str = "") -> Iterator[str]:
-    """Names of the tensors in nested dicts and lists that hold NaN or infinity."""
-    if isinstance(values, dict):
-        values = list(values.items())
-    elif isinstance(values, list):
-        values = list(enumerate(values))
-    elif isinstance(values, Tensor) and values.is_floating_point() and not values.isfinite().all():
-        yield key
-        return
-    else:
-        return
-    for name, value in values:
-        yield from _non_finite(value, f"{key}.{name}".lstrip("."))
+def _tensors(values: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts, lists and tuples, by their path."""
+    if isinstance(values, Tensor):
+        yield key, values
+    elif isinstance(values, dict | list | tuple):
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _tensors(value, f"{key}.{name}".lstrip("."))
+
+
+def _fingerprints(checkpoint: dict) -> dict[str, str]:
+    """Type, shape and checksum of all tensors, by their path.
+
+    The checksums of the zip file alone do not tell: a flipped attribute of a member lets torch return memory
+    that it never wrote, and weights of another type would be converted in silence.
+    """
+
+    def checksum(x: Tensor) -> int:
+        return zlib.crc32(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    return {name: f"{x.dtype} {tuple(x.shape)} {checksum(x):08x}" for name, x in _tensors(checkpoint)}
 
 
 def provenance() -> dict[str, str]:

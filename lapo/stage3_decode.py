@@ -203,7 +203,8 @@ def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
     Only the first chunks are read, enough for four times as many frames as labels.
     """
     folder, count = cfg.game_data / "train", cfg.offline.labels
-    windows = Windows.read(cfg, "train", compute.device, limit=chunks_holding(folder, 4 * count))
+    limit = chunks_holding(folder, 4 * count, cfg.data.skip_bad_chunks)
+    windows = Windows.read(cfg, "train", compute.device, limit=limit)
     if windows.ta is None:
         raise UserError(
             f"{folder} holds no true actions `ta`, which mode {cfg.stage3.mode} learns from; add them to its"

@@ -1,8 +1,11 @@
 """What the tests share: numbered frames, chunks on disk, a tiny configuration, real command lines."""
 
+import contextlib
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +62,17 @@ def write_game(folder: Path, *, frames: int = 40, chunks: int = 2) -> None:
             for key in ("rewards", "ep_returns", "values", "logprobs")
         }
         write_chunk(folder / f"{name}.npz", obs, ta=rng.integers(15, size=frames), done=done, **floats)
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to let any file grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Trap:

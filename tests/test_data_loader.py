@@ -1,7 +1,12 @@
 """The loader: which windows it serves, in which order, and what it says of bad data."""
 
 import contextlib
+import io
+import math
+import pickle
 import shutil
+import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -12,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_loader
+from check_data import check
 from conftest import Trap, numbered_frames, read_numbers, write_chunk
 from data_loader import Windows, chunks_holding, find_chunks, read_chunk, read_header, window_starts
 from errors import UserError
@@ -355,6 +361,60 @@ def test_frames_that_do_not_fit_are_refused_before_they_are_read(tmp_path, monke
         Windows(tmp_path, device=CPU)
 
 
+# ---------------------------------------------------------------- going on without bad chunks
+
+
+@pytest.mark.parametrize("fault", ["wrong dtype", "truncated", "flipped bits", "huge ta"])
+def test_a_bad_chunk_is_left_out_named_and_counted_where_that_is_allowed(fault, tmp_path, capsys):
+    """Whether its headers or only its content is bad, what remains is what a folder without it gives."""
+    ends = {"done": lambda size: np.arange(size) % 7 == 4}
+    for folder in (tmp_path / "all", tmp_path / "good"):
+        counting_chunks(folder, {"0": 5, "2": 16, "3": 9}, **ends)
+    bad_chunk(fault, tmp_path / "all" / "1.npz")
+    good_ones = Windows(tmp_path / "good", device=CPU)
+    assert capsys.readouterr().err == ""
+
+    windows = Windows(tmp_path / "all", device=CPU, skip_bad=True)
+    for name in ("frames", "starts", "ta"):
+        assert torch.equal(getattr(windows, name), getattr(good_ones, name)), name
+    assert torch.equal(windows.batch(1, 5, 0), good_ones.batch(1, 5, 0))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"left out: {tmp_path / 'all' / '1.npz'}")
+    assert FAULTS[fault] in line
+    assert windows.summary().startswith("30 frames in 3 chunks (1 bad left out), 14 windows, with true")
+
+
+def test_no_good_chunk_at_all_is_refused(tmp_path):
+    for number, fault in enumerate(["no obs", "flipped bits"]):
+        bad_chunk(fault, tmp_path / f"{number}.npz")
+    with pytest.raises(
+        UserError, match=f"{tmp_path}: every one of its 2 chunks is bad; .* --check {tmp_path}`"
+    ):
+        Windows(tmp_path, device=CPU, skip_bad=True)
+
+
+def test_bad_chunks_hold_no_frames_when_the_first_enough_are_chosen(tmp_path):
+    counting_chunks(tmp_path, {"1": 5, "3": 5, "4": 5})
+    bad_chunk("no obs", tmp_path / "0.npz")
+    bad_chunk("flipped bits", tmp_path / "2.npz")
+    assert [chunks_holding(tmp_path, frames, True) for frames in (5, 6, 10, 11, 99)] == [2, 4, 4, 5, 5]
+    with pytest.raises(UserError, match=r"0\.npz holds no array `obs`"):
+        chunks_holding(tmp_path, 5)
+
+
+def test_the_configuration_says_whether_bad_chunks_are_left_out(workplace, capsys):
+    train = workplace.data / workplace.GAME / "train"
+    bad_chunk("flipped bits", train / "0.npz")
+    with pytest.raises(UserError, match=r"train/0\.npz is not a readable npz file"):
+        Windows.splits(workplace.config(), CPU)
+    windows, _ = Windows.splits(workplace.config("--data.skip_bad_chunks", "true"), CPU)
+    assert torch.equal(windows.frames, Windows(train.parent / "train", device=CPU, skip_bad=True).frames)
+    assert "train: 40 frames in 1 chunks (1 bad left out), 35 windows" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- damage of all kinds
+
+
 def read_fully(path: Path) -> dict[str, np.ndarray]:
     """What the loader makes of one chunk file."""
     size = read_header(path)
@@ -398,3 +458,81 @@ def test_a_damaged_chunk_is_refused_or_read_correctly(tmp_path_factory, compress
     path.write_bytes(content)
     with contextlib.suppress(UserError):
         np.testing.assert_equal(read_fully(path), good())
+
+
+OTHER_TYPES = ["?", "i1", "u1", ">i2", "u8", "f2", "f8", "c8", "M8[s]", "S3", "U2", "V4", [("a", "u1")]]
+
+
+def npy(array: np.ndarray, **claims) -> bytes:
+    """An npy file of `array` whose header makes other `claims`."""
+    file = io.BytesIO()
+    header = np.lib.format.header_data_from_array_1_0(array) | claims
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + array.tobytes()
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_a_chunk_that_lies_is_refused_or_read_correctly(tmp_path_factory, data):
+    """Wrong types and shapes, huge headers and pickles in an intact zip file: a UserError, or what it holds.
+
+    Nothing is executed, and no memory taken for what is only claimed.
+    """
+    folder = tmp_path_factory.getbasetemp() / "lies"
+    folder.mkdir(exist_ok=True)
+    path, mark = folder / "0.npz", folder / "executed"
+    arrays = good() | {"rewards": np.arange(5, dtype=np.float32)}
+    key = data.draw(st.sampled_from([*arrays]))
+    kept = data.draw(st.sampled_from([[*arrays], ["obs", key]]))
+    members = {name: npy(arrays[name]) for name in kept}
+    claimed_size = None
+    kind = data.draw(st.sampled_from(["type", "shape", "huge", "huge", "header", "pickle", "pickle"]))
+    match kind:
+        case "type":
+            dtype = np.dtype(data.draw(st.sampled_from(OTHER_TYPES)))
+            as_bytes = dtype.kind in "MSUV"
+            values = np.zeros(arrays[key].shape, dtype) if as_bytes else arrays[key].astype(dtype)
+            members[key] = npy(values)
+        case "shape":
+            sizes = st.lists(st.sampled_from([0, 1, 3, 4, 5, 64]), max_size=5)
+            members[key] = npy(np.resize(arrays[key], data.draw(sizes)))
+        case "huge":
+            shape = (data.draw(st.sampled_from([1000, 4000, 10**6, 10**12, 10**18])), *arrays[key].shape[1:])
+            header = npy(arrays[key][:0], shape=shape)
+            members[key] = header + arrays[key].tobytes()
+            if data.draw(st.booleans()):
+                # The zip's directory lies as well: up to what it can express.
+                claimed_size = len(header) + math.prod(shape) * arrays[key].dtype.itemsize
+        case "header":
+            version = data.draw(st.sampled_from([(1, 0), (2, 0), (3, 0), (9, 9)]))
+            length = data.draw(st.sampled_from([0, 65535, 2**31 - 1, 2**32 - 1]))
+            members[key] = b"\x93NUMPY" + bytes(version) + struct.pack("<I", length) + members[key][10:]
+        case "pickle":
+            trap = np.array([Trap(mark)] * 5, object)
+            whole = npy(trap[:0], shape=(5,)) + pickle.dumps(trap)
+            members[key] = data.draw(
+                st.sampled_from([whole, pickle.dumps(trap), members[key][:128] + pickle.dumps(trap)])
+            )
+    compression = data.draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+        if claimed_size and claimed_size < 2**63:
+            archive.getinfo(f"{key}.npy").file_size = claimed_size
+
+    read, message = None, ""
+    tracemalloc.start()
+    try:
+        read = read_fully(path)
+    except UserError as error:
+        message = str(error)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    fault = check(path).fault
+    assert not mark.exists()
+    assert peak < 1_000_000
+    assert read or (message.startswith(str(path)) and "\n" not in message)
+    if read is None or (key == "rewards" and kind in ("huge", "header", "pickle")):
+        assert fault
+    if read is not None:
+        np.testing.assert_equal(read, {name: array for name, array in good().items() if name in kept})

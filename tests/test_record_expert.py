@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import LAPO
+from conftest import LAPO, largest_file
 from data_loader import find_chunks, read_header
 from errors import UserError
 from files import write_chunk
@@ -211,6 +211,30 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     with contextlib.suppress(ValueError):
         write_chunk(path, {"obs": np.array([object()])})
     assert contents(tmp_path) == {"0.npz": b"before"}
+
+
+def test_a_chunk_that_the_disk_refuses_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "0.npz"
+    path.write_bytes(b"before")
+    noise = np.random.default_rng(0).integers(256, size=100_000, dtype=np.uint8)
+    with largest_file(50_000), pytest.raises(UserError, match=r"cannot write .*0\.npz .*File too large"):
+        write_chunk(path, {"obs": noise})
+    assert contents(tmp_path) == {"0.npz": b"before"}
+
+
+def test_a_recording_on_a_full_disk_is_completed_once_there_is_room(recorded: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    size = (recorded / "maze/test/0.npz").stat().st_size
+    with largest_file(size // 2):
+        result = run(folder, "--env", "maze", *SMALL, "--workers", "1")
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"error: cannot write {folder / 'maze/test/0.npz'} (")
+    assert "Traceback" not in result.stderr
+    assert sorted(contents(folder)) == ["maze/dataset.json", "maze/train/0.npz"]
+    result = run(folder, "--env", "maze", *SMALL, "--workers", "1")
+    assert result.returncode == 0, result.stderr
+    assert contents(folder) == contents(recorded)
 
 
 def test_other_data_are_never_overwritten(recorded: Path, tmp_path: Path) -> None:

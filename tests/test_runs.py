@@ -12,24 +12,27 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import zipfile
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import stage1_idm_wm
 import stage2_bc
 import stage3_decode
 from config import to_dict
-from conftest import LAPO, Trap, Workplace
+from conftest import LAPO, Trap, Workplace, largest_file
 from errors import UserError, run_main
 from files import atomic_write
-from runs import FORMAT, Run, diff, load_checkpoint, load_stage
+from runs import EXPLODED, FIELDS, FORMAT, Run, diff, load_checkpoint, load_stage
 from training import Compute
 
 CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
@@ -95,17 +98,6 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, write, verify):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to let any file grow beyond `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 # ---------------------------------------------------------------- one run
 
 
@@ -117,6 +109,13 @@ def logged(folder: Path) -> list[dict]:
     """Lines of metrics.jsonl, without the time they took."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """A run's checkpoint but for what made it, and its lines of metrics."""
+    checkpoint = load_checkpoint(folder / "checkpoint.pt")
+    del checkpoint["provenance"], checkpoint["config"]["exp"]
+    return leaves({"checkpoint": checkpoint, "metrics": logged(folder)})
 
 
 def test_a_save_that_the_disk_refuses_keeps_the_previous_checkpoint(workplace):
@@ -133,6 +132,54 @@ def test_a_save_that_the_disk_refuses_keeps_the_previous_checkpoint(workplace):
     assert checkpoint["step"] == 1
     assert torch.equal(checkpoint["state"]["weights"], torch.ones(100))
     assert not list(run.dir.glob("*.part"))
+
+
+@pytest.mark.usefixtures("capsys")  # keeps in memory what would go to a file of limited size
+def test_a_configuration_that_the_disk_refuses_keeps_the_previous_one(workplace):
+    path = tiny_run(workplace).dir / "config.yaml"
+    before = path.read_bytes()
+    with largest_file(100), pytest.raises(UserError, match=r"cannot write .*config\.yaml .* is kept"):
+        tiny_run(workplace, "--stage2.steps", "5")
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_place_for_results_that_is_none_is_named(workplace):
+    workplace.results.write_text("a file")
+    with pytest.raises(
+        UserError, match=rf"^cannot write {workplace.run_dir('stage1')} .*nothing was changed"
+    ):
+        tiny_run(workplace)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("log", r"cannot write .*metrics\.jsonl .* the last good checkpoint, .*checkpoint\.pt, is kept"),
+        ("save", r"cannot write .*checkpoint\.pt .* what was there before is kept"),
+    ],
+)
+def test_a_run_on_a_full_disk_ends_as_any_other_once_there_is_room(trained, monkeypatch, method, message):
+    """The disk is full as the line, or the checkpoint, of step 6 is written; that of step 3 stays."""
+    exp = f"full-{method}"
+    folder = trained.run_dir("stage1", exp)
+    write = getattr(Run, method)
+
+    def write_while_full(run: Run, *arguments: Any) -> None:
+        full = (method == "save" and run.step == 6) or (method == "log" and arguments[0] == 6)
+        room = run.metrics_path.stat().st_size + 10 if full else resource.RLIM_INFINITY
+        with largest_file(room):
+            write(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, method, write_while_full)
+        with pytest.raises(UserError, match=message):
+            stage1_idm_wm.train(trained.config("--exp", exp))
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 3
+    assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "config.yaml", "metrics.jsonl"}
+
+    stage1_idm_wm.train(trained.config("--exp", exp))
+    assert result(folder) == result(trained.run_dir("stage1"))
 
 
 def test_metrics_are_averages_since_the_last_line(workplace):
@@ -152,6 +199,7 @@ def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(work
     run.track({"wm_loss": torch.tensor(value)})
     with pytest.raises(UserError, match=f"stage1: wm_loss is {value} at step 7; nothing was saved yet"):
         run.log(7)
+    run = tiny_run(workplace)
     run.save({"weights": torch.ones(1)})
     before = run.checkpoint_path.read_bytes()
     run.track({"wm_loss": torch.tensor(value)})
@@ -160,6 +208,33 @@ def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(work
     with pytest.raises(UserError, match=r"net\.weights holds values that are not finite"):
         run.save({"net": {"weights": torch.tensor([1.0, value])}})
     assert run.checkpoint_path.read_bytes() == before
+
+
+@pytest.mark.parametrize("key", ["wm_loss", "grad_norm"])
+def test_what_explodes_stops_the_run_and_keeps_the_checkpoint(workplace, key):
+    run = tiny_run(workplace)
+    run.track({key: torch.tensor(0.9 * EXPLODED), "unexplained_variance": 1e9})
+    run.log(6)
+    run.save({"weights": torch.ones(1)})
+    before = run.checkpoint_path.read_bytes()
+    run.track({key: torch.tensor(2 * EXPLODED)})
+    with pytest.raises(
+        UserError, match=rf"stage1: {key} is 2e\+06 at step 8; the last good checkpoint, .*kept"
+    ):
+        run.log(8)
+    run.step = 7
+    with pytest.raises(UserError, match=rf"{key} is 2e\+06 at step 7"):  # though no line was due yet
+        run.save({"weights": torch.ones(1)})
+    assert run.checkpoint_path.read_bytes() == before
+
+
+def test_training_that_explodes_stops_at_the_next_line(workplace):
+    schedule = ["--stage1.lr", "1", "--stage1.log_every", "1", "--stage1.save_every", "1"]
+    with pytest.raises(
+        UserError, match=r"stage1: \w+ is \d\S*e\+\d+ at step \d; .* try a lower learning rate"
+    ):
+        stage1_idm_wm.train(workplace.config(*schedule))
+    assert all(abs(line.get("loss", 0)) < EXPLODED for line in logged(workplace.run_dir("stage1")))
 
 
 def test_lines_written_after_the_last_checkpoint_are_dropped_when_a_run_continues(workplace):
@@ -255,7 +330,7 @@ def test_diff_names_every_changed_leaf():
 def checkpoint(tmp_path_factory) -> Path:
     """A good checkpoint."""
     run = tiny_run(Workplace(tmp_path_factory.mktemp("good")))
-    run.save({"weights": torch.arange(500.0), "moments": [torch.ones(3, dtype=torch.bfloat16)]})
+    run.save({"weights": torch.arange(733.0), "moments": [torch.ones(3, dtype=torch.bfloat16)]})
     return run.checkpoint_path
 
 
@@ -316,6 +391,98 @@ def test_a_damaged_checkpoint_is_refused_or_read_correctly(checkpoint, tmp_path)
         else:
             assert leaves(read) == leaves(whole)
     assert refused > 100
+
+
+def rewrite_pickle(path: Path, old: bytes, new: bytes) -> None:
+    """Replace all `old` by `new` in what a checkpoint says of its tensors, leaving an intact zip file."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content.replace(old, new) if name.endswith("data.pkl") else content)
+
+
+def as_pickled(number: int) -> bytes:
+    return pickle.dumps(number, 2)[2:-1]  # without the frame of a pickle of its own
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_a_checkpoint_that_lies_is_refused_or_read_correctly(checkpoint, tmp_path_factory, data):
+    """Objects, missing fields, wrong types and huge tensors in an intact file; nothing is executed."""
+    folder = tmp_path_factory.getbasetemp() / "lies"
+    folder.mkdir(exist_ok=True)
+    path, mark = folder / "checkpoint.pt", folder / "executed"
+    whole, changed = load_checkpoint(checkpoint), torch.load(checkpoint)
+    key = data.draw(st.sampled_from([*FIELDS]))
+    kind = data.draw(st.sampled_from(["object", "missing", "field", "tensor", "storage", "size", "pickle"]))
+    match kind:
+        case "object":
+            thing = data.draw(st.sampled_from([Trap(mark), Path(), np.float64(1), whole.keys, random.Random]))
+            holder = data.draw(st.sampled_from([changed, changed["state"], changed["metrics"]]))
+            holder[data.draw(st.sampled_from([key, "weights"]))] = thing
+        case "missing":
+            del changed[key]
+        case "field":
+            others = [x for x in (None, "x", 1.5, [], {}, torch.ones(2)) if not isinstance(x, FIELDS[key])]
+            changed[key] = data.draw(st.sampled_from(others))
+        case "tensor":
+            dtype = data.draw(st.sampled_from([torch.float64, torch.float16, torch.int32, torch.bool]))
+            weights = whole["state"]["weights"]
+            others = [weights.to(dtype), weights[:-1], weights[None], weights[::2]]
+            changed["state"]["weights"] = data.draw(st.sampled_from(others))
+    torch.save(changed, path)
+    match kind:
+        case "storage":
+            names = [b"Float", b"BFloat16", b"Byte", b"Int", b"Double", b"Half", b"QInt8", b"ComplexFloat"]
+            old, new = data.draw(st.sampled_from(names[:3])), data.draw(st.sampled_from(names))
+            rewrite_pickle(path, b"torch\n%bStorage\n" % old, b"torch\n%bStorage\n" % new)
+        case "size":
+            sizes = [-1, 0, 1, 732, 734, 2**16, 2**31, 10**12, 2**62, 2**64]
+            parts = [as_pickled(733) + b"t", as_pickled(733) + b"\x85"]  # of the storage, of the tensor
+            chosen = data.draw(st.lists(st.sampled_from(parts), min_size=1, unique=True))
+            size = data.draw(st.sampled_from(sizes))
+            for part in chosen:
+                rewrite_pickle(path, part, as_pickled(size) + part[-1:])
+        case "pickle":
+            path.write_bytes(pickle.dumps(changed | {key: Trap(mark)}))
+    read, message = None, ""
+    try:
+        read = load_checkpoint(path)
+    except UserError as error:
+        message = str(error)
+    assert not mark.exists()
+    assert read or (message.startswith(f"the checkpoint {path} ") and "\n" not in message)
+    if read:
+        assert leaves(read) == leaves(whole)
+
+
+def test_a_member_marked_as_a_folder_is_not_memory_that_was_never_written(checkpoint, tmp_path):
+    """Torch's zip reader takes such a member for read and leaves its buffer as it was."""
+    whole, path = load_checkpoint(checkpoint), tmp_path / "checkpoint.pt"
+    with zipfile.ZipFile(checkpoint) as archive:
+        directory, members = archive.start_dir, archive.infolist()
+    content = bytearray(checkpoint.read_bytes())
+    entry = directory
+    for member in members:
+        content[entry + 38] ^= 0x10
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            assert leaves(load_checkpoint(path)) == leaves(whole), member.filename
+        content[entry + 38] ^= 0x10
+        entry = content.index(b"PK", entry + 46)
+    assert entry > directory
+
+
+def test_a_checkpoint_from_before_bad_chunks_could_be_skipped_is_continued(workplace):
+    run = tiny_run(workplace)
+    run.step = 2
+    run.save({"weights": torch.ones(2)})
+    older = load_checkpoint(run.checkpoint_path)
+    del older["config"]["data"]["skip_bad_chunks"]
+    torch.save(older, run.checkpoint_path)
+    again = Run(workplace.config(), "stage1", ("data", "model", "stage1"), CPU)
+    assert again.step == 2
 
 
 # ---------------------------------------------------------------- stages that are stopped
@@ -427,10 +594,8 @@ class Command:
         return self.written()
 
     def result(self) -> dict[str, Any]:
-        """The final checkpoint but for what made it, and the lines of metrics."""
-        checkpoint = load_checkpoint(self.folder / "checkpoint.pt")
-        del checkpoint["provenance"], checkpoint["config"]["exp"]
-        return leaves({"checkpoint": checkpoint, "metrics": logged(self.folder)})
+        """See the function of this name."""
+        return result(self.folder)
 
 
 @pytest.mark.parametrize("stage", STAGES)

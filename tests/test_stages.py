@@ -446,6 +446,17 @@ def test_labels_are_distinct_windows_drawn_by_seed_with_their_own_actions(workpl
     assert drawn() != drawn("--seed", "1")
 
 
+def test_labels_come_from_good_chunks_alone(workplace):
+    bad, good = (workplace.data / workplace.GAME / "train" / f"{k}.npz" for k in (0, 1))
+    truncated(bad)
+    cfg = workplace.config("--stage3.mode", "bc", "--offline.labels", "10", "--data.skip_bad_chunks", "true")
+    windows, ids, ta = stage3_decode.labelled(cfg, stage3_decode.Compute.from_config(cfg))
+    with np.load(good) as chunk:
+        assert torch.equal(windows.frames, torch.from_numpy(chunk["obs"]))
+        middle = windows.starts[ids] + 1
+        assert torch.equal(ta, torch.from_numpy(chunk["ta"])[middle])
+
+
 def test_more_labels_than_windows_are_refused(workplace):
     with pytest.raises(UserError, match=r"offline\.labels is 71, but .* has 70 windows; lower it"):
         stage3_decode.train(workplace.config("--stage3.mode", "bc", "--offline.labels", "71"))
