@@ -39,6 +39,10 @@ class DataConfig:
     """The same for test chunks."""
     skip_resets: bool
     """Leave out windows that touch an episode's end (the published code keeps them)."""
+    resident: Literal["auto", "always", "never"]
+    """Whether all training frames stay on the device; never: chunks take turns there; auto: if they fit."""
+    pool_chunks: Count
+    """Chunks whose windows are mixed where they take turns; the device holds twice as many."""
     skip_bad_chunks: bool
     """Name a damaged chunk and go on without it, instead of stopping."""
 

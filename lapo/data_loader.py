@@ -17,7 +17,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ KEYS = ("obs", "ta", "done")
 WINDOW = 3
 FRAME_SHAPE = (64, 64, 3)
 MAX_ACTIONS = 256
+RESIDENT_SHARE = 0.7
+"""Of the memory that is free, how much frames may take if they are all to stay there."""
 MAX_UNPACKING = 1032
 """How many bytes deflate makes of one at most: what claims more is no zip file of frames."""
 
@@ -87,14 +89,14 @@ def read_header(path: Path) -> int:
     return shape[0]
 
 
-def read_chunk(path: Path) -> dict[str, np.ndarray]:
-    """The arrays `obs`, `ta`, `done` of a chunk, those that it has, checksums verified.
+def read_chunk(path: Path, keys: tuple[str, ...] = KEYS) -> dict[str, np.ndarray]:
+    """The arrays `keys` of a chunk, those that it has, checksums verified.
 
     Raises `UserError` naming a bad file; `read_header` has checked types and shapes before.
     """
     with open_chunk(path) as archive:
         names = archive.namelist()
-        chunk = {key: read_npy(archive, key) for key in KEYS if f"{key}.npy" in names}
+        chunk = {key: read_npy(archive, key) for key in keys if f"{key}.npy" in names}
     ta = chunk.get("ta")
     if ta is not None and not (ta.min() >= 0 and ta.max() < MAX_ACTIONS):
         raise UserError(f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, found {ta.min()}..{ta.max()}")
@@ -210,28 +212,42 @@ class Windows:
         self.num_bad = 0
         sizes = {}
         for path in paths:
-            with self._leaving_out_bad(skip_bad):
+            with self.leaving_out_bad(skip_bad):
                 sizes[path] = read_header(path)
-        frames = _allocate(sum(sizes.values()), device, folder)
+        frames = allocate(sum(sizes.values()), device, folder)
         starts, actions = [], []
         offset = 0
         for path, size in sizes.items():
-            with self._leaving_out_bad(skip_bad):
+            with self.leaving_out_bad(skip_bad):
                 chunk = read_chunk(path)
                 frames[offset : offset + size].copy_(torch.from_numpy(chunk["obs"]))
                 starts.append(window_starts(chunk.get("done"), size, skip_resets) + offset)
                 actions.append(chunk.get("ta"))
                 offset += size
-        self.num_chunks = len(starts)
+        self.frames = frames[:offset]
+        self.index(folder, starts, actions, offset, device)
+
+    def index(
+        self,
+        folder: Path,
+        starts: list[np.ndarray],
+        actions: list[np.ndarray | None],
+        num_frames: int,
+        device: torch.device,
+    ) -> None:
+        """Number the windows of all chunks: `starts` per chunk, and true `actions` where it has them.
+
+        Raises `UserError` if there is no chunk or no window.
+        """
+        self.num_chunks, self.num_frames = len(starts), num_frames
         if not self.num_chunks:
             raise UserError(
-                f"{folder}: every one of its {len(paths)} chunks is bad;"
+                f"{folder}: every one of its {self.num_bad} chunks is bad;"
                 f" `python data_loader.py --check {folder}` tells why; make them again"
             )
-        self.frames = frames[:offset]
         self.starts = torch.from_numpy(np.concatenate(starts)).to(device)
         if not len(self.starts):
-            raise UserError(f"{folder}: every window of its {offset:,} frames touches an episode's end")
+            raise UserError(f"{folder}: every window of its {num_frames:,} frames touches an episode's end")
         has_actions = all(ta is not None for ta in actions)
         self.ta = (
             torch.from_numpy(np.concatenate(actions).astype(np.int64)).to(device) if has_actions else None
@@ -240,7 +256,7 @@ class Windows:
         self._orders: dict[tuple[int, int], Tensor] = {}
 
     @contextmanager
-    def _leaving_out_bad(self, allowed: bool) -> Iterator[None]:
+    def leaving_out_bad(self, allowed: bool) -> Iterator[None]:
         """Where it is `allowed`, name and count a bad chunk instead of raising `UserError`."""
         try:
             yield
@@ -255,14 +271,24 @@ class Windows:
         """The windows of a configured game's `train` or `test`, at most `limit` chunks; prints a summary."""
         _check_recording(cfg)
         most = cfg.data.train_chunks if split == "train" else cfg.data.test_chunks
-        limit = min(most, limit or most)
-        windows = cls(
-            cfg.game_data / split,
-            device=device,
-            limit=limit,
-            skip_resets=cfg.data.skip_resets,
-            skip_bad=cfg.data.skip_bad_chunks,
-        )
+        folder, limit = cfg.game_data / split, min(most, limit or most)
+        options = {
+            "device": device,
+            "limit": limit,
+            "skip_resets": cfg.data.skip_resets,
+            "skip_bad": cfg.data.skip_bad_chunks,
+        }
+        resident = cfg.data.resident
+        if (
+            split == "train"
+            and resident != "always"
+            and (resident == "never" or not fits(folder, device, limit))
+        ):
+            from rolling import RollingWindows  # which builds on this module
+
+            windows = RollingWindows(folder, pool_chunks=cfg.data.pool_chunks, **options)
+        else:
+            windows = cls(folder, **options)
         print(f"{split}: {windows.summary()}")
         return windows
 
@@ -286,7 +312,7 @@ class Windows:
         labels = "with" if self.ta is not None else "without"
         left_out = f" ({self.num_bad} bad left out)" if self.num_bad else ""
         return (
-            f"{len(self.frames):,} frames in {self.num_chunks} chunks{left_out}, {len(self):,} windows,"
+            f"{self.num_frames:,} frames in {self.num_chunks} chunks{left_out}, {len(self):,} windows,"
             f" {labels} true actions, {self.frames.numel() / 1e9:.2f} GB on {self.frames.device}"
         )
 
@@ -300,13 +326,21 @@ class Windows:
             return self.all()
         return torch.linspace(0, len(self) - 1, count, device=self.frames.device, dtype=torch.float64).long()
 
+    def parts(self, windows: Tensor, size: int) -> Iterator[Tensor]:
+        """The windows numbered (M,), ascending, in parts of at most `size`: use each before the next."""
+        yield from windows.split(size)
+
+    def place(self, windows: Tensor) -> Tensor:
+        """Where in `frames` the windows numbered (B,) start: (B,) int64."""
+        return self.starts[windows]
+
     def gather(self, windows: Tensor) -> Tensor:
         """Frames of the windows numbered (B,) → (B, T, H, W, C) uint8."""
-        return self.frames[self.starts[windows, None] + self._offsets]
+        return self.frames[self.place(windows)[:, None] + self._offsets]
 
     def middle_frames(self, windows: Tensor) -> Tensor:
         """The frame o[t] of the windows numbered (B,) → (B, H, W, C) uint8."""
-        return self.frames[self.starts[windows] + WINDOW - 2]
+        return self.frames[self.place(windows) + WINDOW - 2]
 
     def actions(self, windows: Tensor) -> Tensor:
         """True actions taken at o[t] of the windows numbered (B,) → (B,) int64. Needs `ta`."""
@@ -332,12 +366,17 @@ class Windows:
         key = (epoch, seed)
         if key not in self._orders:
             # Drawn on the CPU: the same order on every device.
-            generator = torch.Generator().manual_seed(
-                int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-            )
-            order = torch.randperm(len(self), generator=generator)
-            self._orders = {key: order.to(self.frames.device)}
+            self._orders = {key: self._draw(epoch, seed).to(self.frames.device)}
         return self._orders[key]
+
+    def _draw(self, epoch: int, seed: int) -> Tensor:
+        """A permutation of all windows, (M,)."""
+        return torch.randperm(len(self), generator=generator_of(seed, epoch))
+
+
+def generator_of(*key: int) -> torch.Generator:
+    """A random generator on the CPU, its seed a function of the numbers in `key`."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def _check_recording(cfg: Config) -> None:
@@ -362,19 +401,35 @@ def _check_recording(cfg: Config) -> None:
         )
 
 
-def _allocate(total: int, device: torch.device, folder: Path) -> Tensor:
+def fits(folder: Path, device: torch.device, limit: int) -> bool:
+    """Whether the chunks of `folder`, at most `limit`, leave enough of the device's memory free; says so.
+
+    A bad chunk counts as none. Raises `UserError` if there is no chunk at all.
+    """
+    total = 0
+    for path in find_chunks(folder, limit):
+        with suppress(UserError):  # whoever reads it says what is wrong with it
+            total += read_header(path)
+    needed, free = total * math.prod(FRAME_SHAPE), free_bytes(device)
+    if free is None:
+        return True
+    print(f"{folder}: {total:,} frames need {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free on {device}")
+    return needed <= RESIDENT_SHARE * free
+
+
+def allocate(total: int, device: torch.device, folder: Path) -> Tensor:
     """Room for `total` frames; refused when the device has less free than they need."""
     needed = total * math.prod(FRAME_SHAPE)
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if free is not None and needed > free:
         raise UserError(
             f"{folder}: its {total:,} frames need {needed / 1e9:.1f} GB on {device},"
-            f" where {free / 1e9:.1f} GB are free; lower data.train_chunks"
+            f" where {free / 1e9:.1f} GB are free; lower data.train_chunks or data.pool_chunks"
         )
     return torch.empty((total, *FRAME_SHAPE), dtype=torch.uint8, device=device)
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Memory that may be taken on `device`; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -19,8 +19,8 @@ from training import Compute
 
 MAX_WINDOWS = 4096
 BLOCK = 64
-"""A linear map is fitted to every other block of so many windows (fewer where there are few windows), and
-judged on those between: both parts see all environments, and few windows have a neighbour in the other part."""
+"""A linear map is fitted to every other block of so many windows (fewer where there are few), and judged on
+those between: both parts see all environments, and few windows have a neighbour in the other part."""
 MIN_WINDOWS = 8
 """An action that fewer of the windows fitted to have is not shown."""
 EXAMPLES = 5

@@ -21,7 +21,10 @@ def label(idm: IDM, windows: Windows, ids: Tensor, compute: Compute) -> Tensor:
     training = idm.training
     idm.eval()
     with compute.autocast():
-        la = [idm.label(stack_frames(windows.gather(part))).float() for part in ids.split(INFERENCE_BATCH)]
+        la = [
+            idm.label(stack_frames(windows.gather(part))).float()
+            for part in windows.parts(ids, INFERENCE_BATCH)
+        ]
     idm.train(training)
     return torch.cat(la)
 
@@ -37,7 +40,7 @@ def world_model_loss(
     training = idm.training, world_model.training
     idm.eval(), world_model.eval()
     model_error, copy_error = 0.0, 0.0
-    for part in ids.split(INFERENCE_BATCH):
+    for part in windows.parts(ids, INFERENCE_BATCH):
         frames = stack_frames(windows.gather(part))
         with compute.autocast():
             _, quantized = idm(frames)

@@ -356,7 +356,7 @@ def test_data_in_which_every_window_touches_an_episodes_end_is_refused(tmp_path)
 
 def test_frames_that_do_not_fit_are_refused_before_they_are_read(tmp_path, monkeypatch):
     counting_chunks(tmp_path, {"0": 50, "1": 50})
-    monkeypatch.setattr(data_loader, "_free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(data_loader, "free_bytes", lambda device: 1_000_000)
     with pytest.raises(UserError, match=r"100 frames need 0.0 GB on cpu.*lower data.train_chunks"):
         Windows(tmp_path, device=CPU)
 

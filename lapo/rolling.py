@@ -1,0 +1,180 @@
+"""Windows of more chunks than fit on the device: pools of a few chunks take turns there.
+
+Dimensions: K chunks · M windows · P chunks of a pool · B batch
+
+An epoch shuffles the chunks, cuts them into pools of P, and serves the windows of one pool after the other,
+each pool's in random order: still an exact permutation of all windows. While one pool is served, a thread
+reads the next one into the room of the one before. So the device holds 2·P chunks, and the host one more
+while it is being decoded, whatever the size of the data.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_loader import Windows, allocate, find_chunks, generator_of, read_chunk, read_header, window_starts
+from errors import UserError
+
+Pool = tuple[int, ...]
+"""Numbers of the chunks that are on the device together, in the order of their room there."""
+
+
+class RollingWindows(Windows):
+    """All windows of a split of one game, passing through a device.
+
+    `batch` and `parts` bring the frames of the windows they name onto the device; `gather` and
+    `middle_frames` are for the latest of these. Batches in the order of their steps are read ahead; any other
+    order works too, and waits for the disk. Windows are numbered as if all frames were there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: torch.device,
+        pool_chunks: int,
+        limit: int | None = None,
+        skip_resets: bool = True,
+        skip_bad: bool = False,
+    ):
+        """Find the windows of the chunks in `folder`; frames are read later, `pool_chunks` chunks together
+        (or a third of all chunks, where that is less).
+
+        Raises `UserError` as `Windows` does, but for damaged frames: they are noticed only when they are
+        read, and then raised even with `skip_bad`.
+        """
+        self.num_bad = 0
+        self._paths: list[Path] = []
+        sizes, starts, actions = [], [], []
+        for path in find_chunks(folder, limit):
+            with self.leaving_out_bad(skip_bad):
+                size = read_header(path)
+                chunk = read_chunk(path, ("ta", "done"))
+                starts.append(window_starts(chunk.get("done"), size, skip_resets) + sum(sizes))
+                actions.append(chunk.get("ta"))
+                self._paths.append(path)
+                sizes.append(size)
+        self.index(folder, starts, actions, sum(sizes), device)
+        self.pool_chunks = min(pool_chunks, max(1, len(sizes) // 3))
+        self._room = max(sizes)  # for one chunk
+        self.frames = allocate(2 * self.pool_chunks * self._room, device, folder)
+
+        self._first_frame = np.cumsum([0, *sizes[:-1]])  # (K,)
+        self._first_window = np.cumsum([0, *map(len, starts)])  # (K + 1,)
+        self._num_windows = np.diff(self._first_window)  # (K,)
+        chunk_of = np.repeat(np.arange(len(sizes)), self._num_windows)
+        self._chunk_of = torch.from_numpy(chunk_of).to(device)  # (M,)
+        # Where a chunk's frames lie in `frames`, less their place among all frames: (K,).
+        self._shift = torch.zeros(len(sizes), dtype=torch.int64, device=device)
+        self._begins = [-1] * len(sizes)  # where `_shift` says that a chunk begins
+        self._there: list[Pool | None] = [None, None]  # the pools in the two halves of `frames`
+        self._coming: tuple[Pool, int, Future] | None = None
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._epochs: dict[tuple[int, int], tuple[list[Pool], np.ndarray]] = {}
+
+    def place(self, windows: Tensor) -> Tensor:
+        """See `Windows`."""
+        return self.starts[windows] + self._shift[self._chunk_of[windows]]
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
+        """See `Windows`; the frames of these windows are on the device when it returns.
+
+        Raises `UserError` for a damaged chunk, and if the batch does not fit into two pools.
+        """
+        start = step * batch_size
+        first, last = self._pool_of(start, seed), self._pool_of(start + batch_size - 1, seed)
+        if last > first + 1:
+            raise UserError(
+                f"a batch of {batch_size} windows needs more than two pools of {self.pool_chunks} chunks;"
+                " raise data.pool_chunks"
+            )
+        for number in range(first, last + 1):
+            self._bring(self._pool(number, seed), number % 2)
+        self._fetch(self._pool(first + 1, seed), (first + 1) % 2)
+        return super().batch(step, batch_size, seed)
+
+    def parts(self, windows: Tensor, size: int) -> Iterator[Tensor]:
+        """See `Windows`; the frames of a part are on the device while it is served."""
+        numbers = range(len(self._paths))
+        pools = [tuple(numbers[i : i + self.pool_chunks]) for i in numbers[:: self.pool_chunks]]
+        bounds = torch.from_numpy(self._first_window[[*(pool[0] for pool in pools), -1]])
+        counts = torch.searchsorted(windows, bounds.to(windows.device)).diff().tolist()
+        visits = [(pool, part) for pool, part in zip(pools, windows.split(counts), strict=True) if len(part)]
+        for number, (pool, part) in enumerate(visits):
+            self._bring(pool, number % 2)
+            if number + 1 < len(visits):
+                self._fetch(visits[number + 1][0], (number + 1) % 2)
+            yield from part.split(size)
+
+    def summary(self) -> str:
+        """See `Windows`."""
+        held = f"{2 * self.pool_chunks} chunks at a time"
+        return f"{super().summary()}, {held}"
+
+    # ---- order: pools are numbered through all epochs
+
+    def _epoch(self, epoch: int, seed: int) -> tuple[list[Pool], np.ndarray]:
+        """An epoch's pools, and how many of its windows come before each of them and in all."""
+        if (epoch, seed) not in self._epochs:
+            chunks = torch.randperm(len(self._paths), generator=generator_of(seed, epoch, 1)).tolist()
+            pools = [tuple(chunks[i : i + self.pool_chunks]) for i in range(0, len(chunks), self.pool_chunks)]
+            counts = [self._num_windows[list(pool)].sum() for pool in pools]
+            self._epochs[epoch, seed] = pools, np.cumsum([0, *counts])
+        return self._epochs[epoch, seed]
+
+    def _pool_of(self, position: int, seed: int) -> int:
+        """Number of the pool that the window at `position` in the endless row of epochs belongs to."""
+        epoch, offset = divmod(position, len(self))
+        pools, bounds = self._epoch(epoch, seed)
+        return epoch * len(pools) + int(np.searchsorted(bounds, offset, side="right")) - 1
+
+    def _pool(self, number: int, seed: int) -> Pool:
+        per_epoch = -(-len(self._paths) // self.pool_chunks)
+        return self._epoch(number // per_epoch, seed)[0][number % per_epoch]
+
+    def _draw(self, epoch: int, seed: int) -> Tensor:
+        """See `Windows`: pool by pool, the windows of each in random order."""
+        generator, order = generator_of(seed, epoch), []
+        for pool in self._epoch(epoch, seed)[0]:
+            ids = torch.cat([torch.arange(*self._first_window[chunk : chunk + 2]) for chunk in pool])
+            order.append(ids[torch.randperm(len(ids), generator=generator)])
+        return torch.cat(order)
+
+    # ---- frames
+
+    def _bring(self, pool: Pool, half: int) -> None:
+        """Have the pool's frames in a half of the room; waits for the disk unless they are there."""
+        if self._there[half] != pool:
+            self._fetch(pool, half)
+            coming = self._coming[2]
+            self._coming = None
+            coming.result()
+            self._there[half] = pool
+        # A chunk may lie in both halves, as the last of one epoch and the first of the next.
+        for slot, chunk in enumerate(pool):
+            begin = self._begin(half, slot)
+            if self._begins[chunk] != begin:
+                self._begins[chunk] = begin
+                self._shift[chunk] = begin - int(self._first_frame[chunk])
+
+    def _fetch(self, pool: Pool, half: int) -> None:
+        """Start reading the pool into a half of the room, unless it is there or on its way."""
+        if self._there[half] == pool or (self._coming and self._coming[:2] == (pool, half)):
+            return
+        if self._coming:  # somebody went another way
+            self._coming[2].result()
+        self._there[half] = None
+        self._coming = pool, half, self._reader.submit(self._read, pool, half)
+
+    def _read(self, pool: Pool, half: int) -> None:
+        for slot, chunk in enumerate(pool):
+            obs = torch.from_numpy(read_chunk(self._paths[chunk], ("obs",))["obs"])
+            begin = self._begin(half, slot)
+            self.frames[begin : begin + len(obs)].copy_(obs)
+
+    def _begin(self, half: int, slot: int) -> int:
+        return (half * self.pool_chunks + slot) * self._room
