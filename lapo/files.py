@@ -1,6 +1,7 @@
 """Files that are whole or absent: a crash or a full disk leaves no half file in the place of a good one."""
 
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,8 +33,11 @@ def atomic_write(
         if verify:
             verify(part)
         os.replace(part, path)
-    except (OSError, RuntimeError, UserError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path} ({error}); what was there before is kept") from None
+    except (OSError, RuntimeError, UserError) as error:
+        reason = str(error)
+        if isinstance(error, RuntimeError):  # torch's way to report a full disk, which does not say so
+            reason += f"; {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free there"
+        raise UserError(f"cannot write {path} ({reason}); what was there before is kept") from None
     finally:
         part.unlink(missing_ok=True)
 

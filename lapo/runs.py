@@ -54,7 +54,7 @@ FIELDS = {
 """What a checkpoint holds beside its format."""
 EXPLODED = 1e6
 """No healthy loss or gradient norm comes near: frames lie in ±0.5 and rewards are normalised, so that losses
-are of order one, and of hundreds at most while the codes of the published quantiser's start are far away."""
+are of order one, and of order ten while codes that the published quantiser's start threw far away return."""
 
 
 def load_checkpoint(path: Path, command: str | None = None) -> dict:

@@ -156,7 +156,10 @@ def test_a_place_for_results_that_is_none_is_named(workplace):
     ("method", "message"),
     [
         ("log", r"cannot write .*metrics\.jsonl .* the last good checkpoint, .*checkpoint\.pt, is kept"),
-        ("save", r"cannot write .*checkpoint\.pt .* what was there before is kept"),
+        (
+            "save",
+            r"cannot write .*checkpoint\.pt .*; [\d.,]+ MB are free there\); what was there before is kept",
+        ),
     ],
 )
 def test_a_run_on_a_full_disk_ends_as_any_other_once_there_is_room(trained, monkeypatch, method, message):
@@ -434,7 +437,7 @@ def test_a_checkpoint_that_lies_is_refused_or_read_correctly(checkpoint, tmp_pat
     torch.save(changed, path)
     match kind:
         case "storage":
-            names = [b"Float", b"BFloat16", b"Byte", b"Int", b"Double", b"Half", b"QInt8", b"ComplexFloat"]
+            names = [b"Float", b"BFloat16", b"Byte", b"Int", b"Double", b"Half", b"ComplexFloat"]
             old, new = data.draw(st.sampled_from(names[:3])), data.draw(st.sampled_from(names))
             rewrite_pickle(path, b"torch\n%bStorage\n" % old, b"torch\n%bStorage\n" % new)
         case "size":
