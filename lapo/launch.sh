@@ -63,7 +63,7 @@ sys.path[0] = here
 try:
     from config import load_config
     from errors import run_main
-    from procgen_env import GAMES, check_game
+    from procgen_env import GAMES, check_data
 except ModuleNotFoundError as error:
     sys.exit(f"error: {sys.executable} has no module '{error.name}'; run 'make venv', or set PYTHON")
 
@@ -72,8 +72,7 @@ def main() -> None:
     for extra in [[], *(["--stage3.mode", mode] for mode in modes.split())]:
         load_config([*arguments, *extra])
     for game in games.split():
-        if game not in GAMES and not load_config([*arguments, "--env", game]).game_data.is_dir():
-            check_game(game)
+        check_data(game, load_config([*arguments, "--env", game]).game_data)
     print(*(games.split() or GAMES))
 
 
