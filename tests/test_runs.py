@@ -274,9 +274,7 @@ def test_an_unfinished_stage_names_the_command_that_continues_it(workplace):
     run = tiny_run(workplace)
     run.step = 3
     run.save({})
-    with pytest.raises(
-        UserError, match=r"is unfinished, at step 3; continue it with `python stage1.py"
-    ):
+    with pytest.raises(UserError, match=r"is unfinished, at step 3; continue it with `python stage1.py"):
         load_stage(run.cfg, "stage1", "stage1.py")
 
 
