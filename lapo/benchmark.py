@@ -70,6 +70,8 @@ class Lap:
     """How often a step of a run does what was done here once."""
     env_seconds: float = 0.0
     """How long it waited for the environment."""
+    env_share: float = 1.0
+    """How often a step of a run waits so long."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,12 @@ def benchmark(args: argparse.Namespace, cfg: Config) -> dict:
     for stage in stages:
         print(f"stage {stage}" if stage in "123" else stage, f"on {fast}", flush=True)
         with prepared(stage, cfg, args.frames, fast.device) as (make_fast, make_plain):
-            result = measure(make_fast, fast, args.repeats, cfg.seed)
-            results.append({"stage": stage, "path": "lapo", **result})
+            result = {"stage": stage, "path": "lapo"} | measure(make_fast, fast, args.repeats, cfg.seed)
+            results.append(result)
             if args.compare:
-                result = measure(make_plain, plain, args.repeats, cfg.seed)
-                results.append({"stage": stage, "path": "plain", **result})
-                # lapo's row is what is compared: how many times as fast it is
-                results[-2]["times_plain"] = result["seconds_per_step"] / results[-2]["seconds_per_step"]
+                other = {"stage": stage, "path": "plain"} | measure(make_plain, plain, args.repeats, cfg.seed)
+                result["times_plain"] = other["seconds_per_step"] / result["seconds_per_step"]
+                results.append(other)
     print(f"\n{rates_table(results)}\n\n{parts_table(results)}")
     report = {"config": to_dict(cfg), "provenance": provenance(), "results": results}
     if args.json:
@@ -197,7 +198,7 @@ def lap_seconds(laps: Iterable[Lap], device: torch.device) -> dict[str, float]:
     for lap in laps:
         seconds[lap.name] += lap.share * (now(device) - start - lap.env_seconds)
         if lap.env_seconds:
-            seconds["env"] += lap.share * lap.env_seconds
+            seconds["env"] += lap.env_share * lap.env_seconds
         start = now(device)
     return dict(seconds)
 
@@ -390,29 +391,47 @@ class TimedEnv(VecEnv):
         return waited
 
 
+class Slice:
+    """The part of a PPO update that is timed, as a whole one takes long: it plays and learns a minibatch."""
+
+    def __init__(self, cfg: Config):
+        length = max(1, cfg.ppo.rollout_steps // cfg.ppo.minibatches)
+        self.cfg = replace(cfg, ppo=replace(cfg.ppo, rollout_steps=length, minibatches=1, epochs=1))
+        self.per_rollout = cfg.ppo.rollout_steps / length
+        self.per_update = self.per_rollout * cfg.ppo.epochs
+        # The policy also sees the observation after the last step, of a slice as of a rollout.
+        self.forward_share = (cfg.ppo.rollout_steps + 1) / (length + 1)
+
+    def policy(self, env: TimedEnv) -> Lap:
+        """The lap that ends with the playing."""
+        return Lap("policy", self.forward_share, env.take_waited(), self.per_rollout)
+
+
 def stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
-    """Updates of stage 3's online mode as they are; a step is an update."""
+    """Updates of stage 3's online mode as they are; a step is an update, extrapolated from a slice of it."""
+    part = Slice(cfg)
     states = {
         "stage1": {"idm": make_idm(cfg).state_dict()},
         "stage2": {"policy": make_latent_policy(cfg).state_dict()},
     }
-    trainer = stage3_decode.online_trainer(cfg, compute, states, env)
+    trainer = stage3_decode.online_trainer(part.cfg, compute, states, env)
     decoder: OnlineDecoder = trainer.decoder
     updates, steps_per_update = stage3_decode.num_updates(cfg)
+    trainings = stage3_decode.decoder_updates(cfg)
     # Rollouts are labelled until the last training, and a training takes all pairs of the updates so far.
-    labelled, trained = max(decoder.updates, default=0) / updates, sum(decoder.updates) / updates
+    labelled, trained = max(trainings, default=0) / updates, sum(trainings) / updates
 
     def step(number: int) -> Iterator[Lap]:
         env.take_waited()
         last_value = trainer.collect()
-        yield Lap("policy", env_seconds=env.take_waited())
-        trainer.improve((number + 1) * steps_per_update, last_value)
-        yield Lap("update")
-        if decoder.updates:
+        yield part.policy(env)
+        trainer.improve(steps_per_update, last_value)
+        yield Lap("update", share=part.per_update)
+        if trainings:
             decoder.label(trainer.collector.frames)
-            yield Lap("label", share=labelled)
+            yield Lap("label", share=part.per_rollout * labelled)
             decoder.train()
-            yield Lap("decoder", share=trained)
+            yield Lap("decoder", share=part.per_rollout * trained)
             decoder.la, decoder.ta = [], []
 
     return Workload(step, steps_per_update)
@@ -430,35 +449,29 @@ class PlainPolicy(TwoPathPolicy):
 
 
 def plain_stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
-    """The same updates with a plain policy, every step labelled.
-
-    An update is long here, so a step plays and learns one minibatch of the usual size and counts it as often
-    as an update would.
-    """
-    length = max(1, cfg.ppo.rollout_steps // cfg.ppo.minibatches)
-    slices = cfg.ppo.rollout_steps / length
-    small = replace(cfg, ppo=replace(cfg.ppo, rollout_steps=length, minibatches=1, epochs=1))
+    """The same updates with a plain policy, every step labelled."""
+    part = Slice(cfg)
     idm = published(make_idm(cfg), compute.device).eval()
     policy = PlainPolicy(make_latent_policy(cfg), make_decoder(cfg, len(ACTIONS)), len(ACTIONS))
     policy = published(policy, compute.device).requires_grad_(True)
     learning = [p for name in ("policy_head", "value_head", "fc") for p in getattr(policy, name).parameters()]
-    trainer = stage3_decode.PPOTrainer(small, compute, env, policy, torch.optim.Adam(learning, lr=0.0))
+    trainer = stage3_decode.PPOTrainer(part.cfg, compute, env, policy, torch.optim.Adam(learning, lr=0.0))
 
     @torch.no_grad()
     def label_rollout() -> None:
         frames = trainer.rollout.encoded[0]  # (S, N, H, W, C)
-        for t in range(length):  # one step's windows at a time; which frames they hold changes no time
-            past = [frames[(t + offset) % length] for offset in range(WINDOW)]
+        for t in range(len(frames)):  # one step's windows at a time; which frames they hold changes no time
+            past = [frames[(t + offset) % len(frames)] for offset in range(WINDOW)]
             idm.label(stack_frames(torch.stack(past, 1)))
 
     def step(number: int) -> Iterator[Lap]:
         env.take_waited()
         last_value = trainer.collect()
-        yield Lap("policy", share=slices, env_seconds=env.take_waited())
+        yield part.policy(env)
         label_rollout()
-        yield Lap("label", share=slices)
+        yield Lap("label", share=part.per_rollout)
         trainer.improve(0, last_value)
-        yield Lap("update", share=slices * cfg.ppo.epochs)
+        yield Lap("update", share=part.per_update)
 
     return Workload(step, cfg.ppo.num_envs * cfg.ppo.rollout_steps)
 

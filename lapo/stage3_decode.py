@@ -100,9 +100,7 @@ def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: VecEnv) ->
     idm = compute.place(make_idm(cfg))
     idm.load_state_dict(earlier["stage1"]["idm"])
     idm.eval().requires_grad_(False)
-    scale = min(1.0, cfg.stage3.steps / PUBLISHED_STEPS)
-    trainings = training_updates(cfg.decoder, *num_updates(cfg), scale)
-    decoder = OnlineDecoder(policy.decoder, idm, cfg.decoder, compute, trainings)
+    decoder = OnlineDecoder(policy.decoder, idm, cfg.decoder, compute, decoder_updates(cfg))
     return PPOTrainer(cfg, compute, env, policy, optimizer, set_lrs, decoder)
 
 
@@ -118,6 +116,12 @@ def scratch(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
 def make_env(cfg: Config) -> VecEnv:
     """The environments that the policy learns in."""
     return VecEnv(cfg.env, cfg.ppo.num_envs, seed=cfg.seed, visuals=cfg.visuals)
+
+
+def decoder_updates(cfg: Config) -> list[int]:
+    """The PPO updates (from 1) after which the decoder is trained."""
+    scale = min(1.0, cfg.stage3.steps / PUBLISHED_STEPS)
+    return training_updates(cfg.decoder, *num_updates(cfg), scale)
 
 
 def num_updates(cfg: Config) -> tuple[int, int]:
