@@ -15,7 +15,9 @@ No data and no earlier stage is needed: stages 1 and 2 see random frames, stage 
 Weights are random, which changes no amount of work. What a run does once or now and then is spread over its
 steps: in stage 1 the probe, in stage 2 the labels, in stage 3 labels and decoder, for data of the published
 size. Times include waiting for the device after every part. FLOPs are those of convolutions and matrix
-products, an addition and a multiplication counting as two, as the code at hand executes them.
+products, an addition and a multiplication counting as two, as the code at hand executes them. `cores` is how
+many the process kept busy: on a CPU, fewer than its threads in stages 1 to 3 means that other work took the
+rest, and then no number here is worth much.
 """
 
 import argparse
@@ -160,10 +162,12 @@ def measure(make: Make, compute: Compute, repeats: int, seed: int) -> dict:
     for number in range(3 if compute.compile else 1):
         lap_seconds(workload.step(number), device)
     steps, rates = [], []
+    started, worked = time.perf_counter(), time.process_time()
     for number in range(repeats):
         steps.append(lap_seconds(workload.step(number + 3), device))
         if any(gflop.values()):
             rates.append(matmul_gflop_per_s(compute))  # now and then: other work on the machine slows both
+    cores = (time.process_time() - worked) / (time.perf_counter() - started)
     parts = sorted(steps, key=lambda step: sum(step.values()))[repeats // 2]
     seconds = sum(parts.values())
     result = {
@@ -174,6 +178,7 @@ def measure(make: Make, compute: Compute, repeats: int, seed: int) -> dict:
         "samples_per_s": workload.samples / seconds,
         "seconds": parts,
         "gflop": gflop,
+        "cores": cores,
         "host_bytes": peak_host_bytes(),
         "device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
@@ -518,7 +523,18 @@ def plain_load(folder: Path, frames: int) -> Workload:
 
 def rates_table(results: list[dict]) -> str:
     """A row for each stage and path."""
-    head = ["stage", "path", "steps/s", "samples/s", "MB/s", "GFLOP/s", "of matmul", "host GB", "device GB"]
+    head = [
+        "stage",
+        "path",
+        "steps/s",
+        "samples/s",
+        "MB/s",
+        "GFLOP/s",
+        "of matmul",
+        "cores",
+        "host GB",
+        "device GB",
+    ]
     rows = []
     for result in results:
         decoded = result["samples_per_s"] * 64 * 64 * 3 / 1e6
@@ -532,6 +548,7 @@ def rates_table(results: list[dict]) -> str:
                 f"{decoded:,.0f}" if result["stage"] == "load" else "",
                 f"{result['gflop_per_s']:,.0f}" if flops else "",
                 f"{result['matmul_share']:.0%}" if flops else "",
+                f"{result['cores']:.1f}",
                 f"{result['host_bytes'] / 1e9:.2f}",
                 f"{result['device_bytes'] / 1e9:.2f}" if result["device_bytes"] else "",
                 f"{result['times_plain']:.1f}×" if "times_plain" in result else "",

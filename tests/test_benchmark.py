@@ -56,6 +56,7 @@ def test_the_command_line_measures_every_stage_and_the_plain_path(measured):
         assert result["seconds"].keys() == PARTS[stage, path]
         assert result["gflop"].keys() == PARTS[stage, path] - {"env"}
         assert result["host_bytes"] > 1e8
+        assert 0 < result["cores"] < 2
         assert result["device_bytes"] is None
 
 
