@@ -95,16 +95,19 @@ class OnlineDecoder:
         """
         if not self.active:
             return {}
-        self._label(frames)
-        metrics = self._train() if update in self.updates else {}
+        self.label(frames)
+        metrics = self.train() if update in self.updates else {}
         if update >= self.updates[-1]:
             self.active = False
             self.steps, self.la, self.ta = [], [], []
         return metrics
 
     @torch.no_grad()
-    def _label(self, frames: Tensor) -> None:
-        """Turn the watched steps into pairs; the last step stays, as the past of the next rollout's first."""
+    def label(self, frames: Tensor) -> None:
+        """Turn the watched steps, after which `frames` (N, H, W, C) were seen, into pairs.
+
+        The last step stays, as the past of the next rollout's first.
+        """
         if len(self.steps) < WINDOW - 1:
             return
         seen, actions, dones = (torch.stack(x) for x in zip(*self.steps, strict=True))
@@ -119,7 +122,8 @@ class OnlineDecoder:
         self.ta.append(ta)
         self.steps = self.steps[-1:]
 
-    def _train(self) -> dict[str, Tensor]:
+    def train(self) -> dict[str, Tensor]:
+        """Fit a new decoder to all pairs and hand its weights over; returns metrics, none without a pair."""
         la, ta = torch.cat(self.la), torch.cat(self.ta)
         self.la, self.ta = [la], [ta]
         if not len(ta):

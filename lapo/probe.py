@@ -32,23 +32,26 @@ def label(idm: IDM, windows: Windows, ids: Tensor, compute: Compute) -> Tensor:
 @torch.no_grad()
 def world_model_loss(
     idm: IDM, world_model: WorldModel, windows: Windows, ids: Tensor, compute: Compute
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """Mean squared error of predicting o[t+1] on the windows numbered `ids` (M,), all networks in eval mode.
 
-    `wm_loss_test` is the world model's, `copy_loss_test` that of predicting o[t] again.
+    `wm_loss_test` is the world model's, `copy_loss_test` that of predicting o[t] again. Beside them, as they
+    come from the same pass, the windows' latent actions as `label` gives them.
     """
     training = idm.training, world_model.training
     idm.eval(), world_model.eval()
-    model_error, copy_error = 0.0, 0.0
+    model_error, copy_error, latents = 0.0, 0.0, []
     for part in windows.parts(ids, INFERENCE_BATCH):
         frames = stack_frames(windows.gather(part))
         with compute.autocast():
-            _, quantized = idm(frames)
+            la, quantized = idm(frames)
             predicted = world_model(frames[:, :6], quantized.la_q)
+        latents.append(la.float())
         model_error = model_error + F.mse_loss(predicted, frames[:, 6:]) * len(part)
         copy_error = copy_error + F.mse_loss(frames[:, 3:6], frames[:, 6:]) * len(part)
     idm.train(training[0]), world_model.train(training[1])
-    return {"wm_loss_test": model_error / len(ids), "copy_loss_test": copy_error / len(ids)}
+    errors = {"wm_loss_test": model_error / len(ids), "copy_loss_test": copy_error / len(ids)}
+    return errors, torch.cat(latents)
 
 
 def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str, Tensor]:

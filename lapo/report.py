@@ -26,6 +26,7 @@ from files import atomic_write
 from inspection import Inspection
 from procgen_env import check_data
 from summary import Record, read_records, summarize
+from tables import table
 from training import Compute
 
 NAMES = {
@@ -134,16 +135,6 @@ def stage_row(stage: str, progress: dict | None) -> list[str]:
     minutes, seconds = divmod(progress["seconds"], 60)
     state = "finished" if progress["finished"] else "unfinished"
     return [stage, f"{progress['steps']:,}", f"{minutes} min {seconds:02} s", state]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, its columns aligned."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
 
 
 # ---------------------------------------------------------------- figures

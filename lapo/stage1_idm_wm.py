@@ -13,8 +13,8 @@ from build import make_idm, make_world_model
 from config import Config, load_config
 from data_loader import Windows
 from errors import run_main
-from models import stack_frames
-from probe import label, train_probe, world_model_loss
+from models import IDM, WorldModel, stack_frames
+from probe import train_probe, world_model_loss
 from procgen_env import check_data
 from runs import Run
 from training import Compute, make_optimizer, piecewise_linear, seed_everything, set_lr, warmup_schedule
@@ -42,31 +42,76 @@ def train(cfg: Config) -> None:
     windows, held_out = Windows.splits(cfg, compute.device)
 
     # ---- model and optimiser
-    idm = compute.place(make_idm(cfg))
-    world_model = compute.place(make_world_model(cfg))
-    networks = (idm, world_model)
-    params = [p for network in networks for p in network.parameters()]
-    optimizer = make_optimizer(torch.optim.AdamW, [{"params": params, "lr": cfg.stage1.lr}], networks)
-    schedule = warmup_schedule(cfg.stage1, PUBLISHED_STEPS)
+    idm, world_model = compute.place(make_idm(cfg)), compute.place(make_world_model(cfg))
+    trainer = Trainer(cfg, compute, windows, idm, world_model)
     if run.state:
-        idm.load_state_dict(run.state["idm"])
-        world_model.load_state_dict(run.state["world_model"])
-        optimizer.load_state_dict(run.state["optimizer"])
+        trainer.load_state_dict(run.state)
 
-    def state() -> dict:
-        return {
-            "idm": idm.state_dict(),
-            "world_model": world_model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
+    # ---- loop
+    if run.step == 0:
+        # The untrained IDM's features are the control: the state alone tells much of what an expert does.
+        run.log(0, {f"untrained_{key}": value for key, value in trainer.measure(held_out).items()})
+    options = {"save_every": cfg.stage1.save_every, "unit": "window", "scale": cfg.stage1.batch_size}
+    for step in run.loop(cfg.stage1.steps, trainer.state_dict, **options):
+        run.track(trainer.update(step))
+        done = step + 1
+        last = done == cfg.stage1.steps
+        measured = trainer.measure(held_out) if last or done % cfg.stage1.probe_every == 0 else {}
+        if measured or done % cfg.stage1.log_every == 0:
+            run.log(done, measured)
+    run.finish(trainer.state_dict())
 
-    # ---- one step
-    @compute.compiled
-    def losses(frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with compute.autocast():
+
+class Trainer:
+    """Trains IDM and world model jointly. A step is `load`, `backward`, `apply`."""
+
+    def __init__(self, cfg: Config, compute: Compute, windows: Windows, idm: IDM, world_model: WorldModel):
+        self.cfg, self.compute, self.windows = cfg, compute, windows
+        self.idm, self.world_model = idm, world_model
+        networks = (idm, world_model)
+        self.params = [p for network in networks for p in network.parameters()]
+        groups = [{"params": self.params, "lr": cfg.stage1.lr}]
+        self.optimizer = make_optimizer(torch.optim.AdamW, groups, networks)
+        self.schedule = warmup_schedule(cfg.stage1, PUBLISHED_STEPS)
+        self.losses = compute.compiled(self._losses)
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        """Make training step `step`; returns its metrics."""
+        metrics = self.backward(self.load(step))
+        return metrics | self.apply(step)
+
+    def load(self, step: int) -> Tensor:
+        """Frames of the step's windows, (B, T, H, W, C) uint8."""
+        return self.windows.gather(self.windows.batch(step, self.cfg.stage1.batch_size, self.cfg.seed))
+
+    def backward(self, frames: Tensor) -> dict[str, Tensor]:
+        """Compute the losses of windows (B, T, H, W, C) and all gradients; returns the losses."""
+        loss, metrics = self.losses(frames)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        return metrics
+
+    def apply(self, step: int) -> dict[str, Tensor]:
+        """Change the weights by the gradients, clipped; returns the gradients' norm."""
+        factor = piecewise_linear(step, self.schedule)
+        set_lr(self.optimizer.param_groups[0], self.cfg.stage1.lr * factor)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.cfg.stage1.clip_norm)
+        self.optimizer.step()
+        return {"grad_norm": norm}
+
+    def measure(self, held_out: Windows) -> dict[str, Tensor]:
+        """The world model's error on held-out windows and, where they have true actions, the probe's."""
+        ids = held_out.spread(self.cfg.probe.windows)
+        metrics, la = world_model_loss(self.idm, self.world_model, held_out, ids, self.compute)
+        if held_out.ta is not None:
+            metrics |= train_probe(la, held_out.actions(ids), self.cfg.probe, self.cfg.seed)
+        return metrics
+
+    def _losses(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.compute.autocast():
             images = stack_frames(frames)
-            _, quantized = idm(images)
-            predicted = world_model(images[:, :6], quantized.la_q)
+            _, quantized = self.idm(images)
+            predicted = self.world_model(images[:, :6], quantized.la_q)
         wm_loss = F.mse_loss(predicted, images[:, 6:])
         loss = wm_loss + quantized.loss
         return loss, {
@@ -76,36 +121,17 @@ def train(cfg: Config) -> None:
             "perplexity": quantized.perplexity,
         }
 
-    def update(step: int) -> dict[str, Tensor]:
-        set_lr(optimizer.param_groups[0], cfg.stage1.lr * piecewise_linear(step, schedule))
-        loss, metrics = losses(windows.gather(windows.batch(step, cfg.stage1.batch_size, cfg.seed)))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(params, cfg.stage1.clip_norm)
-        optimizer.step()
-        return metrics
+    def _parts(self) -> dict[str, torch.nn.Module | torch.optim.Optimizer]:
+        return {"idm": self.idm, "world_model": self.world_model, "optimizer": self.optimizer}
 
-    def measure() -> dict[str, Tensor]:
-        ids = held_out.spread(cfg.probe.windows)
-        metrics = world_model_loss(idm, world_model, held_out, ids, compute)
-        if held_out.ta is not None:
-            la = label(idm, held_out, ids, compute)
-            metrics |= train_probe(la, held_out.actions(ids), cfg.probe, cfg.seed)
-        return metrics
+    def state_dict(self) -> dict:
+        """Everything the next step depends on, as plain data."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
-    # ---- loop
-    if run.step == 0:
-        # The untrained IDM's features are the control: the state alone tells much of what an expert does.
-        run.log(0, {f"untrained_{key}": value for key, value in measure().items()})
-    options = {"save_every": cfg.stage1.save_every, "unit": "window", "scale": cfg.stage1.batch_size}
-    for step in run.loop(cfg.stage1.steps, state, **options):
-        run.track(update(step))
-        done = step + 1
-        last = done == cfg.stage1.steps
-        measured = measure() if last or done % cfg.stage1.probe_every == 0 else {}
-        if measured or done % cfg.stage1.log_every == 0:
-            run.log(done, measured)
-    run.finish(state())
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` gave."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from build import inherit, make_idm, make_latent_policy
 from config import Config, load_config
 from data_loader import Windows
 from errors import run_main
-from models import normalize
+from models import Policy, normalize
 from probe import INFERENCE_BATCH, label
 from procgen_env import check_data
 from runs import Run, load_stage
@@ -48,52 +48,82 @@ def train(cfg: Config) -> None:
     la_test = label(idm, held_out, held_out.all(), compute)
 
     # ---- model and optimiser
-    policy = compute.place(make_latent_policy(cfg))
-    groups = [{"params": list(policy.parameters()), "lr": cfg.stage2.lr}]
-    optimizer = make_optimizer(torch.optim.AdamW, groups, [policy])
-    schedule = warmup_schedule(cfg.stage2, PUBLISHED_STEPS)
+    trainer = Trainer(cfg, compute, windows, la, compute.place(make_latent_policy(cfg)))
     if run.state:
-        policy.load_state_dict(run.state["policy"])
-        optimizer.load_state_dict(run.state["optimizer"])
-
-    def state() -> dict:
-        return {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-
-    # ---- one step
-    @compute.compiled
-    def loss_of(frames: Tensor, target: Tensor) -> Tensor:
-        with compute.autocast():
-            predicted = policy(normalize(frames))
-        return F.mse_loss(predicted.float(), target)
-
-    def update(step: int) -> dict[str, Tensor]:
-        set_lr(optimizer.param_groups[0], cfg.stage2.lr * piecewise_linear(step, schedule))
-        ids = windows.batch(step, cfg.stage2.batch_size, cfg.seed)
-        loss = loss_of(windows.middle_frames(ids), la[ids])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return {"loss": loss.detach()}
-
-    @torch.no_grad()
-    def measure() -> dict[str, Tensor]:
-        parts = held_out.all().split(INFERENCE_BATCH)
-        errors = [loss_of(held_out.middle_frames(ids), la_test[ids]) * len(ids) for ids in parts]
-        # The error of always predicting the mean latent action: what a policy that sees nothing reaches.
-        return {
-            "loss_test": torch.stack(errors).sum() / len(held_out),
-            "constant_loss_test": F.mse_loss(la.mean(0).expand_as(la_test), la_test),
-        }
+        trainer.load_state_dict(run.state)
 
     # ---- loop
     options = {"save_every": cfg.stage2.save_every, "unit": "window", "scale": cfg.stage2.batch_size}
-    for step in run.loop(cfg.stage2.steps, state, **options):
-        run.track(update(step))
+    for step in run.loop(cfg.stage2.steps, trainer.state_dict, **options):
+        run.track(trainer.update(step))
         done = step + 1
-        measured = measure() if done == cfg.stage2.steps else {}
+        measured = trainer.measure(held_out, la_test) if done == cfg.stage2.steps else {}
         if measured or done % cfg.stage2.log_every == 0:
             run.log(done, measured)
-    run.finish(state())
+    run.finish(trainer.state_dict())
+
+
+class Trainer:
+    """Trains the latent policy to predict the latent actions `la` (M, la_dim) of all windows.
+
+    A step is `load`, `backward`, `apply`.
+    """
+
+    def __init__(self, cfg: Config, compute: Compute, windows: Windows, la: Tensor, policy: Policy):
+        self.cfg, self.compute, self.windows, self.la, self.policy = cfg, compute, windows, la, policy
+        groups = [{"params": list(policy.parameters()), "lr": cfg.stage2.lr}]
+        self.optimizer = make_optimizer(torch.optim.AdamW, groups, [policy])
+        self.schedule = warmup_schedule(cfg.stage2, PUBLISHED_STEPS)
+        self.loss_of = compute.compiled(self._loss_of)
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        """Make training step `step`; returns its metrics."""
+        metrics = self.backward(*self.load(step))
+        self.apply(step)
+        return metrics
+
+    def load(self, step: int) -> tuple[Tensor, Tensor]:
+        """What the step learns from: frames o[t] (B, H, W, C) uint8, latent actions (B, la_dim)."""
+        ids = self.windows.batch(step, self.cfg.stage2.batch_size, self.cfg.seed)
+        return self.windows.middle_frames(ids), self.la[ids]
+
+    def backward(self, frames: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Compute the loss on what `load` gave and all gradients; returns the loss."""
+        loss = self.loss_of(frames, target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    def apply(self, step: int) -> None:
+        """Change the weights by the gradients."""
+        factor = piecewise_linear(step, self.schedule)
+        set_lr(self.optimizer.param_groups[0], self.cfg.stage2.lr * factor)
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def measure(self, held_out: Windows, la_test: Tensor) -> dict[str, Tensor]:
+        """The error on held-out windows, whose latent actions are `la_test` (M, la_dim)."""
+        parts = held_out.all().split(INFERENCE_BATCH)
+        errors = [self.loss_of(held_out.middle_frames(ids), la_test[ids]) * len(ids) for ids in parts]
+        # The error of always predicting the mean latent action: what a policy that sees nothing reaches.
+        return {
+            "loss_test": torch.stack(errors).sum() / len(held_out),
+            "constant_loss_test": F.mse_loss(self.la.mean(0).expand_as(la_test), la_test),
+        }
+
+    def _loss_of(self, frames: Tensor, target: Tensor) -> Tensor:
+        with self.compute.autocast():
+            predicted = self.policy(normalize(frames))
+        return F.mse_loss(predicted.float(), target)
+
+    def state_dict(self) -> dict:
+        """Everything the next step depends on, as plain data."""
+        return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` gave."""
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 if __name__ == "__main__":

@@ -75,6 +75,13 @@ def score(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
 
 def online(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
     """RL + SL over a frozen trunk, see `models.TwoPathPolicy`."""
+    trainer = online_trainer(cfg, compute, earlier, make_env(cfg))
+    ppo(cfg, run, trainer)
+    return trainer.policy
+
+
+def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: VecEnv) -> "PPOTrainer":
+    """What trains in online mode; `earlier` holds the states of stages 1 and 2."""
     policy = compute.place(make_acting_policy(cfg, "online", earlier["stage2"]["policy"]))
     groups = [
         {"params": list(getattr(policy, name).parameters()), "lr": 0.0}
@@ -93,11 +100,8 @@ def online(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
     idm = compute.place(make_idm(cfg))
     idm.load_state_dict(earlier["stage1"]["idm"])
     idm.eval().requires_grad_(False)
-    scale = min(1.0, cfg.stage3.steps / PUBLISHED_STEPS)
-    trainings = training_updates(cfg.decoder, *num_updates(cfg), scale)
-    decoder = OnlineDecoder(policy.decoder, idm, cfg.decoder, compute, trainings)
-    ppo(cfg, compute, run, policy, optimizer, set_lrs, decoder)
-    return policy
+    decoder = OnlineDecoder(policy.decoder, idm, cfg.decoder, compute, decoder_updates(cfg))
+    return PPOTrainer(cfg, compute, env, policy, optimizer, set_lrs, decoder)
 
 
 def scratch(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
@@ -105,8 +109,19 @@ def scratch(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
     policy = compute.place(make_acting_policy(cfg, "scratch"))
     groups = [{"params": list(policy.parameters()), "lr": cfg.ppo.scratch_lr}]
     optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
-    ppo(cfg, compute, run, policy, optimizer)
+    ppo(cfg, run, PPOTrainer(cfg, compute, make_env(cfg), policy, optimizer))
     return policy
+
+
+def make_env(cfg: Config) -> VecEnv:
+    """The environments that the policy learns in."""
+    return VecEnv(cfg.env, cfg.ppo.num_envs, seed=cfg.seed, visuals=cfg.visuals)
+
+
+def decoder_updates(cfg: Config) -> list[int]:
+    """The PPO updates (from 1) after which the decoder is trained."""
+    scale = min(1.0, cfg.stage3.steps / PUBLISHED_STEPS)
+    return training_updates(cfg.decoder, *num_updates(cfg), scale)
 
 
 def num_updates(cfg: Config) -> tuple[int, int]:
@@ -123,47 +138,74 @@ def num_updates(cfg: Config) -> tuple[int, int]:
     return math.ceil(cfg.stage3.steps / steps_per_update), steps_per_update
 
 
-def ppo(
-    cfg: Config,
-    compute: Compute,
-    run: Run,
-    policy: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    set_lrs: Callable[[int], None] = lambda env_steps: None,
-    decoder: OnlineDecoder | None = None,
-) -> None:
-    """Train `policy` for `cfg.stage3.steps` env steps."""
-    env = VecEnv(cfg.env, cfg.ppo.num_envs, seed=cfg.seed, visuals=cfg.visuals)
-    collector = Collector(env, cfg.ppo.gamma, compute)
-    rollout = Rollout(cfg.ppo.rollout_steps, cfg.ppo.num_envs, compute.device)
+class PPOTrainer:
+    """A policy that plays and learns from it. An update is `collect`, `improve`, `decode`."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        compute: Compute,
+        env: VecEnv,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        set_lrs: Callable[[int], None] = lambda env_steps: None,
+        decoder: OnlineDecoder | None = None,
+    ):
+        self.cfg, self.compute, self.policy, self.optimizer = cfg.ppo, compute, policy, optimizer
+        self.set_lrs, self.decoder = set_lrs, decoder
+        self.collector = Collector(env, cfg.ppo.gamma, compute)
+        self.rollout = Rollout(cfg.ppo.rollout_steps, cfg.ppo.num_envs, compute.device)
+        self.forward = compute.compiled(policy)
+
+    def collect(self) -> Tensor:
+        """Play a rollout; returns the value (N,) of the observation after its last step."""
+        return self.collector.collect(self.policy, self.rollout, self.decoder.watch if self.decoder else None)
+
+    def improve(self, env_steps: int, last_value: Tensor) -> dict[str, Tensor]:
+        """Learn from the rollout that ended at `env_steps` with values `last_value` (N,); returns metrics."""
+        self.set_lrs(env_steps)
+        return ppo_update(
+            self.forward, self.optimizer, self.rollout, last_value, self.cfg, self.compute.autocast
+        )
+
+    def decode(self, update: int) -> dict[str, Tensor]:
+        """Let the decoder, if there is one, learn from the rollout of `update` (from 1); returns metrics."""
+        return self.decoder.learn(self.collector.frames, update) if self.decoder else {}
+
+    def _parts(self) -> dict:
+        parts = {"policy": self.policy, "optimizer": self.optimizer, "collector": self.collector}
+        return parts | ({"decoder": self.decoder} if self.decoder else {})
+
+    def state_dict(self) -> dict:
+        """Everything the next update depends on, as plain data."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` gave."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+
+def ppo(cfg: Config, run: Run, trainer: PPOTrainer) -> None:
+    """Train for `cfg.stage3.steps` env steps."""
     updates, steps_per_update = num_updates(cfg)
-    parts = {"policy": policy, "optimizer": optimizer, "collector": collector}
-    if decoder:
-        parts["decoder"] = decoder
     if run.state:
-        for name, part in parts.items():
-            part.load_state_dict(run.state[name])
-
-    def state() -> dict:
-        return {name: part.state_dict() for name, part in parts.items()}
-
-    forward = compute.compiled(policy)
+        trainer.load_state_dict(run.state)
+    recent = trainer.collector.recent
     options = {"save_every": cfg.stage3.save_every, "unit": "step", "scale": steps_per_update}
-    for update in run.loop(updates, state, **options):
+    for update in run.loop(updates, trainer.state_dict, **options):
         env_steps = (update + 1) * steps_per_update
-        set_lrs(env_steps)
-        last_value = collector.collect(policy, rollout, decoder.watch if decoder else None)
-        run.track(ppo_update(forward, optimizer, rollout, last_value, cfg.ppo, compute.autocast))
-        learned = decoder.learn(collector.frames, update + 1) if decoder else {}
-        if collector.recent:
-            learned["train_return"] = sum(collector.recent) / len(collector.recent)
+        run.track(trainer.improve(env_steps, trainer.collect()))
+        learned = trainer.decode(update + 1)
+        if recent:
+            learned["train_return"] = sum(recent) / len(recent)
         if (
             learned.keys() - {"train_return"}
             or (update + 1) % cfg.stage3.log_every == 0
             or update + 1 == updates
         ):
             run.log(env_steps, learned)
-    collector.env.close()
+    trainer.collector.env.close()
 
 
 # ---------------------------------------------------------------- with labels: offline, bc

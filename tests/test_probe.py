@@ -153,7 +153,8 @@ def test_held_out_errors_equal_a_loop_over_windows_and_change_nothing(windows):
     world_model(torch.rand(4, 6, 64, 64) - 0.5, torch.randn(4, 16))
     before = copy.deepcopy((idm.state_dict(), world_model.state_dict()))
     ids = torch.tensor([3, 68, 20, 7, 41])
-    metrics = world_model_loss(idm, world_model, windows, ids, CPU)
+    metrics, la = world_model_loss(idm, world_model, windows, ids, CPU)
+    assert torch.equal(la, label(idm, windows, ids, CPU))
     assert idm.training
     assert world_model.training
     torch.testing.assert_close((idm.state_dict(), world_model.state_dict()), before, rtol=0, atol=0)

@@ -1,0 +1,196 @@
+"""benchmark.py: its command line on tiny networks, what it counts, and that its plain path computes alike."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import benchmark
+import stage1_idm_wm
+from benchmark import Lap, count_gflop, lap_seconds, published, random_windows
+from build import make_decoder, make_idm, make_latent_policy, make_world_model
+from conftest import Workplace
+from errors import run_main
+from models import TwoPathPolicy, WorldModel
+from procgen_env import ACTIONS
+from training import Compute
+
+CPU = torch.device("cpu")
+PARTS = {
+    ("1", "lapo"): {"load", "forward/backward", "update", "probe"},
+    ("1", "plain"): {"load", "forward/backward", "update", "probe"},
+    ("2", "lapo"): {"load", "label", "forward/backward", "update"},
+    ("2", "plain"): {"load", "forward/backward", "update"},
+    ("3", "lapo"): {"policy", "env", "update", "label", "decoder"},
+    ("3", "plain"): {"policy", "env", "update", "label"},
+    ("load", "lapo"): {"load"},
+    ("load", "plain"): {"load"},
+}
+SAMPLES = {"1": 4, "2": 4, "3": 32, "load": 64}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """All stages measured by the real command line: what it printed, and the results by stage and path."""
+    workplace = Workplace(tmp_path_factory.mktemp("benchmark"))
+    options = ["--compare", "plain", "--repeats", "1", "--frames", "64", "--probe.windows", "16"]
+    done = workplace.run("benchmark.py", *options, "--json", "out.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((workplace.folder / "out.json").read_text())
+    assert not workplace.results.exists()
+    return done.stdout, report, {(result["stage"], result["path"]): result for result in report["results"]}
+
+
+def test_the_command_line_measures_every_stage_and_the_plain_path(measured):
+    stdout, report, results = measured
+    assert results.keys() == PARTS.keys()
+    assert report["config"]["probe"]["windows"] == 16
+    assert report["provenance"].keys() == {"revision", "python", "torch"}
+    for (stage, path), result in results.items():
+        assert any(line.split("|")[1:3] == [f" {stage:<5} ", f" {path:<5} "] for line in stdout.splitlines())
+        assert result["device"] == "cpu (1 threads), fp32"
+        assert result["samples_per_step"] == SAMPLES[stage]
+        assert result["seconds"].keys() == PARTS[stage, path]
+        assert result["gflop"].keys() == PARTS[stage, path] - {"env"}
+        assert result["host_bytes"] > 1e8
+        assert 0 < result["cores"] < 2
+        assert result["device_bytes"] is None
+
+
+def test_numbers_agree_with_each_other(measured):
+    _, _, results = measured
+    for (stage, path), result in results.items():
+        assert result["steps_per_s"] > 0
+        assert result["samples_per_s"] == pytest.approx(result["steps_per_s"] * SAMPLES[stage])
+        assert all(seconds > 0 for seconds in result["seconds"].values())
+        assert sum(result["seconds"].values()) == pytest.approx(1 / result["steps_per_s"])
+        assert ("matmul_share" in result) == (stage != "load")
+        if stage != "load":
+            rate = sum(result["gflop"].values()) * result["steps_per_s"]
+            assert result["gflop_per_s"] == pytest.approx(rate)
+            assert result["matmul_share"] == pytest.approx(rate / result["matmul_gflop_per_s"])
+        if path == "lapo":
+            plain = results[stage, "plain"]["seconds_per_step"]
+            assert result["times_plain"] == pytest.approx(plain / result["seconds_per_step"])
+
+
+def test_the_published_code_does_more_work(measured):
+    """Labels aside, stage 2 trains the same; the trunk's work in stage 3 shrinks to one pass per step."""
+    _, _, results = measured
+    gflop = {key: result["gflop"] for key, result in results.items()}
+    assert gflop["1", "lapo"]["forward/backward"] < gflop["1", "plain"]["forward/backward"]
+    assert gflop["2", "lapo"]["forward/backward"] < 0.6 * gflop["2", "plain"]["forward/backward"]
+    # A rollout of 8 steps ends with a look at what follows.
+    policy = gflop["3", "lapo"]["policy"]
+    assert gflop["3", "plain"]["policy"] == pytest.approx(policy)
+    # Forward and backward, less the first layer's gradient by the image, in each of two epochs.
+    assert 5 < gflop["3", "plain"]["update"] / (policy * 8 / 9) < 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--stage", "4"], "the command line: argument --stage: invalid choice: '4'"),
+        (["--compare", "fancy"], "the command line: argument --compare: invalid choice: 'fancy'"),
+        (["--repeats", "0"], "--repeats is 0; there must be at least 1"),
+        (["--frames", "2"], "--frames is 2; there must be at least 3"),
+        (["--frames", "few"], "the command line: argument --frames: invalid int value: 'few'"),
+        (["--json", "nowhere/out.json"], "--json nowhere/out.json: the folder nowhere does not exist"),
+        (["--stage1.lrr", "1"], "the command line: unknown key 'stage1.lrr'"),
+        (["--rep", "1"], "the command line: unknown key 'rep'"),
+        (["--stage", "3", "--env", "bigfsh"], "'bigfsh' is not a Procgen game"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(monkeypatch, capsys, tmp_path, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        run_main(benchmark.main)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {sentence}")
+
+
+def test_flops_of_small_layers_equal_arithmetic():
+    conv, linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(7, 11)
+    image, x = torch.randn(2, 3, 8, 8), torch.randn(4, 7, requires_grad=True)
+
+    def laps():
+        y = conv(image)
+        yield Lap("forward")
+        y.sum().backward()
+        yield Lap("backward")
+        linear(x).sum().backward()
+        yield Lap("linear", share=0.5)
+
+    gflop = count_gflop(laps())
+    forward = 2 * (2 * 8 * 8) * 5 * (3 * 3 * 3) / 1e9
+    assert gflop["forward"] == pytest.approx(forward)
+    assert gflop["backward"] == pytest.approx(forward)  # by the weights alone: the image wants no gradient
+    assert gflop["linear"] == pytest.approx(0.5 * 3 * 2 * 4 * 7 * 11 / 1e9)
+
+
+def test_seconds_add_up_by_part_and_share(monkeypatch):
+    """A clock that is asked at the start, and at the end and the new start of every part."""
+    times = iter([0, 10, 10, 14, 20, 21, 21])
+    monkeypatch.setattr(benchmark, "now", lambda device: next(times))
+    laps = [Lap("policy", env_seconds=3, env_share=4), Lap("label", share=0.5), Lap("policy", share=2)]
+    assert lap_seconds(laps, CPU) == {"policy": 7 + 2, "env": 12, "label": 2}
+
+
+def test_the_environment_counts_the_waiting_in_both_calls(workplace):
+    env = benchmark.TimedEnv.of(workplace.config())
+    env.take_waited()
+    env.step(torch.zeros(4, dtype=torch.int64).numpy())
+    assert env.take_waited() > 0
+    assert env.take_waited() == 0
+    env.close()
+
+
+# ---------------------------------------------------------------- the plain path computes the same
+
+
+def test_plain_stage_1_equals_ours(workplace):
+    cfg = workplace.config("--vq.start", "data")
+    cfg = replace(cfg, stage1=replace(cfg.stage1, batch_size=8))
+    compute, windows = Compute(CPU, bf16=False, compile=False), random_windows(32, CPU)
+    idm, world_model = make_idm(cfg), make_world_model(cfg)
+    plain_idm, plain_model = make_idm(cfg), WorldModel(cfg.vq.la_dim, cfg.model.wm_width, fold_action=False)
+    plain_idm.load_state_dict(idm.state_dict())
+    plain_model.load_state_dict(world_model.state_dict())
+    ours = stage1_idm_wm.Trainer(cfg, compute, windows, compute.place(idm), compute.place(world_model))
+    networks = published(plain_idm, CPU), published(plain_model, CPU)
+    plain = stage1_idm_wm.Trainer(cfg, compute, windows, *networks)
+    torch.manual_seed(0)
+    found = ours.update(0)
+    torch.manual_seed(0)
+    expected = plain.update(0)
+    assert found.keys() == {"loss", "wm_loss", "vq_loss", "perplexity", "grad_norm"}
+    for key, value in expected.items():
+        assert found[key].item() == pytest.approx(value.item(), rel=1e-5), key
+
+
+def test_plain_networks_see_contiguous_images():
+    conv = nn.Conv2d(3, 4, 3)
+    image = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    assert not conv(image).is_contiguous()
+    assert published(conv, CPU)(image).is_contiguous()
+
+
+def test_the_plain_acting_policy_equals_ours_and_gives_its_trunk_gradients(workplace):
+    cfg = workplace.config()
+
+    def make(kind: type[TwoPathPolicy]) -> TwoPathPolicy:
+        return kind(make_latent_policy(cfg), make_decoder(cfg, len(ACTIONS)), len(ACTIONS))
+
+    ours, plain = make(TwoPathPolicy), make(benchmark.PlainPolicy)
+    plain.load_state_dict(ours.state_dict())
+    plain.requires_grad_(True)
+    frames = torch.randint(256, (5, 64, 64, 3), dtype=torch.uint8)
+    found, expected = plain(*plain.encode(frames)), ours(*ours.encode(frames))
+    torch.testing.assert_close(found, expected)
+    sum(x.sum() for x in found).backward()
+    assert all(p.grad.any() for p in plain.trunk.parameters())
