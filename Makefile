@@ -1,5 +1,6 @@
 # make test    lint and tests
 # make demo    all of LAPO on one game, in minutes on two CPU cores; results in exp_results/demo/
+# make soak    every stage stopped 50 times, by SIGKILL and by SIGTERM, and continued: minutes
 # make venv    only the environment: .venv with the pinned requirements
 # Each installs what it needs. Another interpreter: make test PYTHON=python3.11
 
@@ -18,7 +19,7 @@ INSTALLED := .venv/installed
 START := $(shell date +%s)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo
+.PHONY: help venv test soak demo
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +36,9 @@ test: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m pytest
+
+soak: $(INSTALLED)
+	LAPO_INTERRUPTIONS=50 $(VENV_PYTHON) -m pytest tests/test_runs.py -k stopped_at_random_moments
 
 demo: $(INSTALLED)
 	$(VENV_PYTHON) lapo/record_expert.py --env $(GAME) --frames $(FRAMES) --test-frames $(TEST_FRAMES) \

@@ -49,6 +49,6 @@ def judge(act: Act, game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> 
     num_envs = min(cfg.num_envs, cfg.episodes)
     env = VecEnv(game, num_envs, seed=seed, levels=HELD_OUT_LEVELS, visuals=visuals)
     try:
-        return play(act, env, cfg.episodes)
+        return play(act, env, cfg.episodes, sparing=True)
     finally:
         env.close()

@@ -39,8 +39,6 @@ class DataConfig:
     """The same for test chunks."""
     skip_resets: bool
     """Leave out windows that touch an episode's end (the published code keeps them)."""
-    resident: Literal["auto", "always", "never"]
-    """Whether all training frames stay on the device; never: chunks take turns there; auto: if they fit."""
     pool_chunks: Count
     """Chunks whose windows are mixed where they take turns; the device holds twice as many."""
     skip_bad_chunks: bool
@@ -278,6 +276,8 @@ class Config:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"]
     """Auto: bf16 where the hardware computes it natively."""
+    resident: Literal["auto", "always", "never"]
+    """Whether all training frames stay on the device; never: chunks take turns there; auto: if they fit."""
     compile: Literal["auto", "on", "off"]
     """Compile the training steps; auto: on for CUDA."""
     wandb: Literal["online", "offline", "disabled"]

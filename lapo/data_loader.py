@@ -10,7 +10,6 @@ of one chunk; the action of interest was taken at the second to last of them.
 `python data_loader.py --check FOLDER` checks chunks and prints a table, see check_data.py.
 """
 
-import json
 import math
 import os
 import re
@@ -42,8 +41,10 @@ def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
 
     Raises `UserError` if the folder is missing or holds no chunk.
     """
+    game = folder.parent
     remedy = (
-        f"`python record_expert.py --env {folder.parent.name}` or `bash setup_data.sh {folder.parent.name}`"
+        f"`python record_expert.py --env {game.name} --data-dir {game.parent}`"
+        f" or `bash setup_data.sh {game.name}`"
     )
     if not folder.is_dir():
         raise UserError(f"the data folder {folder} does not exist; make it with {remedy}")
@@ -191,6 +192,9 @@ class Windows:
     `num_chunks` were read, `num_bad` left out.
     """
 
+    order = "all frames on the device"
+    """In words, what the order of batches depends on beside seed and data."""
+
     def __init__(
         self,
         folder: Path,
@@ -224,6 +228,7 @@ class Windows:
                 starts.append(window_starts(chunk.get("done"), size, skip_resets) + offset)
                 actions.append(chunk.get("ta"))
                 offset += size
+                del chunk  # or it would stay while the next one is decoded
         self.frames = frames[:offset]
         self.index(folder, starts, actions, offset, device)
 
@@ -269,26 +274,8 @@ class Windows:
     @classmethod
     def read(cls, cfg: Config, split: str, device: torch.device, limit: int | None = None) -> "Windows":
         """The windows of a configured game's `train` or `test`, at most `limit` chunks; prints a summary."""
-        _check_recording(cfg)
         most = cfg.data.train_chunks if split == "train" else cfg.data.test_chunks
-        folder, limit = cfg.game_data / split, min(most, limit or most)
-        options = {
-            "device": device,
-            "limit": limit,
-            "skip_resets": cfg.data.skip_resets,
-            "skip_bad": cfg.data.skip_bad_chunks,
-        }
-        resident = cfg.data.resident
-        if (
-            split == "train"
-            and resident != "always"
-            and (resident == "never" or not fits(folder, device, limit))
-        ):
-            from rolling import RollingWindows  # which builds on this module
-
-            windows = RollingWindows(folder, pool_chunks=cfg.data.pool_chunks, **options)
-        else:
-            windows = cls(folder, **options)
+        windows = cls(cfg.game_data / split, device=device, limit=min(most, limit or most), **_options(cfg))
         print(f"{split}: {windows.summary()}")
         return windows
 
@@ -296,9 +283,19 @@ class Windows:
     def splits(cls, cfg: Config, device: torch.device) -> tuple["Windows", "Windows"]:
         """Training and held-out windows of the configured game; prints what was read.
 
-        Without a `test` folder, the training windows serve for both.
+        The held-out ones are resident, the training ones as `cfg.resident` says. Without a `test` folder,
+        the training windows serve for both.
         """
-        train = cls.read(cfg, "train", device)
+        from rolling import RollingWindows  # which builds on this module
+
+        folder, limit, pool_chunks = cfg.game_data / "train", cfg.data.train_chunks, cfg.data.pool_chunks
+        if keeps_all(folder, device, limit, cfg.resident):
+            train = cls.read(cfg, "train", device)
+        else:
+            train = RollingWindows(
+                folder, device=device, limit=limit, pool_chunks=pool_chunks, **_options(cfg)
+            )
+            print(f"train: {train.summary()}")
         if not (cfg.game_data / "test").is_dir():
             print("test: no such folder, so the training windows are measured")
             return train, train
@@ -362,6 +359,15 @@ class Windows:
             missing -= len(part)
         return torch.cat(parts)
 
+    def expect_order(self, order: str) -> None:
+        """Raise `UserError` if a run that began with another `order` of batches is to go on with this one."""
+        if order != self.order:
+            choice = "always" if order == Windows.order else "never"
+            raise UserError(
+                f"the run began with {order}, and would go on with {self.order}, in another order;"
+                f" choose --resident {choice}"
+            )
+
     def _order(self, epoch: int, seed: int) -> Tensor:
         key = (epoch, seed)
         if key not in self._orders:
@@ -379,42 +385,27 @@ def generator_of(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-def _check_recording(cfg: Config) -> None:
-    """Raise `UserError` if the game has no data, or data that show it otherwise than it will be played."""
-    if not cfg.game_data.is_dir():
-        options = f"--env {cfg.env} --visuals {cfg.visuals} --data-dir {cfg.game_data.parent}"
-        raise UserError(
-            f"the data folder {cfg.game_data} does not exist; make it with"
-            f" `python record_expert.py {options}` or `bash setup_data.sh {cfg.env}`"
-        )
-    path = cfg.game_data / "dataset.json"
-    try:
-        recorded = json.loads(path.read_text()).get("visuals", cfg.visuals)
-    except FileNotFoundError:  # downloaded, or anyone's frames
-        return
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"{path} is damaged; record the data again, or delete this file") from None
-    if recorded != cfg.visuals:
-        raise UserError(
-            f"{cfg.game_data} was recorded with visuals {recorded}, but visuals is {cfg.visuals};"
-            f" choose --visuals {recorded} or another --data_dir"
-        )
+def _options(cfg: Config) -> dict[str, bool]:
+    return {"skip_resets": cfg.data.skip_resets, "skip_bad": cfg.data.skip_bad_chunks}
 
 
-def fits(folder: Path, device: torch.device, limit: int) -> bool:
-    """Whether the chunks of `folder`, at most `limit`, leave enough of the device's memory free; says so.
+def keeps_all(folder: Path, device: torch.device, limit: int, resident: str) -> bool:
+    """Whether all chunks of `folder`, at most `limit`, are to stay on the device; prints what speaks for it.
 
-    A bad chunk counts as none. Raises `UserError` if there is no chunk at all.
+    Raises `UserError` if there is no chunk at all.
     """
-    total = 0
+    sizes = []
     for path in find_chunks(folder, limit):
         with suppress(UserError):  # whoever reads it says what is wrong with it
-            total += read_header(path)
+            sizes.append(read_header(path))
+    total = sum(sizes)
     needed, free = total * math.prod(FRAME_SHAPE), free_bytes(device)
-    if free is None:
-        return True
-    print(f"{folder}: {total:,} frames need {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free on {device}")
-    return needed <= RESIDENT_SHARE * free
+    there = "" if free is None else f" of {free / 1e9:.2f} GB free"
+    print(f"train: {total:,} frames need {needed / 1e9:.2f} GB{there} on {device}")
+    if resident != "auto":
+        return resident == "always"
+    # Two chunks cannot take turns in less room than they need.
+    return free is None or needed <= RESIDENT_SHARE * free or len(sizes) < 3
 
 
 def allocate(total: int, device: torch.device, folder: Path) -> Tensor:
@@ -424,7 +415,8 @@ def allocate(total: int, device: torch.device, folder: Path) -> Tensor:
     if free is not None and needed > free:
         raise UserError(
             f"{folder}: its {total:,} frames need {needed / 1e9:.1f} GB on {device},"
-            f" where {free / 1e9:.1f} GB are free; lower data.train_chunks or data.pool_chunks"
+            f" where {free / 1e9:.1f} GB are free; lower data.train_chunks, data.test_chunks or"
+            " data.pool_chunks"
         )
     return torch.empty((total, *FRAME_SHAPE), dtype=torch.uint8, device=device)
 

@@ -1,6 +1,7 @@
 """The one way a user's mistake is reported: a sentence on stderr and a non-zero exit code."""
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -16,15 +17,25 @@ def run_main(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, _stop)
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads our output any more: `head`, say, has seen enough."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -39,6 +39,8 @@ class Arguments:
     """Take the most likely action instead of a sample."""
     device: str
     """auto, cpu, cuda or cuda:N."""
+    visuals: Visuals | None = None
+    """How the game is drawn: full or plain; without it, as in the checkpoint's training."""
     env: str | None = None
     """Game; without it, the checkpoint's own or config.yaml's."""
     policy: Literal["online", "offline", "scratch", "bc", "random"] | None = None
@@ -75,6 +77,7 @@ def configure(args: Arguments, defaults: Config) -> Config:
         raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist; create it first")
     given = {key: getattr(args, key) for key in ("exp", "seed", "results_dir", "device")}
     judged = {key: getattr(args, key) for key in to_dict(defaults.eval)}
+    given["visuals"] = args.visuals or defaults.visuals
     env = args.env or defaults.env
     return validate(to_dict(defaults) | given | {"env": env, "eval": judged}, source="the command line")
 
@@ -152,9 +155,8 @@ def choose(args: Arguments, cfg: Config, compute: Compute) -> Player:
     # Only the modes that play are saved before they end; they count PPO updates.
     steps = checkpoint["step"] * saved["ppo"]["num_envs"] * saved["ppo"]["rollout_steps"]
     unfinished_at = None if checkpoint["finished"] else steps
-    return Player(
-        args.env or saved["env"], saved["stage3"]["mode"], act, saved["visuals"], path, unfinished_at
-    )
+    visuals = args.visuals or saved["visuals"]
+    return Player(args.env or saved["env"], saved["stage3"]["mode"], act, visuals, path, unfinished_at)
 
 
 def describe(result: dict) -> str:

@@ -98,6 +98,8 @@ class Split:
         self.filled = 0
         self.shot_frames = 0
         """Frames of the present shot in the present chunk."""
+        self.carried = False
+        """Whether the present shot began in an earlier chunk."""
         self.chunks = self.frames = self.shots = self.left_out = 0
 
     def add(self, obs: np.ndarray) -> None:
@@ -113,10 +115,11 @@ class Split:
         if self.shot_frames < MIN_SHOT:
             self.filled -= self.shot_frames
             self.left_out += self.shot_frames
+            self.shots += self.carried
         else:
             self.done[self.filled - 1] = True
             self.shots += 1
-        self.shot_frames = 0
+        self.shot_frames, self.carried = 0, False
 
     def flush(self) -> None:
         """Write the present chunk, if it holds anything, and begin the next one."""
@@ -126,6 +129,7 @@ class Split:
             write_chunk(self.folder / f"{self.chunks}.npz", arrays)
             self.chunks, self.frames = self.chunks + 1, self.frames + self.filled
         self.done[:] = False
+        self.carried = self.carried or self.shot_frames > 0
         self.filled = self.shot_frames = 0
 
 

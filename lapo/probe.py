@@ -17,7 +17,10 @@ INFERENCE_BATCH = 512
 
 @torch.no_grad()
 def label(idm: IDM, windows: Windows, ids: Tensor, compute: Compute) -> Tensor:
-    """Latent actions `la` of the windows numbered `ids` (M,), by the IDM in eval mode: (M, la_dim) fp32."""
+    """Latent actions `la` of the windows numbered `ids` (M,), by the IDM in eval mode: (M, la_dim) fp32.
+
+    `ids` must ascend where not all windows are on the device, see `Windows.parts`.
+    """
     training = idm.training
     idm.eval()
     with compute.autocast():

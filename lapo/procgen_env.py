@@ -3,6 +3,7 @@
 The only module that imports procgen. Dimensions: N environments, H = W = 64 pixels, C = 3 colours.
 """
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -81,6 +82,29 @@ def check_data(name: str, folder: Path) -> None:
         raise UserError(
             f"'{name}' is neither a Procgen game nor a folder {folder}; the games are {', '.join(GAMES)},"
             f" and `python import_video.py --env {name}` makes such a folder from videos"
+        )
+
+
+def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
+    """Raise UserError unless `folder` holds data of `name` that show it, a Procgen game, with `visuals`."""
+    check_data(name, folder)
+    if name not in GAMES:
+        return
+    if not folder.is_dir():
+        record = f"python record_expert.py --env {name} --visuals {visuals} --data-dir {folder.parent}"
+        download = f" or download it with `bash setup_data.sh {name}`" if visuals == "full" else ""
+        raise UserError(f"the data folder {folder} does not exist; make it with `{record}`{download}")
+    path = folder / "dataset.json"
+    try:
+        recorded = json.loads(path.read_text()).get("visuals", "full")
+    except FileNotFoundError:
+        recorded = "full"  # downloaded: the published frames
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{path} is damaged; record the data again, or delete this file") from None
+    if recorded != visuals:
+        raise UserError(
+            f"{folder} shows the game with visuals {recorded}, but visuals is {visuals};"
+            f" choose --visuals {recorded} or another --data_dir"
         )
 
 
@@ -198,6 +222,13 @@ class VecEnv:
     def close(self) -> None:
         """Free the simulator."""
         self._env.close()
+        # cffi views the simulator's arrays. Left to the garbage collector, an array's memory may be cleared
+        # before the view of it, and then the view's own clearing crashes the interpreter.
+        vars(self._env).clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_env"):
+            self.close()
 
     def _wait(self) -> None:
         # The simulator itself does not guard its states against a step in progress.
@@ -314,11 +345,15 @@ class SteppableEnv(Protocol):
         """Frames, rewards and dones after `actions`."""
 
 
-def play(act: Callable[[np.ndarray], np.ndarray], env: SteppableEnv, episodes: int) -> Evaluation:
+def play(
+    act: Callable[[np.ndarray], np.ndarray], env: SteppableEnv, episodes: int, *, sparing: bool = False
+) -> Evaluation:
     """Play a new `env` and measure `episodes` complete episodes, rounded up to a multiple of N.
 
     `act` maps frames, uint8 (N, 64, 64, 3), to actions (N,). Every environment contributes its first
-    `episodes / N` episodes: counting whichever end first would favour short ones.
+    `episodes / N` episodes: counting whichever end first would favour short ones. With `sparing`, for an
+    `act` that knows nothing but the frames it is given, only those of environments that still contribute are
+    given to it; the others idle. A few long episodes then cost what they take themselves.
     """
     per_env = -(-episodes // env.num_envs)
     returns = np.zeros((env.num_envs, per_env))
@@ -326,8 +361,13 @@ def play(act: Callable[[np.ndarray], np.ndarray], env: SteppableEnv, episodes: i
     counts = np.zeros(env.num_envs, dtype=np.int64)
     tracker = EpisodeTracker(env.num_envs)
     obs = env.observe()
-    while (counts < per_env).any():
-        obs, rewards, dones = env.step(act(obs))
+    while (playing := counts < per_env).any():
+        if sparing:
+            actions = np.zeros(env.num_envs, np.int64)
+            actions[playing] = act(obs[playing])
+        else:
+            actions = act(obs)
+        obs, rewards, dones = env.step(actions)
         finished_returns, finished_lengths = tracker.update(rewards, dones)
         wanted = counts[dones] < per_env
         envs = np.flatnonzero(dones)[wanted]

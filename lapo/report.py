@@ -14,6 +14,7 @@ Stages that have not run are shown as missing; run again, it takes in what is ne
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ from config import Config, load_config
 from errors import UserError, run_main
 from files import atomic_write
 from inspection import Inspection
-from procgen_env import check_data
+from procgen_env import check_data, check_frames
 from summary import Record, read_records, summarize
 from tables import table
 from training import Compute
@@ -53,6 +54,7 @@ def report(cfg: Config) -> dict:
     check_data(cfg.env, cfg.game_data)
     compute = Compute.from_config(cfg)
     records = read_records(cfg)
+    cfg = replace(cfg, visuals=next(iter(records.values())).checkpoint["config"]["visuals"])
     summary = summarize(cfg, records)
     text, data = to_markdown(summary), json.dumps(summary, indent=2) + "\n"
     atomic_write(cfg.run_dir / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
@@ -189,6 +191,7 @@ def bar_label(policy: str, row: dict) -> str:
 def draw_inspection(cfg: Config, compute: Compute, stage1: Record) -> dict[str, Figure]:
     """The figures that run the networks of stage 1. Raises `UserError` if the data cannot be read."""
     cfg = inherit(cfg, stage1.checkpoint, ("idm_scale", "wm_width"))
+    check_frames(cfg.env, cfg.game_data, cfg.visuals)
     inspection = Inspection(cfg, stage1.checkpoint["state"], compute)
     drawn, what_if = {}, []
     if len(inspection.actions) > 1:

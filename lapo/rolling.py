@@ -16,9 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_loader import Windows, allocate, find_chunks, generator_of, read_chunk, read_header, window_starts
+from data_loader import (
+    KEYS,
+    Windows,
+    allocate,
+    find_chunks,
+    generator_of,
+    read_chunk,
+    read_header,
+    window_starts,
+)
 from errors import UserError
 
+ABSENT = -(1 << 60)
+"""As the place of a chunk: it is not on the device, and whoever looks there anyway gets an IndexError."""
 Pool = tuple[int, ...]
 """Numbers of the chunks that are on the device together, in the order of their room there."""
 
@@ -27,8 +38,9 @@ class RollingWindows(Windows):
     """All windows of a split of one game, passing through a device.
 
     `batch` and `parts` bring the frames of the windows they name onto the device; `gather` and
-    `middle_frames` are for the latest of these. Batches in the order of their steps are read ahead; any other
-    order works too, and waits for the disk. Windows are numbered as if all frames were there.
+    `middle_frames` are for the latest of these, and raise IndexError for windows that are not there. Batches
+    in the order of their steps are read ahead; any other order works too, and waits for the disk. Windows are
+    numbered as if all frames were there.
     """
 
     def __init__(
@@ -44,33 +56,37 @@ class RollingWindows(Windows):
         """Find the windows of the chunks in `folder`; frames are read later, `pool_chunks` chunks together
         (or a third of all chunks, where that is less).
 
-        Raises `UserError` as `Windows` does, but for damaged frames: they are noticed only when they are
-        read, and then raised even with `skip_bad`.
+        Raises `UserError` as `Windows` does; but damaged frames are noticed only when they are read. With
+        `skip_bad`, all are therefore read once at first.
         """
         self.num_bad = 0
         self._paths: list[Path] = []
+        keys = KEYS if skip_bad else ("ta", "done")
         sizes, starts, actions = [], [], []
         for path in find_chunks(folder, limit):
             with self.leaving_out_bad(skip_bad):
                 size = read_header(path)
-                chunk = read_chunk(path, ("ta", "done"))
+                chunk = read_chunk(path, keys)
                 starts.append(window_starts(chunk.get("done"), size, skip_resets) + sum(sizes))
                 actions.append(chunk.get("ta"))
                 self._paths.append(path)
                 sizes.append(size)
+                del chunk  # its frames, if read, would stay while the next ones are decoded
         self.index(folder, starts, actions, sum(sizes), device)
         self.pool_chunks = min(pool_chunks, max(1, len(sizes) // 3))
         self._room = max(sizes)  # for one chunk
         self.frames = allocate(2 * self.pool_chunks * self._room, device, folder)
 
+        self.order = f"pools of {self.pool_chunks} chunks on the device"
+        self._num_pools = -(-len(sizes) // self.pool_chunks)  # of an epoch
         self._first_frame = np.cumsum([0, *sizes[:-1]])  # (K,)
         self._first_window = np.cumsum([0, *map(len, starts)])  # (K + 1,)
         self._num_windows = np.diff(self._first_window)  # (K,)
         chunk_of = np.repeat(np.arange(len(sizes)), self._num_windows)
         self._chunk_of = torch.from_numpy(chunk_of).to(device)  # (M,)
         # Where a chunk's frames lie in `frames`, less their place among all frames: (K,).
-        self._shift = torch.zeros(len(sizes), dtype=torch.int64, device=device)
-        self._begins = [-1] * len(sizes)  # where `_shift` says that a chunk begins
+        self._shift = torch.full((len(sizes),), ABSENT, device=device)
+        self._begins = [ABSENT] * len(sizes)  # where `_shift` says that a chunk begins
         self._there: list[Pool | None] = [None, None]  # the pools in the two halves of `frames`
         self._coming: tuple[Pool, int, Future] | None = None
         self._reader = ThreadPoolExecutor(1, "read-ahead")
@@ -83,15 +99,16 @@ class RollingWindows(Windows):
     def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """See `Windows`; the frames of these windows are on the device when it returns.
 
-        Raises `UserError` for a damaged chunk, and if the batch does not fit into two pools.
+        Raises `UserError` for a damaged chunk, and if a batch may span more than two pools.
         """
+        fewest = np.sort(self._num_windows)[: len(self._paths) // self._num_pools].sum()
+        if fewest < batch_size - 1:
+            raise UserError(
+                f"a batch of {batch_size} windows is too large for {self.order}, which may hold but {fewest};"
+                " choose --resident always, or lower the batch size"
+            )
         start = step * batch_size
         first, last = self._pool_of(start, seed), self._pool_of(start + batch_size - 1, seed)
-        if last > first + 1:
-            raise UserError(
-                f"a batch of {batch_size} windows needs more than two pools of {self.pool_chunks} chunks;"
-                " raise data.pool_chunks"
-            )
         for number in range(first, last + 1):
             self._bring(self._pool(number, seed), number % 2)
         self._fetch(self._pool(first + 1, seed), (first + 1) % 2)
@@ -120,8 +137,8 @@ class RollingWindows(Windows):
     def _epoch(self, epoch: int, seed: int) -> tuple[list[Pool], np.ndarray]:
         """An epoch's pools, and how many of its windows come before each of them and in all."""
         if (epoch, seed) not in self._epochs:
-            chunks = torch.randperm(len(self._paths), generator=generator_of(seed, epoch, 1)).tolist()
-            pools = [tuple(chunks[i : i + self.pool_chunks]) for i in range(0, len(chunks), self.pool_chunks)]
+            chunks = torch.randperm(len(self._paths), generator=generator_of(seed, epoch, 1))
+            pools = [tuple(pool.tolist()) for pool in chunks.tensor_split(self._num_pools)]
             counts = [self._num_windows[list(pool)].sum() for pool in pools]
             self._epochs[epoch, seed] = pools, np.cumsum([0, *counts])
         return self._epochs[epoch, seed]
@@ -133,8 +150,7 @@ class RollingWindows(Windows):
         return epoch * len(pools) + int(np.searchsorted(bounds, offset, side="right")) - 1
 
     def _pool(self, number: int, seed: int) -> Pool:
-        per_epoch = -(-len(self._paths) // self.pool_chunks)
-        return self._epoch(number // per_epoch, seed)[0][number % per_epoch]
+        return self._epoch(number // self._num_pools, seed)[0][number % self._num_pools]
 
     def _draw(self, epoch: int, seed: int) -> Tensor:
         """See `Windows`: pool by pool, the windows of each in random order."""
@@ -167,6 +183,10 @@ class RollingWindows(Windows):
             return
         if self._coming:  # somebody went another way
             self._coming[2].result()
+        for chunk in self._there[half] or ():
+            if self._begins[chunk] // (self.pool_chunks * self._room) == half:
+                self._begins[chunk] = ABSENT
+                self._shift[chunk] = ABSENT
         self._there[half] = None
         self._coming = pool, half, self._reader.submit(self._read, pool, half)
 
@@ -175,6 +195,7 @@ class RollingWindows(Windows):
             obs = torch.from_numpy(read_chunk(self._paths[chunk], ("obs",))["obs"])
             begin = self._begin(half, slot)
             self.frames[begin : begin + len(obs)].copy_(obs)
+            del obs  # or it would stay while the next one is decoded
 
     def _begin(self, half: int, slot: int) -> int:
         return (half * self.pool_chunks + slot) * self._room

@@ -36,7 +36,7 @@ from files import atomic_write, writing
 from tracking import start_wandb
 from training import Compute, rng_state, set_rng_state, to_floats
 
-FORMAT = 1
+FORMAT = 2
 FIELDS = {
     "stage": str,
     "config": dict,
@@ -71,7 +71,8 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() is not None  # torch does not compare the checksums
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(checkpoint, dict) and "fingerprints" in checkpoint:  # older ones have none
+        # Whoever loads a checkpoint, changes it and saves it again leaves them out.
+        if isinstance(checkpoint, dict) and "fingerprints" in checkpoint:
             damaged = checkpoint.pop("fingerprints") != _fingerprints(checkpoint)
     except Exception:  # whatever the readers raise for a damaged file
         damaged = True
@@ -86,9 +87,6 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
         if key not in checkpoint or not isinstance(checkpoint[key], kind):
             found = type(checkpoint[key]).__name__ if key in checkpoint else "nothing"
             raise UserError(f"the checkpoint {path} has no valid `{key}`: found {found}; delete it")
-    data = checkpoint["config"].get("data")
-    if isinstance(data, dict):
-        data.setdefault("skip_bad_chunks", False)  # as it was before there was a choice
     return checkpoint
 
 
@@ -103,6 +101,12 @@ def load_stage(cfg: Config, stage: str, script: str) -> dict:
     checkpoint = load_checkpoint(path, command)
     if not checkpoint["finished"]:
         raise UserError(f"{path} is unfinished, at step {checkpoint['step']:,}; continue it with `{command}`")
+    visuals = checkpoint["config"]["visuals"]
+    if visuals != cfg.visuals:
+        raise UserError(
+            f"{path} was trained with visuals {visuals}, but visuals is {cfg.visuals};"
+            f" choose --visuals {visuals}"
+        )
     print(f"{stage}: {path}")
     return checkpoint
 

@@ -15,7 +15,7 @@ from data_loader import Windows
 from errors import run_main
 from models import IDM, WorldModel, stack_frames
 from probe import train_probe, world_model_loss
-from procgen_env import check_data
+from procgen_env import check_frames
 from runs import Run
 from training import Compute, make_optimizer, piecewise_linear, seed_everything, set_lr, warmup_schedule
 
@@ -31,7 +31,7 @@ def main() -> None:
 def train(cfg: Config) -> None:
     """Train IDM and world model; the result lies in the run's checkpoint."""
     compute = Compute.from_config(cfg)
-    check_data(cfg.env, cfg.game_data)
+    check_frames(cfg.env, cfg.game_data, cfg.visuals)
     seed_everything(cfg.seed)
     run = Run(cfg, STAGE, ("data", "model", "vq", "stage1", "probe"), compute)
     if run.finished:
@@ -126,10 +126,12 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """Everything the next step depends on, as plain data."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return parts | {"order": self.windows.order}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` gave."""
+        """Continue from what `state_dict` gave. Raises `UserError` if batches would come in another order."""
+        self.windows.expect_order(state["order"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 

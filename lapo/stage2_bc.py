@@ -14,7 +14,7 @@ from data_loader import Windows
 from errors import run_main
 from models import Policy, normalize
 from probe import INFERENCE_BATCH, label
-from procgen_env import check_data
+from procgen_env import check_frames
 from runs import Run, load_stage
 from training import Compute, make_optimizer, piecewise_linear, seed_everything, set_lr, warmup_schedule
 
@@ -30,7 +30,7 @@ def main() -> None:
 def train(cfg: Config) -> None:
     """Train the latent policy; the result lies in the run's checkpoint."""
     compute = Compute.from_config(cfg)
-    check_data(cfg.env, cfg.game_data)
+    check_frames(cfg.env, cfg.game_data, cfg.visuals)
     stage1 = load_stage(cfg, "stage1", "stage1.py")
     cfg = inherit(cfg, stage1, ("idm_scale",))
     seed_everything(cfg.seed)
@@ -103,7 +103,7 @@ class Trainer:
     @torch.no_grad()
     def measure(self, held_out: Windows, la_test: Tensor) -> dict[str, Tensor]:
         """The error on held-out windows, whose latent actions are `la_test` (M, la_dim)."""
-        parts = held_out.all().split(INFERENCE_BATCH)
+        parts = held_out.parts(held_out.all(), INFERENCE_BATCH)
         errors = [self.loss_of(held_out.middle_frames(ids), la_test[ids]) * len(ids) for ids in parts]
         # The error of always predicting the mean latent action: what a policy that sees nothing reaches.
         return {
@@ -118,10 +118,12 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """Everything the next step depends on, as plain data."""
-        return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
+        parts = {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return parts | {"order": self.windows.order}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` gave."""
+        """Continue from what `state_dict` gave. Raises `UserError` if batches would come in another order."""
+        self.windows.expect_order(state["order"])
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
 

@@ -24,7 +24,7 @@ from decoding import OnlineDecoder, fit, training_updates
 from errors import UserError, run_main
 from ppo import Rollout, ppo_update
 from probe import INFERENCE_BATCH, label
-from procgen_env import ACTIONS, GAMES, VecEnv, check_data, relative_return
+from procgen_env import ACTIONS, GAMES, VecEnv, check_frames, relative_return
 from runs import Run, load_stage
 from training import Compute, make_optimizer, piecewise_linear, ramp_schedule, seed_everything, set_lr
 
@@ -310,13 +310,14 @@ class Mode:
 
     def check(self, cfg: Config) -> None:
         """Raise `UserError` when the configured name cannot serve this mode."""
-        if self.plays and cfg.env not in GAMES:
+        if not self.plays:
+            check_frames(cfg.env, cfg.game_data, cfg.visuals)
+        elif cfg.env not in GAMES:
             raise UserError(
                 f"mode {cfg.stage3.mode} learns by playing, and '{cfg.env}' is not a Procgen game; frames of"
                 " your own can be decoded with --stage3.mode offline, if they come with true actions `ta`"
                 f" (the games are {', '.join(GAMES)})"
             )
-        check_data(cfg.env, cfg.game_data)
 
 
 MODES = {

@@ -41,6 +41,7 @@ def summarize(cfg: Config, records: dict[str, "Record"]) -> dict:
         "stages": {stage: records[stage].progress() if stage in records else None for stage in STAGES},
         "learnt": learnt(records),
         "returns": returns(cfg, records),
+        "visuals": cfg.visuals,
         "eval": to_dict(cfg.eval),
     }
 
@@ -141,7 +142,7 @@ def random_return(cfg: Config) -> dict:
     """The random policy's row: that of the last summary, if it was judged alike, or else played now."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         last = json.loads((cfg.run_dir / "summary.json").read_text())
-        if last["eval"] == to_dict(cfg.eval):
+        if (last["eval"], last["visuals"]) == (to_dict(cfg.eval), cfg.visuals):
             return last["returns"]["random"]
     print(f"the random policy plays {cfg.eval.episodes} episodes")
     played = judge(random_actor(cfg.seed), cfg.env, cfg.visuals, cfg.eval, cfg.seed)

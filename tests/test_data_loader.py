@@ -144,26 +144,6 @@ def test_configured_splits_and_what_is_printed_of_them(workplace, capsys):
     assert "test: no such folder, so the training windows are measured" in capsys.readouterr().out
 
 
-def test_frames_recorded_with_other_visuals_are_refused(workplace):
-    record = workplace.data / workplace.GAME / "dataset.json"
-    record.write_text('{"visuals": "plain"}')
-    with pytest.raises(UserError, match="recorded with visuals plain, but visuals is full; choose --visuals"):
-        Windows.splits(workplace.config(), CPU)
-    assert len(Windows.splits(workplace.config("--visuals", "plain"), CPU)[0])
-    record.write_text("[]")
-    with pytest.raises(UserError, match=r"dataset.json is damaged"):
-        Windows.splits(workplace.config(), CPU)
-    record.write_text("{}")  # recorded before there was a choice, or by others
-    assert len(Windows.splits(workplace.config(), CPU)[0])
-
-
-def test_a_missing_game_is_told_how_to_record_it_as_configured(workplace):
-    cfg = workplace.config("--env", "maze", "--visuals", "plain")
-    remedy = rf"record_expert.py --env maze --visuals plain --data-dir {workplace.data}`"
-    with pytest.raises(UserError, match=remedy):
-        Windows.splits(cfg, CPU)
-
-
 # ---------------------------------------------------------------- order of batches
 
 
@@ -197,6 +177,19 @@ def test_windows_to_measure_are_spread_over_all(seventeen, count):
     gaps = ids.diff()
     assert count < 3 or gaps.max() - gaps.min() <= 1
     assert (gaps > 0).all()
+
+
+def test_host_memory_holds_one_decoded_chunk_while_loading(tmp_path):
+    size = 1000
+    for number in range(4):
+        write_chunk(
+            tmp_path / f"{number}.npz", np.zeros((size, 64, 64, 3), np.uint8), done=np.zeros(size, bool)
+        )
+    tracemalloc.start()
+    Windows(tmp_path, device=CPU)
+    peak = tracemalloc.get_traced_memory()[1]  # torch's own memory is not traced
+    tracemalloc.stop()
+    assert peak < 1.5 * size * 64 * 64 * 3
 
 
 def test_a_batch_depends_on_seed_and_step_alone(seventeen):

@@ -15,10 +15,11 @@ from acting import judge, random_actor
 from conftest import LAPO, Workplace
 from errors import run_main
 from finished_run import finished_run
-from procgen_env import GAMES, relative_return
+from procgen_env import GAMES, Evaluation, relative_return
 from runs import load_checkpoint
 
 GAME = Workplace.GAME
+PLAYED = Evaluation(np.array([1.0, 2.0]), np.array([3, 4]))
 TINY_EVAL = ("--episodes", "2", "--num-envs", "2", "--device", "cpu")
 
 
@@ -102,6 +103,15 @@ def test_checkpoint_plays_another_game_when_asked(call, trained):
     status, out, _ = call("--checkpoint", str(checkpoint_of(trained, "stage3_online")), "--env", "chaser")
     assert status == 0
     assert "plays 2 episodes of chaser" in out
+
+
+@pytest.mark.parametrize(("options", "visuals"), [([], "full"), (["--visuals", "plain"], "plain")])
+def test_visuals_are_those_of_the_training_unless_said(call, trained, monkeypatch, options, visuals):
+    seen = []
+    monkeypatch.setattr(evaluate, "judge", lambda act, game, visuals, *rest: seen.append(visuals) or PLAYED)
+    for who in (["--checkpoint", str(checkpoint_of(trained, "stage3_bc"))], ["--policy", "random"]):
+        assert call(*who, *options)[0] == 0
+    assert seen == [visuals, visuals]
 
 
 def test_unfinished_policy_plays(call, trained, tmp_path):

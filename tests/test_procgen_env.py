@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from procgen_env import (
     Evaluation,
     ReturnNormalizer,
     VecEnv,
+    check_frames,
     check_game,
     play,
     relative_return,
@@ -50,6 +52,29 @@ def test_unknown_game_is_told_all_games() -> None:
         VecEnv("pong", 1, seed=0)
     with pytest.raises(UserError, match="out of range"):
         VecEnv("maze", 1, seed=2**31)
+
+
+def test_frames_must_show_the_game_as_it_will_be_played(tmp_path: Path) -> None:
+    folder = tmp_path / "maze"
+    with pytest.raises(UserError, match=rf"--env maze --visuals plain --data-dir {tmp_path}`$"):
+        check_frames("maze", folder, "plain")
+    with pytest.raises(UserError, match=r"--visuals full .* or download it with `bash setup_data.sh maze`$"):
+        check_frames("maze", folder, "full")
+    folder.mkdir()
+    for record, visuals in ((None, "full"), ("{}", "full"), ('{"visuals": "plain"}', "plain")):
+        if record:
+            (folder / "dataset.json").write_text(record)
+        other = "plain" if visuals == "full" else "full"
+        check_frames("maze", folder, visuals)
+        with pytest.raises(
+            UserError, match=f"with visuals {visuals}, but visuals is {other}; choose --visuals"
+        ):
+            check_frames("maze", folder, other)
+    (folder / "dataset.json").write_text("[]")
+    with pytest.raises(UserError, match=r"dataset.json is damaged"):
+        check_frames("maze", folder, "full")
+    folder.rename(tmp_path / "holiday")
+    check_frames("holiday", tmp_path / "holiday", "plain")  # anyone's frames are not played
 
 
 def test_shapes_and_types() -> None:
@@ -223,9 +248,23 @@ class Clockwork:
         return np.full(self.num_envs, self.steps)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        assert (actions == self.steps).all()
+        assert ((actions == self.steps) | (actions == 0)).all()
         self.steps += 1
         return self.observe(), np.ones(self.num_envs), self.steps % self.lengths == 0
+
+
+def test_sparing_play_asks_only_for_environments_that_still_count() -> None:
+    asked = []
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        asked.append(len(obs))
+        return obs
+
+    expected = play(lambda obs: obs, Clockwork([1, 10, 25]), episodes=6)
+    result = play(act, Clockwork([1, 10, 25]), episodes=6, sparing=True)
+    assert (result.returns == expected.returns).all()
+    assert (result.lengths == expected.lengths).all()
+    assert asked == [3] * 2 + [2] * 18 + [1] * 30
 
 
 def test_play_counts_the_same_number_of_episodes_everywhere() -> None:

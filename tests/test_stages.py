@@ -3,6 +3,8 @@
 import json
 import math
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import stage3_decode
 from build import make_idm, make_latent_policy, make_world_model
 from conftest import LAPO, Workplace, numbered_frames, write_chunk
 from data_loader import Windows
-from errors import UserError
+from errors import UserError, run_main
 from models import normalize, stack_frames
 from procgen_env import GAMES
 from runs import load_checkpoint
@@ -133,6 +135,24 @@ def test_an_unknown_game_lists_the_games(workplace):
         f" the games are {', '.join(GAMES)}, and `python import_video.py --env bigfsh` makes such a folder"
         " from videos"
     )
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, str(LAPO / "stage1.py"), "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 141
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", (tmp_path / "out").open("w"))
+
+    def main() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_main(main)
 
 
 def test_a_missing_data_folder_says_how_to_make_it(workplace):
