@@ -82,6 +82,8 @@ class RollingWindows(Windows):
         self._first_frame = np.cumsum([0, *sizes[:-1]])  # (K,)
         self._first_window = np.cumsum([0, *map(len, starts)])  # (K + 1,)
         self._num_windows = np.diff(self._first_window)  # (K,)
+        # A pool has at least so many windows, whichever its chunks are.
+        self._fewest = np.sort(self._num_windows)[: len(sizes) // self._num_pools].sum()
         chunk_of = np.repeat(np.arange(len(sizes)), self._num_windows)
         self._chunk_of = torch.from_numpy(chunk_of).to(device)  # (M,)
         # Where a chunk's frames lie in `frames`, less their place among all frames: (K,).
@@ -101,10 +103,10 @@ class RollingWindows(Windows):
 
         Raises `UserError` for a damaged chunk, and if a batch may span more than two pools.
         """
-        fewest = np.sort(self._num_windows)[: len(self._paths) // self._num_pools].sum()
-        if fewest < batch_size - 1:
+        if self._fewest < batch_size - 1:
             raise UserError(
-                f"a batch of {batch_size} windows is too large for {self.order}, which may hold but {fewest};"
+                f"a batch of {batch_size} windows is too large for {self.order}, which may hold but"
+                f" {self._fewest};"
                 " choose --resident always, or lower the batch size"
             )
         start = step * batch_size

@@ -15,7 +15,7 @@ from data_loader import Windows
 from errors import run_main
 from models import IDM, WorldModel, stack_frames
 from probe import train_probe, world_model_loss
-from procgen_env import check_frames
+from procgen_env import check_data, check_frames
 from runs import Run
 from training import Compute, make_optimizer, piecewise_linear, seed_everything, set_lr, warmup_schedule
 
@@ -31,7 +31,7 @@ def main() -> None:
 def train(cfg: Config) -> None:
     """Train IDM and world model; the result lies in the run's checkpoint."""
     compute = Compute.from_config(cfg)
-    check_frames(cfg.env, cfg.game_data, cfg.visuals)
+    check_data(cfg.env, cfg.game_data)
     seed_everything(cfg.seed)
     run = Run(cfg, STAGE, ("data", "model", "vq", "stage1", "probe"), compute)
     if run.finished:
@@ -39,6 +39,7 @@ def train(cfg: Config) -> None:
         return
 
     # ---- data
+    check_frames(cfg.env, cfg.game_data, cfg.visuals)
     windows, held_out = Windows.splits(cfg, compute.device)
 
     # ---- model and optimiser

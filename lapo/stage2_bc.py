@@ -14,7 +14,7 @@ from data_loader import Windows
 from errors import run_main
 from models import Policy, normalize
 from probe import INFERENCE_BATCH, label
-from procgen_env import check_frames
+from procgen_env import check_data, check_frames
 from runs import Run, load_stage
 from training import Compute, make_optimizer, piecewise_linear, seed_everything, set_lr, warmup_schedule
 
@@ -30,7 +30,7 @@ def main() -> None:
 def train(cfg: Config) -> None:
     """Train the latent policy; the result lies in the run's checkpoint."""
     compute = Compute.from_config(cfg)
-    check_frames(cfg.env, cfg.game_data, cfg.visuals)
+    check_data(cfg.env, cfg.game_data)
     stage1 = load_stage(cfg, "stage1", "stage1.py")
     cfg = inherit(cfg, stage1, ("idm_scale",))
     seed_everything(cfg.seed)
@@ -43,6 +43,7 @@ def train(cfg: Config) -> None:
     idm = compute.place(make_idm(cfg))
     idm.load_state_dict(stage1["state"]["idm"])
     idm.eval().requires_grad_(False)
+    check_frames(cfg.env, cfg.game_data, cfg.visuals)
     windows, held_out = Windows.splits(cfg, compute.device)
     la = label(idm, windows, windows.all(), compute)
     la_test = label(idm, held_out, held_out.all(), compute)

@@ -24,7 +24,7 @@ from decoding import OnlineDecoder, fit, training_updates
 from errors import UserError, run_main
 from ppo import Rollout, ppo_update
 from probe import INFERENCE_BATCH, label
-from procgen_env import ACTIONS, GAMES, VecEnv, check_frames, relative_return
+from procgen_env import ACTIONS, GAMES, VecEnv, check_data, check_frames, relative_return
 from runs import Run, load_stage
 from training import Compute, make_optimizer, piecewise_linear, ramp_schedule, seed_everything, set_lr
 
@@ -245,6 +245,7 @@ def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
     Only the first chunks are read, enough for four times as many frames as labels.
     """
     folder, count = cfg.game_data / "train", cfg.offline.labels
+    check_frames(cfg.env, cfg.game_data, cfg.visuals)
     limit = chunks_holding(folder, 4 * count, cfg.data.skip_bad_chunks)
     windows = Windows.read(cfg, "train", compute.device, limit=limit)
     if windows.ta is None:
@@ -311,7 +312,7 @@ class Mode:
     def check(self, cfg: Config) -> None:
         """Raise `UserError` when the configured name cannot serve this mode."""
         if not self.plays:
-            check_frames(cfg.env, cfg.game_data, cfg.visuals)
+            check_data(cfg.env, cfg.game_data)
         elif cfg.env not in GAMES:
             raise UserError(
                 f"mode {cfg.stage3.mode} learns by playing, and '{cfg.env}' is not a Procgen game; frames of"

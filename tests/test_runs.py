@@ -530,6 +530,12 @@ def test_a_run_with_other_settings_is_refused_with_the_difference_and_two_ways_o
     assert contents(trained.results) == before
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_finished_run_needs_no_data_any_more(trained, tmp_path, capsys, stage):
+    STAGES[stage][0].train(trained.config("--data_dir", str(tmp_path / "gone")))
+    assert "finished already" in capsys.readouterr().out
+
+
 def test_settings_that_a_stage_does_not_read_and_the_place_of_the_data_may_change(trained, tmp_path, capsys):
     shutil.copytree(trained.data, tmp_path / "moved")
     arguments = ["--data_dir", str(tmp_path / "moved"), "--stage3.steps", "5", "--device", "auto"]
