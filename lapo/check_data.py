@@ -12,8 +12,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from chunks import KEYS, list_chunks, open_chunk, read_chunk, read_header, read_npy, read_npy_header
 from config import resolve
-from data_loader import KEYS, list_chunks, open_chunk, read_chunk, read_header, read_npy, read_npy_header
 from errors import UserError
 
 FLOATS = ("rewards", "ep_returns", "values", "logprobs")

@@ -3,169 +3,25 @@
 Dimensions
     F frames of all chunks · M windows · B batch · T frames of a window (3) · H, W = 64 · C = 3
 
-A chunk is an npz file `<game>/<split>/<k>.npz` with `obs` (N, 64, 64, 3) uint8 and, optionally, `ta` (N,) and
-`done` (N,). Frames stay uint8, as stored, in one tensor on the device. A window is three consecutive frames
-of one chunk; the action of interest was taken at the second to last of them.
+Frames stay uint8, as stored (see chunks.py), in one tensor on the device. A window is three consecutive
+frames of one chunk; the action of interest was taken at the second to last of them.
 
 `python data_loader.py --check FOLDER` checks chunks and prints a table, see check_data.py.
 """
 
 import math
-import os
-import re
 import sys
-import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from chunks import FRAME_SHAPE, WINDOW, find_chunks, read_chunk, read_header
 from config import Config
 from errors import UserError, run_main
-
-KEYS = ("obs", "ta", "done")
-WINDOW = 3
-FRAME_SHAPE = (64, 64, 3)
-MAX_ACTIONS = 256
-RESIDENT_SHARE = 0.7
-"""Of the memory that is free, how much frames may take if they are all to stay there."""
-MAX_UNPACKING = 1032
-"""How many bytes deflate makes of one at most: what claims more is no zip file of frames."""
-
-
-def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
-    """The chunk files of a folder in order of their number, at most `limit`.
-
-    Raises `UserError` if the folder is missing or holds no chunk.
-    """
-    game = folder.parent
-    remedy = (
-        f"`python record_expert.py --env {game.name} --data-dir {game.parent}`"
-        f" or `bash setup_data.sh {game.name}`"
-    )
-    if not folder.is_dir():
-        raise UserError(f"the data folder {folder} does not exist; make it with {remedy}")
-    chunks = list_chunks(folder)
-    if not chunks:
-        raise UserError(f"the data folder {folder} holds no chunk (<number>.npz); make some with {remedy}")
-    return chunks[:limit]
-
-
-def list_chunks(folder: Path) -> list[Path]:
-    """The files `<number>.npz` of a folder in order of their number, perhaps none."""
-    return sorted(
-        (path for path in folder.glob("*.npz") if re.fullmatch("[0-9]+", path.stem)),
-        key=lambda path: int(path.stem),
-    )
-
-
-def read_header(path: Path) -> int:
-    """Number of frames of a chunk, from its headers alone.
-
-    Raises `UserError` naming the file if it is not a chunk: not a readable npz, no `obs`, wrong shape or
-    type, fewer than three frames.
-    """
-    with open_chunk(path) as archive:
-        names = archive.namelist()
-        if "obs.npy" not in names:
-            raise UserError(f"{path} holds no array `obs`, found: {', '.join(sorted(names)) or 'nothing'}")
-        for name in names:
-            archive.open(name).close()  # compares the index's name with the one beside the data
-        headers = {key: read_npy_header(archive, key) for key in KEYS if f"{key}.npy" in names}
-    shape, dtype = headers.pop("obs")
-    if dtype != np.uint8 or len(shape) != 4 or shape[1:] != FRAME_SHAPE:
-        raise UserError(f"{path}: `obs` must be uint8 (N, 64, 64, 3), found {dtype} {shape}")
-    if shape[0] < WINDOW:
-        raise UserError(f"{path} holds {shape[0]} frames; a chunk needs at least {WINDOW}")
-    kinds = {"ta": ("iu", "integers"), "done": ("b", "bool")}
-    for key, (key_shape, key_dtype) in headers.items():
-        kind, kind_name = kinds[key]
-        if key_shape != shape[:1] or key_dtype.kind not in kind:
-            raise UserError(
-                f"{path}: `{key}` must be {kind_name} ({shape[0]},), found {key_dtype} {key_shape}"
-            )
-    return shape[0]
-
-
-def read_chunk(path: Path, keys: tuple[str, ...] = KEYS) -> dict[str, np.ndarray]:
-    """The arrays `keys` of a chunk, those that it has, checksums verified.
-
-    Raises `UserError` naming a bad file; `read_header` has checked types and shapes before.
-    """
-    with open_chunk(path) as archive:
-        names = archive.namelist()
-        chunk = {key: read_npy(archive, key) for key in keys if f"{key}.npy" in names}
-    ta = chunk.get("ta")
-    if ta is not None and not (ta.min() >= 0 and ta.max() < MAX_ACTIONS):
-        raise UserError(f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, found {ta.min()}..{ta.max()}")
-    return chunk
-
-
-@contextmanager
-def open_chunk(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The zip archive that a chunk is; whatever a damaged file makes its readers raise becomes UserError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except UserError:
-        raise
-    except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} is not a readable npz file ({what}); delete it and make it again") from None
-
-
-def read_npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array of a chunk. Raises ValueError if the file cannot hold that many bytes."""
-    with archive.open(f"{key}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-        expected = file.tell() + math.prod(shape) * dtype.itemsize
-    member = archive.getinfo(f"{key}.npy")
-    found = member.file_size
-    if found != expected and not dtype.hasobject:  # objects are refused by their type later
-        raise ValueError(f"`{key}` has {found} bytes instead of {expected}")
-    stored = os.path.getsize(archive.filename)
-    factor = 1 if member.compress_type == zipfile.ZIP_STORED else MAX_UNPACKING
-    if found > factor * stored:  # before anybody makes room for them
-        raise ValueError(f"`{key}` claims {found} bytes, too many for a file of {stored}")
-    return shape, dtype
-
-
-def read_npy(archive: zipfile.ZipFile, key: str) -> np.ndarray:
-    """An array of a chunk, its checksum verified. Raises ValueError for pickled objects."""
-    with archive.open(f"{key}.npy") as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-        file.read(1)  # only a read at the end of the file compares the checksum
-        return array
-
-
-def chunks_holding(folder: Path, frames: int, skip_bad: bool = False) -> int:
-    """How many of the folder's first chunks hold `frames` frames together; all of them if they hold fewer.
-
-    With `skip_bad` a bad chunk counts as one without frames. The chunks are read in full then: what is behind
-    a good header may be bad as well.
-    """
-    held, count = 0, 0
-    for path in find_chunks(folder):
-        if held >= frames:
-            break
-        count += 1
-        try:
-            size = read_header(path)
-            if skip_bad:
-                read_chunk(path)
-        except UserError:  # `Windows` names it
-            if not skip_bad:
-                raise
-        else:
-            held += size
-    return count
 
 
 def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -> np.ndarray:
@@ -275,31 +131,9 @@ class Windows:
     def read(cls, cfg: Config, split: str, device: torch.device, limit: int | None = None) -> "Windows":
         """The windows of a configured game's `train` or `test`, at most `limit` chunks; prints a summary."""
         most = cfg.data.train_chunks if split == "train" else cfg.data.test_chunks
-        windows = cls(cfg.game_data / split, device=device, limit=min(most, limit or most), **_options(cfg))
+        windows = cls(cfg.game_data / split, device=device, limit=min(most, limit or most), **reading(cfg))
         print(f"{split}: {windows.summary()}")
         return windows
-
-    @classmethod
-    def splits(cls, cfg: Config, device: torch.device) -> tuple["Windows", "Windows"]:
-        """Training and held-out windows of the configured game; prints what was read.
-
-        The held-out ones are resident, the training ones as `cfg.resident` says. Without a `test` folder,
-        the training windows serve for both.
-        """
-        from rolling import RollingWindows  # which builds on this module
-
-        folder, limit, pool_chunks = cfg.game_data / "train", cfg.data.train_chunks, cfg.data.pool_chunks
-        if keeps_all(folder, device, limit, cfg.resident):
-            train = cls.read(cfg, "train", device)
-        else:
-            train = RollingWindows(
-                folder, device=device, limit=limit, pool_chunks=pool_chunks, **_options(cfg)
-            )
-            print(f"train: {train.summary()}")
-        if not (cfg.game_data / "test").is_dir():
-            print("test: no such folder, so the training windows are measured")
-            return train, train
-        return train, cls.read(cfg, "test", device)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -385,27 +219,9 @@ def generator_of(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-def _options(cfg: Config) -> dict[str, bool]:
+def reading(cfg: Config) -> dict[str, bool]:
+    """How `cfg` wants chunks to be read: keyword arguments of `Windows`."""
     return {"skip_resets": cfg.data.skip_resets, "skip_bad": cfg.data.skip_bad_chunks}
-
-
-def keeps_all(folder: Path, device: torch.device, limit: int, resident: str) -> bool:
-    """Whether all chunks of `folder`, at most `limit`, are to stay on the device; prints what speaks for it.
-
-    Raises `UserError` if there is no chunk at all.
-    """
-    sizes = []
-    for path in find_chunks(folder, limit):
-        with suppress(UserError):  # whoever reads it says what is wrong with it
-            sizes.append(read_header(path))
-    total = sum(sizes)
-    needed, free = total * math.prod(FRAME_SHAPE), free_bytes(device)
-    there = "" if free is None else f" of {free / 1e9:.2f} GB free"
-    print(f"train: {total:,} frames need {needed / 1e9:.2f} GB{there} on {device}")
-    if resident != "auto":
-        return resident == "always"
-    # Two chunks cannot take turns in less room than they need.
-    return free is None or needed <= RESIDENT_SHARE * free or len(sizes) < 3
 
 
 def allocate(total: int, device: torch.device, folder: Path) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chunks import WINDOW
 from config import DecoderConfig
-from data_loader import WINDOW
 from models import IDM, Decoder, stack_frames
 from training import Compute, make_optimizer
 

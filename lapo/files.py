@@ -2,20 +2,12 @@
 
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from errors import UserError
-
-CHUNK_FRAMES = {"train": 32_768, "test": 4_096}
-"""Frames of a full chunk, as in the published data."""
-# Level 4 packs frames twice as fast as zlib's default, into files about a quarter larger.
-COMPRESSION = 4
 
 
 def atomic_write(
@@ -51,16 +43,3 @@ def writing(path: Path, kept: str) -> Iterator[None]:
         raise UserError(
             f"cannot write {path} ({error}); {kept}; once that is mended, the same command continues"
         ) from None
-
-
-def write_chunk(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write `arrays` as an npz file, atomically; equal arrays give equal bytes."""
-
-    def write(part: Path) -> None:
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=COMPRESSION) as archive:
-            for name, array in arrays.items():
-                # A member that is opened by its name carries a fixed date.
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-
-    atomic_write(path, write)

@@ -25,9 +25,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from chunks import CHUNK_FRAMES, write_chunk
 from config import ROOT, load_config
 from errors import UserError, run_main
-from files import CHUNK_FRAMES, atomic_write, write_chunk
+from files import atomic_write
 from procgen_env import GAMES
 from video import SIZE, Crop, find_files, probe, read_frames, shrink, to_rgb, versions
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from build import make_idm, make_world_model
+from chunks import chunks_holding
 from config import Config
-from data_loader import Windows, chunks_holding
+from data_loader import Windows
 from figures import LatentView, Predictions, WhatIf
 from models import stack_frames
 from probe import INFERENCE_BATCH, label

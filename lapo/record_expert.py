@@ -34,9 +34,10 @@ import tyro
 from tqdm import tqdm
 
 import experts
+from chunks import CHUNK_FRAMES, write_chunk
 from config import ROOT
 from errors import UserError, run_main
-from files import CHUNK_FRAMES, atomic_write, write_chunk
+from files import atomic_write
 from procgen_env import (
     GAMES,
     HELD_OUT_LEVELS,

@@ -8,30 +8,65 @@ reads the next one into the room of the one before. So the device holds 2·P chu
 while it is being decoded, whatever the size of the data.
 """
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_loader import (
-    KEYS,
-    Windows,
-    allocate,
-    find_chunks,
-    generator_of,
-    read_chunk,
-    read_header,
-    window_starts,
-)
+from chunks import FRAME_SHAPE, KEYS, find_chunks, read_chunk, read_header
+from config import Config
+from data_loader import Windows, allocate, free_bytes, generator_of, reading, window_starts
 from errors import UserError
+
+RESIDENT_SHARE = 0.7
+"""Of the memory that is free, how much frames may take if they are all to stay there."""
 
 ABSENT = -(1 << 60)
 """As the place of a chunk: it is not on the device, and whoever looks there anyway gets an IndexError."""
 Pool = tuple[int, ...]
 """Numbers of the chunks that are on the device together, in the order of their room there."""
+
+
+def read_splits(cfg: Config, device: torch.device) -> tuple[Windows, Windows]:
+    """Training and held-out windows of the configured game; prints what was read.
+
+    The held-out ones are resident, the training ones as `cfg.resident` says. Without a `test` folder, the
+    training windows serve for both. Raises `UserError` as `Windows` does.
+    """
+    folder, limit, pool_chunks = cfg.game_data / "train", cfg.data.train_chunks, cfg.data.pool_chunks
+    if keeps_all(folder, device, limit, cfg.resident):
+        train = Windows.read(cfg, "train", device)
+    else:
+        train = RollingWindows(folder, device=device, limit=limit, pool_chunks=pool_chunks, **reading(cfg))
+        print(f"train: {train.summary()}")
+    if not (cfg.game_data / "test").is_dir():
+        print("test: no such folder, so the training windows are measured")
+        return train, train
+    return train, Windows.read(cfg, "test", device)
+
+
+def keeps_all(folder: Path, device: torch.device, limit: int, resident: str) -> bool:
+    """Whether all chunks of `folder`, at most `limit`, are to stay on the device; prints what speaks for it.
+
+    Raises `UserError` if there is no chunk at all.
+    """
+    sizes = []
+    for path in find_chunks(folder, limit):
+        with suppress(UserError):  # whoever reads it says what is wrong with it
+            sizes.append(read_header(path))
+    total = sum(sizes)
+    needed, free = total * math.prod(FRAME_SHAPE), free_bytes(device)
+    there = "" if free is None else f" of {free / 1e9:.2f} GB free"
+    print(f"train: {total:,} frames need {needed / 1e9:.2f} GB{there} on {device}")
+    if resident != "auto":
+        return resident == "always"
+    # Two chunks cannot take turns in less room than they need.
+    return free is None or needed <= RESIDENT_SHARE * free or len(sizes) < 3
 
 
 class RollingWindows(Windows):

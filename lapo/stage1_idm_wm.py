@@ -16,6 +16,7 @@ from errors import run_main
 from models import IDM, WorldModel, stack_frames
 from probe import train_probe, world_model_loss
 from procgen_env import check_data, check_frames
+from rolling import read_splits
 from runs import Run
 from training import Compute, make_optimizer, piecewise_linear, seed_everything, set_lr, warmup_schedule
 
@@ -40,7 +41,7 @@ def train(cfg: Config) -> None:
 
     # ---- data
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
-    windows, held_out = Windows.splits(cfg, compute.device)
+    windows, held_out = read_splits(cfg, compute.device)
 
     # ---- model and optimiser
     idm, world_model = compute.place(make_idm(cfg)), compute.place(make_world_model(cfg))

@@ -15,6 +15,7 @@ from errors import run_main
 from models import Policy, normalize
 from probe import INFERENCE_BATCH, label
 from procgen_env import check_data, check_frames
+from rolling import read_splits
 from runs import Run, load_stage
 from training import Compute, make_optimizer, piecewise_linear, seed_everything, set_lr, warmup_schedule
 
@@ -44,7 +45,7 @@ def train(cfg: Config) -> None:
     idm.load_state_dict(stage1["state"]["idm"])
     idm.eval().requires_grad_(False)
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
-    windows, held_out = Windows.splits(cfg, compute.device)
+    windows, held_out = read_splits(cfg, compute.device)
     la = label(idm, windows, windows.all(), compute)
     la_test = label(idm, held_out, held_out.all(), compute)
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from acting import judge, network_actor
 from build import inherit, make_acting_policy, make_idm
+from chunks import chunks_holding
 from collector import Collector
 from config import Config, load_config
-from data_loader import Windows, chunks_holding
+from data_loader import Windows
 from decoding import OnlineDecoder, fit, training_updates
 from errors import UserError, run_main
 from ppo import Rollout, ppo_update

@@ -10,13 +10,14 @@ from torch import nn
 
 import benchmark
 import stage1_idm_wm
-from benchmark import Lap, count_gflop, lap_seconds, published, random_windows
+from benchmark import count_gflop, lap_seconds
 from build import make_decoder, make_idm, make_latent_policy, make_world_model
 from conftest import Workplace
 from errors import run_main
 from models import TwoPathPolicy, WorldModel
 from procgen_env import ACTIONS
 from training import Compute
+from workloads import Lap, PlainPolicy, TimedEnv, published, random_windows
 
 CPU = torch.device("cpu")
 PARTS = {
@@ -142,7 +143,7 @@ def test_seconds_add_up_by_part_and_share(monkeypatch):
 
 
 def test_the_environment_counts_the_waiting_in_both_calls(workplace):
-    env = benchmark.TimedEnv.of(workplace.config())
+    env = TimedEnv.of(workplace.config())
     env.take_waited()
     env.step(torch.zeros(4, dtype=torch.int64).numpy())
     assert env.take_waited() > 0
@@ -186,7 +187,7 @@ def test_the_plain_acting_policy_equals_ours_and_gives_its_trunk_gradients(workp
     def make(kind: type[TwoPathPolicy]) -> TwoPathPolicy:
         return kind(make_latent_policy(cfg), make_decoder(cfg, len(ACTIONS)), len(ACTIONS))
 
-    ours, plain = make(TwoPathPolicy), make(benchmark.PlainPolicy)
+    ours, plain = make(TwoPathPolicy), make(PlainPolicy)
     plain.load_state_dict(ours.state_dict())
     plain.requires_grad_(True)
     frames = torch.randint(256, (5, 64, 64, 3), dtype=torch.uint8)

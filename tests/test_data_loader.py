@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 import data_loader
 from check_data import check
+from chunks import chunks_holding, find_chunks, read_chunk, read_header
 from conftest import Trap, numbered_frames, read_numbers, write_chunk
-from data_loader import Windows, chunks_holding, find_chunks, read_chunk, read_header, window_starts
+from data_loader import Windows, window_starts
 from errors import UserError
+from rolling import read_splits
 
 CPU = torch.device("cpu")
 
@@ -131,15 +133,15 @@ def test_number_of_first_chunks_that_hold_enough_frames(tmp_path):
 
 
 def test_configured_splits_and_what_is_printed_of_them(workplace, capsys):
-    train, test = Windows.splits(workplace.config("--data.train_chunks", "1"), CPU)
+    train, test = read_splits(workplace.config("--data.train_chunks", "1"), CPU)
     # 40 frames, an end at 20: the windows that hold frame 20 are left out.
     assert (len(train), len(test)) == (35, 35)
     assert not torch.equal(train.frames, test.frames)
     assert "train: 40 frames in 1 chunks, 35 windows, with true actions" in capsys.readouterr().out
-    assert len(Windows.splits(workplace.config("--data.skip_resets", "false"), CPU)[0]) == 2 * 38
+    assert len(read_splits(workplace.config("--data.skip_resets", "false"), CPU)[0]) == 2 * 38
 
     shutil.rmtree(workplace.data / workplace.GAME / "test")
-    train, test = Windows.splits(workplace.config(), CPU)
+    train, test = read_splits(workplace.config(), CPU)
     assert test is train
     assert "test: no such folder, so the training windows are measured" in capsys.readouterr().out
 
@@ -399,8 +401,8 @@ def test_the_configuration_says_whether_bad_chunks_are_left_out(workplace, capsy
     train = workplace.data / workplace.GAME / "train"
     bad_chunk("flipped bits", train / "0.npz")
     with pytest.raises(UserError, match=r"train/0\.npz is not a readable npz file"):
-        Windows.splits(workplace.config(), CPU)
-    windows, _ = Windows.splits(workplace.config("--data.skip_bad_chunks", "true"), CPU)
+        read_splits(workplace.config(), CPU)
+    windows, _ = read_splits(workplace.config("--data.skip_bad_chunks", "true"), CPU)
     assert torch.equal(windows.frames, Windows(train.parent / "train", device=CPU, skip_bad=True).frames)
     assert "train: 40 frames in 1 chunks (1 bad left out), 35 windows" in capsys.readouterr().out
 

@@ -18,8 +18,9 @@ from PIL import Image
 import import_video
 import stage2_bc
 import stage3_decode
+from chunks import find_chunks, read_header
 from conftest import LAPO, Workplace, numbered_frames, read_numbers
-from data_loader import find_chunks, read_header, window_starts
+from data_loader import window_starts
 from errors import UserError
 from import_video import Split
 from runs import load_checkpoint

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from chunks import find_chunks, read_header, write_chunk
 from conftest import LAPO, largest_file
-from data_loader import find_chunks, read_header
 from errors import UserError
-from files import write_chunk
 from procgen_env import GAMES, HELD_OUT_LEVELS, TRAIN_LEVELS
 from record_expert import Arguments, Chunk, Dataset, plan_chunks, play_chunk
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data_loader
+import chunks
 import rolling
 import stage1_idm_wm
 import stage2_bc
@@ -22,7 +22,7 @@ from data_loader import Windows
 from errors import UserError
 from models import normalize
 from probe import label
-from rolling import RollingWindows
+from rolling import RollingWindows, read_splits
 from runs import load_checkpoint
 from training import Compute
 
@@ -103,7 +103,7 @@ def test_a_slow_disk_is_waited_for_and_read_ahead_by_one_pool(folder, monkeypatc
         if keys == ("obs",):
             time.sleep(0.02)
             read.append(path)
-        return data_loader.read_chunk(path, keys)
+        return chunks.read_chunk(path, keys)
 
     monkeypatch.setattr(rolling, "read_chunk", slowly)
     windows = roll(folder, 2)
@@ -158,7 +158,7 @@ def test_the_next_pool_is_read_while_this_one_is_served(folder, monkeypatch):
             reading.set()
         if keys == ("obs",):
             seen.append(path)
-        return data_loader.read_chunk(path, keys)
+        return chunks.read_chunk(path, keys)
 
     seen = []
     monkeypatch.setattr(rolling, "read_chunk", read)
@@ -206,15 +206,15 @@ def test_what_does_not_fit_rolls(tmp_path, monkeypatch, capsys):
     write_game(place.data / place.GAME, chunks=3)
 
     def kinds(*options: str) -> list[type]:
-        return [type(windows) for windows in Windows.splits(place.config(*options), CPU)]
+        return [type(windows) for windows in read_splits(place.config(*options), CPU)]
 
     assert kinds() == [Windows, Windows]
     assert "train: 120 frames need 0.00 GB of " in capsys.readouterr().out
-    monkeypatch.setattr(data_loader, "free_bytes", lambda device: 120 * 64 * 64 * 3)
+    monkeypatch.setattr(rolling, "free_bytes", lambda device: 120 * 64 * 64 * 3)
     assert kinds() == [RollingWindows, Windows]
     assert kinds("--resident", "always") == [Windows, Windows]
     assert kinds("--data.train_chunks", "2") == [Windows, Windows]  # too few to take turns
-    monkeypatch.setattr(data_loader, "free_bytes", lambda device: None)
+    monkeypatch.setattr(rolling, "free_bytes", lambda device: None)
     assert kinds() == [Windows, Windows]
     assert kinds("--resident", "never") == [RollingWindows, Windows]
 
@@ -236,7 +236,7 @@ def test_stages_on_rolling_data_without_a_test_folder(tmp_path):
 
     # Measured on all windows, each with its own frames: so says the resident loader.
     cfg = place.config("--exp", "once")
-    windows = Windows.splits(cfg, CPU)[0]
+    windows = read_splits(cfg, CPU)[0]
     compute = Compute.from_config(cfg)
     idm, policy = make_idm(cfg), make_latent_policy(cfg)
     stage1 = load_checkpoint(place.run_dir("stage1", "once") / "checkpoint.pt")
@@ -250,8 +250,8 @@ def test_stages_on_rolling_data_without_a_test_folder(tmp_path):
 def test_a_run_does_not_go_on_in_another_order(tmp_path):
     place = Workplace(tmp_path)
     write_game(place.data / place.GAME, chunks=6)
-    began = Windows.splits(place.config("--resident", "never", "--data.pool_chunks", "1"), CPU)[0]
-    now = Windows.splits(place.config(), CPU)[0]
+    began = read_splits(place.config("--resident", "never", "--data.pool_chunks", "1"), CPU)[0]
+    now = read_splits(place.config(), CPU)[0]
     now.expect_order(now.order)
     with pytest.raises(UserError, match=r"began with pools of 1 chunks .*; choose --resident never"):
         now.expect_order(began.order)
