@@ -4,6 +4,7 @@
 types, ranges and help texts; a key that only one of the two knows is an error.
 """
 
+import math
 import sys
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -243,6 +244,61 @@ class OfflineConfig:
 
 
 @dataclass
+class ExpertConfig:
+    """How train_expert.py makes an expert."""
+
+    __pydantic_config__ = STRICT
+    teacher: Literal["none", "planner"]
+    """None: PPO from scratch, with the numbers of `ppo`. Planner: DAgger, with the numbers of `dagger`."""
+    scale: Count
+    """Width multiplier of the expert's IMPALA encoder; 1 makes a file of 2.5 MB."""
+    steps: Count
+    """Environment steps of PPO."""
+    log_every: Count
+    """PPO updates or rounds of DAgger between lines of metrics.jsonl."""
+    save_every: Count
+    """PPO updates or rounds of DAgger between checkpoints."""
+
+
+@dataclass
+class DaggerConfig:
+    """Distilling a planner into a policy that sees one frame at a time."""
+
+    __pydantic_config__ = STRICT
+    steps: Count
+    """Environment steps; the teacher labels every one."""
+    num_envs: Count
+    """Environments stepped together."""
+    rollout_steps: Count
+    """Steps of each environment per round."""
+    teacher_until: Annotated[float, Field(gt=0, le=1)]
+    """Share of the run in which the teacher takes part; the share of its actions falls from 1 to 0."""
+    buffer: Count
+    """Latest frames that are learnt from, in whole rounds, one at least."""
+    updates: Count
+    """Optimisation steps per round."""
+    batch_size: Count
+    """Frames per optimisation step."""
+    lr: Positive
+    """Learning rate (Adam), falling to 0."""
+
+    @property
+    def round_steps(self) -> int:
+        """Environment steps of a round."""
+        return self.num_envs * self.rollout_steps
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of a run; the last one is complete, so a run may be a bit longer than `steps`."""
+        return math.ceil(self.steps / self.round_steps)
+
+    @property
+    def rounds_kept(self) -> int:
+        """Rounds that the buffer holds."""
+        return max(1, self.buffer // self.round_steps)
+
+
+@dataclass
 class EvalConfig:
     """How policies are judged."""
 
@@ -294,6 +350,8 @@ class Config:
     ppo: PPOConfig
     decoder: DecoderConfig
     offline: OfflineConfig
+    expert: ExpertConfig
+    dagger: DaggerConfig
     eval: EvalConfig
 
     @property
@@ -329,14 +387,17 @@ def validate(values: dict, kind: type = Config, source: str = "config") -> Any:
         raise UserError(_explain(error, kind, source)) from None
 
 
-def load_config(argv: list[str] | None = None, description: str = "") -> Config:
+def load_config(
+    argv: list[str] | None = None, description: str = "", short: dict[str, str] | None = None
+) -> Config:
     """Read config.yaml, `--config`, `--preset` and the command line, in this order of precedence.
 
     Any key of the config is an option: `--stage1.lr 1e-4`, `--stage1.lr=1e-4`; a list takes several values.
-    `--help` prints `description` and all keys, and exits. Raises `UserError` for an unknown key, a wrong
-    type, an impossible value or a missing file.
+    `short` gives further names of keys. `--help` prints `description` and all keys, and exits. Raises
+    `UserError` for an unknown key, a wrong type, an impossible value or a missing file.
     """
     options = _options(sys.argv[1:] if argv is None else argv)
+    options = {(short or {}).get(name, name): words for name, words in options.items()}
     files, presets = options.pop("config", []), options.pop("preset", [])
     values = _read_yaml(DEFAULTS)
     source = DEFAULTS.name

@@ -6,7 +6,7 @@ Dimensions: N environments played, F entities (things that move), H, W the level
 import struct
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -134,6 +134,9 @@ class Expert:
     def act(self, states: list[bytes]) -> np.ndarray:
         """Actions, int32 (N,), for N states as `VecEnv.get_state` gives them."""
         raise NotImplementedError
+
+    def replan(self, envs: np.ndarray) -> None:
+        """Give up what was planned for environments `envs`, bool (N,): something else was done there."""
 
     def simplest(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
         """The simplest actions (N,) that have the same effect as `actions` (N,) in `states`."""
@@ -263,6 +266,11 @@ class SimulatorSearch(Expert):
         """See `Expert`."""
         actions = [self._act(env, State(state)) for env, state in enumerate(states)]
         return self.simplest(states, np.array(actions, np.int32))
+
+    def replan(self, envs: np.ndarray) -> None:
+        """See `Expert`."""
+        for env in np.flatnonzero(envs):
+            self._courses[env] = replace(self._courses[env], level=-1)
 
     def simplest(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
         """See `Expert`; both actions are tried in the simulator."""

@@ -1,0 +1,144 @@
+"""DAgger (Ross et al. 2011): a policy that sees pixels learns from an expert that sees the simulator's state.
+
+Round by round the policy plays, the expert names its action at every frame on the way, and the policy learns
+from the latest of these frames. Unlike in behaviour cloning, it is taught where its own mistakes lead.
+
+Dimensions: R rounds kept · S steps of a round · N environments · B batch · H, W, C frame · A actions
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chunks import FRAME_SHAPE
+from collector import RECENT_EPISODES
+from config import DaggerConfig
+from experts import Expert
+from models import Policy
+from ppo import sample
+from procgen_env import EpisodeTracker, VecEnv
+from training import Compute, make_optimizer, piecewise_linear, set_lr
+
+
+class Dagger:
+    """Trains `policy` in rounds of `collect` and `fit`.
+
+    Attributes
+        count    rounds played; round k lies at k mod R
+        frames   (R, S, N, H, W, C) uint8 on the device, what was seen
+        labels   (R, S, N) uint8 on the device, what the expert would have done there
+        actions  (R, S, N) uint8, what was done
+        recent   raw returns of the last 100 finished episodes
+    """
+
+    def __init__(
+        self,
+        cfg: DaggerConfig,
+        compute: Compute,
+        env: VecEnv,
+        make_teacher: Callable[[], Expert],
+        policy: Policy,
+    ):
+        self.cfg, self.compute, self.env, self.policy = cfg, compute, env, policy
+        self.make_teacher = make_teacher
+        groups = [{"params": list(policy.parameters()), "lr": cfg.lr}]
+        self.optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
+        self.loss_of = compute.compiled(self._loss_of)
+        size = cfg.rounds_kept, cfg.rollout_steps, cfg.num_envs
+        self.frames = torch.empty(*size, *FRAME_SHAPE, dtype=torch.uint8, device=compute.device)
+        self.labels = torch.empty(*size, dtype=torch.uint8, device=compute.device)
+        self.actions = torch.empty(*size, dtype=torch.uint8)
+        self.starts: deque[list[bytes]] = deque(maxlen=cfg.rounds_kept)  # states before the rounds kept
+        self.tracker = EpisodeTracker(env.num_envs)
+        self.recent: deque[float] = deque(maxlen=RECENT_EPISODES)
+        self.count = 0
+
+    @torch.no_grad()
+    def collect(self) -> dict[str, Tensor]:
+        """Play a round and keep it; returns how often the policy agreed with the expert beforehand.
+
+        In a share of the steps, which falls from 1 to 0, the expert's action is taken in place of the
+        policy's. Every round has an expert of its own, so that a continued run is taught alike.
+        """
+        share = piecewise_linear(self.count / self.cfg.rounds, [(0.0, 1.0), (self.cfg.teacher_until, 0.0)])
+        teacher, slot, agreed = self.make_teacher(), self.count % self.cfg.rounds_kept, []
+        states = self.env.get_state()
+        self.starts.append(states)
+        for step in range(self.cfg.rollout_steps):
+            frames = self.frames[slot, step]
+            frames.copy_(torch.from_numpy(self.env.observe()))
+            with self.compute.autocast():
+                logits = self.policy.logits(frames)
+            # Where the policy runs on a GPU, the expert thinks meanwhile.
+            label = teacher.act(states)
+            instead = torch.rand(len(label)).numpy() < share
+            action = np.where(instead, label, sample(logits)[0].cpu().numpy()).astype(np.int32)
+            teacher.replan(action != label)
+            self.actions[slot, step] = torch.from_numpy(action)
+            self.labels[slot, step] = torch.from_numpy(label)
+            agreed.append((logits.argmax(-1) == self.labels[slot, step]).float().mean())
+            _, rewards, dones = self.env.step(action)
+            self.recent.extend(self.tracker.update(rewards, dones)[0].tolist())
+            states = self.env.get_state()
+        self.count += 1
+        return {"agreement": torch.stack(agreed).mean()}
+
+    def fit(self) -> dict[str, Tensor]:
+        """Make the round's optimisation steps on random frames of those kept; returns the mean loss."""
+        done = (self.count - 1) / self.cfg.rounds
+        set_lr(self.optimizer.param_groups[0], self.cfg.lr * (1 - done))
+        filled = min(self.count, self.cfg.rounds_kept)
+        frames, labels = self.frames[:filled].flatten(0, 2), self.labels[:filled].flatten()
+        total = torch.zeros((), device=self.compute.device)
+        for _ in range(self.cfg.updates):
+            ids = torch.randint(len(labels), (self.cfg.batch_size,), device=self.compute.device)
+            loss = self.loss_of(frames[ids], labels[ids].long())
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            total += loss.detach()
+        return {"loss": total / self.cfg.updates}
+
+    def _loss_of(self, frames: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the policy's actions at `frames` (B, H, W, C) to `labels` (B,)."""
+        with self.compute.autocast():
+            logits = self.policy.logits(frames)
+        return F.cross_entropy(logits, labels)
+
+    def state_dict(self) -> dict:
+        """Everything the next round depends on, as plain data.
+
+        The frames are left out: from the state before the first round kept, the actions lead to them again.
+        """
+        filled = min(self.count, self.cfg.rounds_kept)
+        start = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self.starts[0]]
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "count": self.count,
+            "start": start,
+            "actions": self.actions[:filled].clone(),
+            "labels": self.labels[:filled].clone(),
+            "tracker": self.tracker.state_dict(),
+            "recent": list(self.recent),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` gave."""
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.tracker.load_state_dict(state["tracker"])
+        self.recent = deque(state["recent"], maxlen=RECENT_EPISODES)
+        self.count, filled = state["count"], len(state["actions"])
+        self.actions[:filled], self.labels[:filled] = state["actions"], state["labels"]
+        self.env.set_state([part.numpy().tobytes() for part in state["start"]])
+        for number in range(self.count - filled, self.count):
+            slot = number % self.cfg.rounds_kept
+            self.starts.append(self.env.get_state())
+            for frames, action in zip(self.frames[slot], self.actions[slot], strict=True):
+                frames.copy_(torch.from_numpy(self.env.observe()))
+                self.env.step(action.numpy().astype(np.int32))

@@ -1,0 +1,102 @@
+"""Train an expert to record from: `python train_expert.py --env bigfish`, then `record_expert.py --expert`.
+
+`--teacher none`     PPO from scratch: what stage 3 does in mode scratch, for longer
+`--teacher planner`  DAgger: a policy that sees one frame at a time learns what the planner of `experts.py`
+                     does, which sees the simulator's state; what it plays can be imitated from frames
+
+The finished run's checkpoint is the expert: a small file that says what it is, how it was made and how well
+it plays. `expert_data/experts/<game>.pt` is where `record_expert.py` looks for one by itself.
+"""
+
+import hashlib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+import experts
+from build import make_acting_policy
+from config import Config, load_config
+from dagger import Dagger
+from errors import run_main
+from procgen_env import VecEnv, check_game, simulator_version
+from runs import Run
+from stage3_decode import num_updates, scratch, score
+from training import Compute, seed_everything
+
+STAGE = "expert"
+
+
+def main() -> None:
+    """Train as the command line says."""
+    train(load_config(description=__doc__, short={"teacher": "expert.teacher"}))
+
+
+def train(cfg: Config) -> None:
+    """Train the expert; the result lies in the run's checkpoint."""
+    compute = Compute.from_config(cfg)
+    check_game(cfg.env)
+    distils = cfg.expert.teacher == "planner"
+    if distils:
+        experts.find_expert(cfg.env)
+    # The networks are those of stage 3, so that whatever plays its policies plays experts as well.
+    cfg = replace(
+        cfg,
+        model=replace(cfg.model, policy_scale=cfg.expert.scale),
+        stage3=replace(
+            cfg.stage3,
+            mode="bc" if distils else "scratch",
+            steps=cfg.expert.steps,
+            log_every=cfg.expert.log_every,
+            save_every=cfg.expert.save_every,
+        ),
+    )
+    seed_everything(cfg.seed)
+    run = Run(cfg, STAGE, ("expert", "dagger" if distils else "ppo", "eval"), compute)
+    if run.finished:
+        run.report()
+        return
+    if distils:
+        policy, env_steps = distil(cfg, compute, run), cfg.dagger.rounds * cfg.dagger.round_steps
+    else:
+        updates, steps_per_update = num_updates(cfg)
+        policy, env_steps = scratch(cfg, compute, run, {}), updates * steps_per_update
+    result = {"env_steps": env_steps} | score(policy, cfg, compute)
+    run.finish({"policy": policy.state_dict(), "origin": origin(cfg)}, result)
+    print(f"record it with `python record_expert.py --env {cfg.env} --expert {run.checkpoint_path}`")
+
+
+def distil(cfg: Config, compute: Compute, run: Run) -> nn.Module:
+    """A policy that has learnt from the game's planner."""
+    policy = compute.place(make_acting_policy(cfg, "bc"))
+    env = VecEnv(cfg.env, cfg.dagger.num_envs, seed=cfg.seed, visuals=cfg.visuals)
+    teacher = partial(experts.make_expert, cfg.env, cfg.dagger.num_envs)
+    dagger = Dagger(cfg.dagger, compute, env, teacher, policy)
+    if run.state:
+        dagger.load_state_dict(run.state)
+    rounds, round_steps = cfg.dagger.rounds, cfg.dagger.round_steps
+    options = {"save_every": cfg.expert.save_every, "unit": "step", "scale": round_steps}
+    for number in run.loop(rounds, dagger.state_dict, **options):
+        run.track(dagger.collect() | dagger.fit())
+        if (number + 1) % cfg.expert.log_every == 0 or number + 1 == rounds:
+            recent = dagger.recent
+            run.log(
+                (number + 1) * round_steps, {"train_return": sum(recent) / len(recent)} if recent else {}
+            )
+    env.close()
+    return policy
+
+
+def origin(cfg: Config) -> dict[str, str]:
+    """How an expert came about, beside what any checkpoint tells of its run."""
+    made = {"method": "PPO from scratch", "procgen": simulator_version()}
+    if cfg.expert.teacher == "planner":
+        source = Path(experts.__file__).read_bytes()
+        teacher = experts.find_expert(cfg.env).__name__
+        made |= {"method": f"DAgger, taught by {teacher}", "experts.py": hashlib.sha256(source).hexdigest()}
+    return made
+
+
+if __name__ == "__main__":
+    run_main(main)
