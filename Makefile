@@ -42,7 +42,7 @@ soak: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(VENV_PYTHON) lapo/record_expert.py --env $(GAME) --frames $(FRAMES) --test-frames $(TEST_FRAMES) \
-		--noise $(NOISE) --visuals plain --data-dir expert_data/demo
+		--expert planner --noise $(NOISE) --visuals plain --data-dir expert_data/demo
 	bash lapo/launch.sh $(GAME) --preset demo --modes offline,bc,online,scratch
 	$(VENV_PYTHON) lapo/report.py --env $(GAME) --preset demo
 	@s=$$(($$(date +%s) - $(START))) && echo "make demo took $$((s / 60)) min $$((s % 60)) s"

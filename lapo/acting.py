@@ -4,14 +4,17 @@ Dimensions: N environments · H, W, C frame · A actions
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from build import make_acting_policy
-from config import Config, EvalConfig, validate
+from config import EvalConfig, load_config, to_dict, validate
+from errors import UserError
 from ppo import sample
 from procgen_env import ACTIONS, HELD_OUT_LEVELS, Evaluation, VecEnv, Visuals, play
+from runs import load_checkpoint
 from training import Compute
 
 Act = Callable[[np.ndarray], np.ndarray]
@@ -36,12 +39,48 @@ def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> A
     return act
 
 
-def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:
-    """The policy of a stage-3 checkpoint, see `network_actor`."""
-    cfg: Config = validate(checkpoint["config"], source="the checkpoint's config")
-    network = compute.place(make_acting_policy(cfg, cfg.stage3.mode))
+def load_policy(path: Path, command: str | None = None) -> dict:
+    """The checkpoint of a policy that acts, of stage 3 or an expert; `command` is what makes a missing one.
+
+    Raises `UserError` as `load_checkpoint`, and for a stage whose networks cannot act.
+    """
+    checkpoint = load_checkpoint(path, command)
+    if not checkpoint["stage"].startswith(("stage3", "expert")):
+        saved = checkpoint["config"]
+        raise UserError(
+            f"{path} is a checkpoint of {checkpoint['stage']}, which cannot act; make one that can with"
+            f" `python stage3.py --env {saved['env']} --exp {saved['exp']} --seed {saved['seed']}`"
+        )
+    return checkpoint
+
+
+def restore_network(checkpoint: dict) -> torch.nn.Module:
+    """The network of a checkpoint that `load_policy` gave, ready to act on the CPU."""
+    saved = checkpoint["config"]
+    # Only what shapes the network is taken from there: experts are kept for long, and other keys come and go.
+    values = to_dict(load_config([]))
+    values |= {group: values[group] | saved[group] for group in ("model", "vq", "decoder")}
+    cfg = validate(values, source="the checkpoint's config")
+    network = make_acting_policy(cfg, saved["stage3"]["mode"])
     network.load_state_dict(checkpoint["state"]["policy"])
-    return network_actor(network.eval(), compute, greedy)
+    return network.eval()
+
+
+def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:
+    """The policy of a checkpoint that `load_policy` gave, see `network_actor`."""
+    return network_actor(compute.place(restore_network(checkpoint)), compute, greedy)
+
+
+def steps_played(checkpoint: dict) -> int | None:
+    """Environment steps that a policy has learnt from so far; None if it learnt from recorded frames."""
+    saved = checkpoint["config"]
+    if saved["stage3"]["mode"] in ("online", "scratch"):
+        group = saved["ppo"]
+    elif checkpoint["stage"] == "expert":
+        group = saved["dagger"]
+    else:
+        return None
+    return checkpoint["step"] * group["num_envs"] * group["rollout_steps"]
 
 
 def judge(act: Act, game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> Evaluation:

@@ -6,8 +6,11 @@ from the latest of these frames. Unlike in behaviour cloning, it is taught where
 Dimensions: R rounds kept · S steps of a round · N environments · B batch · H, W, C frame · A actions
 """
 
+import itertools
+import os
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -22,6 +25,34 @@ from models import Policy
 from ppo import sample
 from procgen_env import EpisodeTracker, VecEnv
 from training import Compute, make_optimizer, piecewise_linear, set_lr
+
+
+class Panel(Expert):
+    """Experts for a few of N environments each, who plan side by side.
+
+    Most of a search is spent in simulators, outside Python's lock, so that threads use all cores. How many
+    experts there are must not depend on the machine: sums over more environments may be rounded otherwise.
+    """
+
+    SIZE = 8
+
+    def __init__(self, make_expert: Callable[[int], Expert], num_envs: int):
+        """For `num_envs` environments; `make_expert` makes an expert for a number of them."""
+        bounds = np.linspace(0, num_envs, min(self.SIZE, num_envs) + 1).astype(int)
+        self.parts = [slice(*bound) for bound in itertools.pairwise(bounds)]
+        self.experts = [make_expert(part.stop - part.start) for part in self.parts]
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+
+    def act(self, states: list[bytes]) -> np.ndarray:
+        """See `Expert`."""
+        shares = [states[part] for part in self.parts]
+        actions = self.pool.map(lambda expert, share: expert.act(share), self.experts, shares)
+        return np.concatenate(list(actions))
+
+    def replan(self, envs: np.ndarray) -> None:
+        """See `Expert`."""
+        for expert, part in zip(self.experts, self.parts, strict=True):
+            expert.replan(envs[part])
 
 
 class Dagger:
@@ -40,11 +71,12 @@ class Dagger:
         cfg: DaggerConfig,
         compute: Compute,
         env: VecEnv,
-        make_teacher: Callable[[], Expert],
+        make_expert: Callable[[int], Expert],
         policy: Policy,
     ):
+        """`make_expert` makes a teacher for a number of environments."""
         self.cfg, self.compute, self.env, self.policy = cfg, compute, env, policy
-        self.make_teacher = make_teacher
+        self.make_expert = make_expert
         groups = [{"params": list(policy.parameters()), "lr": cfg.lr}]
         self.optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
         self.loss_of = compute.compiled(self._loss_of)
@@ -65,7 +97,8 @@ class Dagger:
         policy's. Every round has an expert of its own, so that a continued run is taught alike.
         """
         share = piecewise_linear(self.count / self.cfg.rounds, [(0.0, 1.0), (self.cfg.teacher_until, 0.0)])
-        teacher, slot, agreed = self.make_teacher(), self.count % self.cfg.rounds_kept, []
+        teacher = Panel(self.make_expert, self.env.num_envs)
+        slot, agreed = self.count % self.cfg.rounds_kept, []
         states = self.env.get_state()
         self.starts.append(states)
         for step in range(self.cfg.rollout_steps):
@@ -73,8 +106,7 @@ class Dagger:
             frames.copy_(torch.from_numpy(self.env.observe()))
             with self.compute.autocast():
                 logits = self.policy.logits(frames)
-            # Where the policy runs on a GPU, the expert thinks meanwhile.
-            label = teacher.act(states)
+            label = teacher.act(states)  # meanwhile, where the policy runs on a GPU
             instead = torch.rand(len(label)).numpy() < share
             action = np.where(instead, label, sample(logits)[0].cpu().numpy()).astype(np.int32)
             teacher.replan(action != label)

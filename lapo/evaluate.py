@@ -1,7 +1,8 @@
 """Play a policy of ours on held-out levels: `python evaluate.py --env bigfish --exp main --policy offline`.
 
 Prints the mean return with its standard error, and where it lies between the random policy's and the
-published expert's. Any checkpoint of stage 3 will do (`--checkpoint PATH`), an unfinished one as well.
+published expert's. Any checkpoint of stage 3 or of train_expert.py will do (`--checkpoint PATH`), an
+unfinished one as well.
 """
 
 import json
@@ -12,12 +13,11 @@ from typing import Literal
 
 import tyro
 
-from acting import Act, checkpoint_actor, judge, random_actor
+from acting import Act, checkpoint_actor, judge, load_policy, random_actor, steps_played
 from config import Config, load_config, to_dict, validate
 from errors import UserError, run_main
 from files import atomic_write
 from procgen_env import GAMES, Visuals, check_game, relative_return
-from runs import load_checkpoint
 from training import Compute, seed_everything
 
 
@@ -46,7 +46,7 @@ class Arguments:
     policy: Literal["online", "offline", "scratch", "bc", "random"] | None = None
     """Which of the experiment's policies, online unless said; random is uniform and needs no experiment."""
     checkpoint: Path | None = None
-    """A stage-3 checkpoint, in place of exp and policy."""
+    """A checkpoint of stage 3 or of train_expert.py, in place of exp and policy."""
     json: Path | None = None
     """Also write the result to this file."""
 
@@ -118,7 +118,7 @@ class Player:
 
     game: str
     policy: str
-    """Mode of stage 3, or random."""
+    """Mode of stage 3, expert (of train_expert.py), or random."""
     act: Act
     visuals: Visuals
     """How the game is drawn for it: as it was for its training."""
@@ -144,19 +144,13 @@ def choose(args: Arguments, cfg: Config, compute: Compute) -> Player:
     mode = args.policy or "online"
     path = args.checkpoint or cfg.run_dir / f"stage3_{mode}" / "checkpoint.pt"
     command = f"python stage3.py --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed} --stage3.mode {mode}"
-    checkpoint = load_checkpoint(path, None if args.checkpoint else command)
+    checkpoint = load_policy(path, None if args.checkpoint else command)
     saved = checkpoint["config"]
-    if not checkpoint["stage"].startswith("stage3"):
-        raise UserError(
-            f"{path} is a checkpoint of {checkpoint['stage']}, which cannot act; make one that can with"
-            f" `python stage3.py --env {saved['env']} --exp {saved['exp']} --seed {saved['seed']}`"
-        )
     act = checkpoint_actor(checkpoint, compute, cfg.eval.greedy)
-    # Only the modes that play are saved before they end; they count PPO updates.
-    steps = checkpoint["step"] * saved["ppo"]["num_envs"] * saved["ppo"]["rollout_steps"]
-    unfinished_at = None if checkpoint["finished"] else steps
+    unfinished_at = None if checkpoint["finished"] else steps_played(checkpoint)
     visuals = args.visuals or saved["visuals"]
-    return Player(args.env or saved["env"], saved["stage3"]["mode"], act, visuals, path, unfinished_at)
+    policy = checkpoint["stage"].removeprefix("stage3_")
+    return Player(args.env or saved["env"], policy, act, visuals, path, unfinished_at)
 
 
 def describe(result: dict) -> str:

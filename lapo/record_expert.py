@@ -2,7 +2,11 @@
 
 Writes `<data_dir>/<game>/{train,test}/<k>.npz` in the published format, and `dataset.json` beside them,
 which says how they were made. The same command again continues an interrupted recording: a chunk is a
-function of the game, the seed, its split, its number and its length alone, so the files come out the same.
+function of the game, the expert, the seed, its split, its number and its length alone, so the files come out
+the same.
+
+The expert is a planner (`--expert planner`) or any policy of ours (`--expert checkpoint.pt`, of
+train_expert.py or stage 3), whose actions are drawn from its probabilities.
 
 A chunk holds E environments one after another, T frames of each:
     obs         (E·T, 64, 64, 3) uint8, what was seen
@@ -11,7 +15,7 @@ A chunk holds E environments one after another, T frames of each:
     rewards     (E·T,) float32, what the action earned
     ep_returns  (E·T,) float32, return of the episode that the action ended, else 0
     values      (E·T,) float32, discounted rewards up to the end of the episode or of the recording
-    logprobs    (E·T,) float32, of the action: 0, the experts are deterministic (but for `--noise`)
+    logprobs    (E·T,) float32, of the action; 0: planners are deterministic (but for `--noise`)
 """
 
 import contextlib
@@ -45,10 +49,13 @@ from procgen_env import (
     EpisodeTracker,
     VecEnv,
     Visuals,
+    check_game,
     simulator_version,
 )
 
 LEVELS = {"train": TRAIN_LEVELS, "test": HELD_OUT_LEVELS}
+SHIPPED = ROOT / "expert_data" / "experts"
+"""Where the learned experts of the games lie that have one, as <game>.pt."""
 MIN_FRAMES = 3  # one window of the data loader
 DISCOUNT = 0.999
 
@@ -63,6 +70,9 @@ class Arguments:
     """Frames to train on, in chunks of 32,768."""
     test_frames: int = 8_192
     """Frames to test on, from levels of their own, in chunks of 4,096."""
+    expert: str | None = None
+    """planner, or the checkpoint of a policy that plays; without it, expert_data/experts/<game>.pt where
+    there is one that knows the visuals, else the planner."""
     seed: int = 0
     """Draws the levels; another seed makes another data set."""
     noise: float = 0.0
@@ -70,9 +80,49 @@ class Arguments:
     visuals: Visuals = "full"
     """How the game is drawn; plain: no backgrounds, one look for all levels."""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Processes; each records one chunk at a time, in about 0.6 GB of memory."""
+    """Processes; each records one chunk at a time, in about 0.6 GB of memory (a policy takes more)."""
     data_dir: Path = ROOT / "expert_data"
     """Where the folder of the game lies."""
+
+
+@dataclass(frozen=True)
+class PolicyFile:
+    """A learned expert."""
+
+    path: Path
+    fingerprint: str
+    provenance: dict = field(compare=False)
+    """What its checkpoint says of it."""
+    versions: dict[str, str] = field(compare=False)
+    """Of the code that makes it act."""
+
+    def __str__(self) -> str:
+        return f"{self.path.name}, sha256 {self.fingerprint[:12]}"
+
+
+def find_policy(args: Arguments) -> PolicyFile | None:
+    """The learned expert to record, None if the planner plays.
+
+    Raises UserError for a checkpoint that is missing, damaged or cannot act, or of another game or visuals.
+    """
+    check_game(args.env)
+    path = Path(args.expert).expanduser().resolve() if args.expert else SHIPPED / f"{args.env}.pt"
+    if args.expert == "planner" or not (args.expert or path.exists()):
+        return None
+    import learned  # and with it PyTorch, which planners do without
+
+    provenance = learned.provenance(path)
+    for key, wanted in (("game", args.env), ("visuals", args.visuals)):
+        found = provenance[key]
+        if found != wanted and args.expert:
+            option = {"game": "--env", "visuals": "--visuals"}[key]
+            raise UserError(
+                f"{path} is a policy for {key} {found}, not {wanted};"
+                f" choose {option} {found} or another --expert"
+            )
+        if found != wanted:
+            return None
+    return PolicyFile(path, learned.fingerprint(path), provenance, learned.versions())
 
 
 @dataclass(frozen=True)
@@ -86,6 +136,8 @@ class Chunk:
     frames: int
     noise: float = 0.0
     visuals: Visuals = "full"
+    policy: PolicyFile | None = None
+    """Who plays; None: the planner."""
 
     @property
     def name(self) -> str:
@@ -114,8 +166,20 @@ class Chunk:
             num_threads=0,
         )
 
+    def make_player(self, env: VecEnv) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """The expert at `env`: frames (E, 64, 64, 3) → actions (E,) and their log-probabilities (E,)."""
+        if self.policy:
+            from learned import make_player
 
-def plan_chunks(args: Arguments) -> list[Chunk]:
+            return make_player(self.policy.path, self.policy.fingerprint, self.noise, self.simulator_seed)
+        expert = experts.make_expert(self.game, self.num_envs)
+        if self.noise:
+            expert = experts.Explorer(expert, self.noise, self.simulator_seed)
+        certain = np.zeros(self.num_envs, np.float32)
+        return lambda frames: (expert.act(env.get_state()), certain)
+
+
+def plan_chunks(args: Arguments, policy: PolicyFile | None = None) -> list[Chunk]:
     """All chunks of a data set, of which the last of a split may be shorter than the others.
 
     Raises UserError for numbers that make no data set.
@@ -136,7 +200,8 @@ def plan_chunks(args: Arguments) -> list[Chunk]:
         size = CHUNK_FRAMES[split]
         for number in range(math.ceil(frames / size)):
             length = min(max(frames - number * size, MIN_FRAMES), size)
-            chunks.append(Chunk(args.env, args.seed, split, number, length, args.noise, args.visuals))
+            settings = args.env, args.seed, split, number, length, args.noise, args.visuals, policy
+            chunks.append(Chunk(*settings))
     return chunks
 
 
@@ -157,14 +222,12 @@ def play_chunk(
     rewards, ep_returns, values, logprobs = (np.zeros(shape, np.float32) for _ in range(4))
 
     env = chunk.make_env()
-    expert = experts.make_expert(chunk.game, chunk.num_envs)
-    if chunk.noise:
-        expert = experts.Explorer(expert, chunk.noise, chunk.simulator_seed)
+    act = chunk.make_player(env)
     tracker = EpisodeTracker(chunk.num_envs)
     frame = env.observe()
     for t in range(shape[1]):
         obs[:, t] = frame
-        ta[:, t] = expert.act(env.get_state())
+        ta[:, t], logprobs[:, t] = act(frame)
         frame, rewards[:, t], done[:, t] = env.step(ta[:, t])
         returns, _ = tracker.update(rewards[:, t], done[:, t])
         ep_returns[done[:, t], t] = returns
@@ -196,25 +259,33 @@ def play_chunk(
 class Dataset:
     """The folder of a game with its `dataset.json`: how the chunks were made, and which are finished."""
 
-    def __init__(self, folder: Path, game: str, seed: int, noise: float = 0.0, visuals: Visuals = "full"):
+    def __init__(
+        self,
+        folder: Path,
+        game: str,
+        seed: int,
+        noise: float = 0.0,
+        visuals: Visuals = "full",
+        policy: PolicyFile | None = None,
+    ):
         """Open the data set in `folder`, or begin one.
 
-        Raises UserError if there is no expert for `game`, or if the folder holds chunks made otherwise.
+        Raises UserError if there is no planner for `game` and no `policy` plays, or if the folder holds
+        chunks made otherwise.
         """
         self.folder, self.file = folder, folder / "dataset.json"
         self.settings = {
             "game": game,
-            "expert": experts.find_expert(game).__name__,
+            "expert": str(policy) if policy else experts.find_expert(game).__name__,
             "seed": seed,
             "noise": noise,
             "visuals": visuals,
             "levels": {split: list(levels) for split, levels in LEVELS.items()},
         }
+        self.provenance = policy.provenance if policy else None
         source = Path(experts.__file__).read_bytes()
-        self.versions = {
-            "procgen": simulator_version(),
-            "experts.py": hashlib.sha256(source).hexdigest()[:12],
-        }
+        code = policy.versions if policy else {"experts.py": hashlib.sha256(source).hexdigest()[:12]}
+        self.versions = {"procgen": simulator_version(), **code}
         self.way_out = f"delete {folder} or choose another --data-dir"
         self.chunks: dict[str, dict[str, float]] = {}
         if self.file.exists():
@@ -275,6 +346,7 @@ class Dataset:
             **self.settings,
             "versions": self.versions,
             **{split: self.summary(split) for split in LEVELS},
+            **({"policy": self.provenance} if self.provenance else {}),
             "chunks": {name: self.chunks[name] for name in in_order},
         }
         atomic_write(self.file, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
@@ -366,9 +438,10 @@ def record(dataset: Dataset, chunks: list[Chunk], workers: int) -> None:
 def main() -> None:
     """Record what the command line asks for."""
     args = tyro.cli(Arguments)
-    chunks = plan_chunks(args)
+    policy = find_policy(args)
+    chunks = plan_chunks(args, policy)
     folder = args.data_dir.expanduser().resolve() / args.env
-    dataset = Dataset(folder, args.env, args.seed, args.noise, args.visuals)
+    dataset = Dataset(folder, args.env, args.seed, args.noise, args.visuals, policy)
     rest = dataset.unfinished(chunks)
     kept = f"{len(chunks) - len(rest)} of {len(chunks)} chunks are there already"
     print(f"{folder}: recording {dataset.settings['expert']}, {kept}")

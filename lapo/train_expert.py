@@ -8,10 +8,8 @@ The finished run's checkpoint is the expert: a small file that says what it is, 
 it plays. `expert_data/experts/<game>.pt` is where `record_expert.py` looks for one by itself.
 """
 
-import hashlib
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 
@@ -22,7 +20,7 @@ from dagger import Dagger
 from errors import run_main
 from procgen_env import VecEnv, check_game, simulator_version
 from runs import Run
-from stage3_decode import num_updates, scratch, score
+from stage3_decode import num_updates, score, scratch
 from training import Compute, seed_everything
 
 STAGE = "expert"
@@ -71,8 +69,7 @@ def distil(cfg: Config, compute: Compute, run: Run) -> nn.Module:
     """A policy that has learnt from the game's planner."""
     policy = compute.place(make_acting_policy(cfg, "bc"))
     env = VecEnv(cfg.env, cfg.dagger.num_envs, seed=cfg.seed, visuals=cfg.visuals)
-    teacher = partial(experts.make_expert, cfg.env, cfg.dagger.num_envs)
-    dagger = Dagger(cfg.dagger, compute, env, teacher, policy)
+    dagger = Dagger(cfg.dagger, compute, env, partial(experts.make_expert, cfg.env), policy)
     if run.state:
         dagger.load_state_dict(run.state)
     rounds, round_steps = cfg.dagger.rounds, cfg.dagger.round_steps
@@ -81,21 +78,17 @@ def distil(cfg: Config, compute: Compute, run: Run) -> nn.Module:
         run.track(dagger.collect() | dagger.fit())
         if (number + 1) % cfg.expert.log_every == 0 or number + 1 == rounds:
             recent = dagger.recent
-            run.log(
-                (number + 1) * round_steps, {"train_return": sum(recent) / len(recent)} if recent else {}
-            )
+            run.log((number + 1) * round_steps, {"train_return": sum(recent) / len(recent)} if recent else {})
     env.close()
     return policy
 
 
 def origin(cfg: Config) -> dict[str, str]:
     """How an expert came about, beside what any checkpoint tells of its run."""
-    made = {"method": "PPO from scratch", "procgen": simulator_version()}
+    method = "PPO from scratch"
     if cfg.expert.teacher == "planner":
-        source = Path(experts.__file__).read_bytes()
-        teacher = experts.find_expert(cfg.env).__name__
-        made |= {"method": f"DAgger, taught by {teacher}", "experts.py": hashlib.sha256(source).hexdigest()}
-    return made
+        method = f"DAgger, taught by {experts.find_expert(cfg.env).__name__}"
+    return {"method": method, "procgen": simulator_version()}
 
 
 if __name__ == "__main__":
