@@ -64,8 +64,8 @@ def make_player(path: Path, expected: str, noise: float, seed: int) -> Player:
     several may differ in their last bit from run to run.
     """
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
     network = _read(path, expected)
+    torch.manual_seed(seed)  # after the network was made, which draws too
     log_keep, log_other = torch.tensor([1 - noise, noise / len(ACTIONS)]).log()
 
     @torch.inference_mode()

@@ -150,6 +150,16 @@ TINY = {
         "every_update_until": 4_000_000,
     },
     "offline": {"labels": 32, "steps": 20, "batch_size": 16},
+    "expert": {"steps": 192, "log_every": 1, "save_every": 1},
+    "dagger": {
+        "steps": 160,
+        "num_envs": 4,
+        "rollout_steps": 8,
+        "teacher_until": 0.5,
+        "buffer": 64,
+        "updates": 2,
+        "batch_size": 8,
+    },
     "eval": {"episodes": 2, "num_envs": 2},
 }
 

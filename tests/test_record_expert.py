@@ -9,12 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import record_expert
+from acting import load_policy
+from build import make_acting_policy
 from chunks import find_chunks, read_header, write_chunk
-from conftest import LAPO, largest_file
+from conftest import LAPO, Workplace, largest_file
 from errors import UserError
+from learned import make_player
 from procgen_env import GAMES, HELD_OUT_LEVELS, TRAIN_LEVELS
-from record_expert import Arguments, Chunk, Dataset, plan_chunks, play_chunk
+from record_expert import Arguments, Chunk, Dataset, PolicyFile, find_policy, plan_chunks, play_chunk
+from runs import Run
+from training import Compute
 
 SMALL = ("--frames", "300", "--test-frames", "4100")  # three chunks, of 300, 4,096 and 4 frames
 
@@ -83,7 +90,11 @@ def test_plan_covers_all_frames_with_seeds_of_their_own() -> None:
     ],
 )
 def test_recorded_actions_lead_to_the_recorded_frames(chunk: Chunk) -> None:
-    arrays = play_chunk(chunk)
+    check_replay(chunk, play_chunk(chunk))
+
+
+def check_replay(chunk: Chunk, arrays: dict[str, np.ndarray]) -> None:
+    """The actions recorded lead to the frames, rewards and ends recorded."""
     assert all(len(array) == chunk.frames for array in arrays.values())
     env = chunk.make_env()
     start, number = TRAIN_LEVELS if chunk.split == "train" else HELD_OUT_LEVELS
@@ -102,7 +113,8 @@ def test_recorded_actions_lead_to_the_recorded_frames(chunk: Chunk) -> None:
         returns += rewards
         np.testing.assert_array_equal(played["ep_returns"][:, t], np.where(dones, returns, 0))
         returns[dones] = 0
-    assert played["ep_returns"].max() > 0
+    if chunk.policy is None:
+        assert played["ep_returns"].max() > 0
 
 
 def test_values_are_the_discounted_rewards_to_come() -> None:
@@ -287,3 +299,116 @@ def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "bigfish").mkdir()
     (tmp_path / "bigfish/dataset.json").write_text("{")
     assert "is damaged" in refusal(tmp_path, "--env", "bigfish", *SMALL)
+
+
+# ------------------------------------------------------------------------------------ learned experts
+
+
+def make_policy(folder: Path, *arguments: str) -> Path:
+    """The checkpoint of a policy of stage 3, mode bc, for maze; it has learnt nothing."""
+    workplace = Workplace(folder)
+    cfg = workplace.config("--env", "maze", "--stage3.mode", "bc", *arguments)
+    torch.manual_seed(cfg.seed)
+    run = Run(cfg, "stage3_bc", (), Compute(torch.device("cpu"), bf16=False, compile=False))
+    run.finish({"policy": make_acting_policy(cfg, "bc").state_dict()}, {"return_mean": 4.5, "episodes": 2})
+    return run.checkpoint_path
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> PolicyFile:
+    """A learned expert for maze."""
+    path = make_policy(tmp_path_factory.mktemp("policy"))
+    return find_policy(Arguments(env="maze", expert=str(path)))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.4])
+def test_a_policy_is_recorded_with_the_probabilities_of_its_actions(policy: PolicyFile, noise: float) -> None:
+    chunk = Chunk("maze", 0, "train", 0, 500, noise, policy=policy)
+    arrays = play_chunk(chunk)
+    check_replay(chunk, arrays)
+    checkpoint = load_policy(policy.path)
+    network = make_acting_policy(Workplace(policy.path.parents[5]).config(), "bc")
+    network.load_state_dict(checkpoint["state"]["policy"])
+    with torch.no_grad():
+        probs = network.logits(torch.from_numpy(arrays["obs"])).softmax(-1).numpy()
+    chosen = (1 - noise) * probs[np.arange(500), arrays["ta"]] + noise / 15
+    np.testing.assert_allclose(arrays["logprobs"], np.log(chosen), atol=1e-5)
+    # Drawn as likely as that says: the counts differ from their expectation by four standard errors at most.
+    expected = ((1 - noise) * probs + noise / 15).sum(0)
+    counts = np.bincount(arrays["ta"], minlength=15)
+    assert (np.abs(counts - expected) < 4 * np.sqrt(expected)).all()
+
+
+def test_an_interrupted_recording_of_a_policy_is_completed_byte_for_byte(
+    policy: PolicyFile, tmp_path: Path
+) -> None:
+    """The first chunk is of this process, the other one of a worker, and equal to one made here."""
+    folder = tmp_path / "data"
+    options = {"env": "maze", "frames": 300, "test_frames": 100, "workers": 1}
+    chunks = plan_chunks(Arguments(**options), policy)
+    dataset = Dataset(folder / "maze", "maze", 0, policy=policy)
+    for split in ("train", "test"):
+        (folder / "maze" / split).mkdir(parents=True)
+    arrays = {chunk.name: play_chunk(chunk) for chunk in chunks}
+    for chunk in chunks:
+        write_chunk(dataset.folder / chunk.name, arrays[chunk.name])
+        returns = arrays[chunk.name]["ep_returns"]
+        dataset.add(chunk, returns[arrays[chunk.name]["done"] & (returns > 0)])
+    expected = contents(folder)
+    (folder / "maze/test/0.npz").unlink()
+    command = ["--env", "maze", "--frames", "300", "--test-frames", "100", "--workers", "1"]
+    result = run(folder, *command, "--expert", str(policy.path))
+    assert result.returncode == 0, result.stderr
+    assert f"recording {policy}, 1 of 2 chunks are there already" in result.stdout
+    found = contents(folder)
+    assert found.keys() == expected.keys()
+    assert all(found[name] == expected[name] for name in found if name.endswith(".npz"))
+
+    record = json.loads((folder / "maze/dataset.json").read_text())
+    assert record["expert"] == f"checkpoint.pt, sha256 {policy.fingerprint[:12]}"
+    assert record["policy"] == json.loads(json.dumps(policy.provenance))
+    assert record["policy"]["made"]["method"] == "stage 3, mode bc"
+    assert record["policy"]["return_mean"] == 4.5
+    assert record["versions"].keys() == {"procgen", "torch", "models.py"}
+    with pytest.raises(UserError, match=r"recorded with expert checkpoint\.pt, sha256 \w+, not MazeExpert"):
+        Dataset(folder / "maze", "maze", 0)
+
+
+def test_a_policy_that_changes_meanwhile_is_refused(policy: PolicyFile) -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.pt has changed since the recording began"):
+        make_player(policy.path, "0" * 64, 0.0, 0)
+
+
+def test_the_policy_must_know_the_game_and_its_looks(policy: PolicyFile, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="for game maze, not coinrun; choose --env maze or another --ex"):
+        find_policy(Arguments(env="coinrun", expert=str(policy.path)))
+    with pytest.raises(UserError, match="for visuals full, not plain; choose --visuals full or another"):
+        find_policy(Arguments(env="maze", visuals="plain", expert=str(policy.path)))
+    with pytest.raises(UserError, match=r"absent\.pt does not exist"):
+        find_policy(Arguments(env="maze", expert=str(tmp_path / "absent.pt")))
+    with pytest.raises(UserError, match="damaged, or not one of ours"):
+        find_policy(Arguments(env="maze", expert=__file__))
+
+
+def test_a_shipped_policy_is_the_default_where_it_knows_the_visuals(
+    policy: PolicyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_expert, "SHIPPED", tmp_path)
+    assert find_policy(Arguments(env="maze")) is None
+    shutil.copy(policy.path, tmp_path / "maze.pt")
+    assert str(find_policy(Arguments(env="maze"))) == f"maze.pt, sha256 {policy.fingerprint[:12]}"
+    assert find_policy(Arguments(env="maze", expert="planner")) is None
+    assert find_policy(Arguments(env="maze", visuals="plain")) is None
+    assert find_policy(Arguments(env="coinrun")) is None
+
+
+def test_planners_are_recorded_without_pytorch() -> None:
+    code = """if True:
+        import sys
+        from record_expert import *
+        policy = find_policy(Arguments("maze", expert="planner"))
+        dataset = Dataset(Path("/nowhere"), "maze", 0, policy=policy)
+        play_chunk(Chunk("maze", 0, "train", 0, 30, noise=0.5))
+        sys.exit("torch" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code], cwd=LAPO).returncode == 0
