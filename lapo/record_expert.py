@@ -114,14 +114,14 @@ def find_policy(args: Arguments) -> PolicyFile | None:
     provenance = learned.provenance(path)
     for key, wanted in (("game", args.env), ("visuals", args.visuals)):
         found = provenance[key]
-        if found != wanted and args.expert:
+        if found != wanted:
+            if key == "visuals" and not args.expert:
+                return None
             option = {"game": "--env", "visuals": "--visuals"}[key]
             raise UserError(
                 f"{path} is a policy for {key} {found}, not {wanted};"
                 f" choose {option} {found} or another --expert"
             )
-        if found != wanted:
-            return None
     return PolicyFile(path, learned.fingerprint(path), provenance, learned.versions())
 
 

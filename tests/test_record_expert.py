@@ -400,6 +400,9 @@ def test_a_shipped_policy_is_the_default_where_it_knows_the_visuals(
     assert find_policy(Arguments(env="maze", expert="planner")) is None
     assert find_policy(Arguments(env="maze", visuals="plain")) is None
     assert find_policy(Arguments(env="coinrun")) is None
+    shutil.copy(policy.path, tmp_path / "coinrun.pt")
+    with pytest.raises(UserError, match="is a policy for game maze, not coinrun"):
+        find_policy(Arguments(env="coinrun"))
 
 
 def test_planners_are_recorded_without_pytorch() -> None:
