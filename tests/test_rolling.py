@@ -253,7 +253,7 @@ def test_a_run_does_not_go_on_in_another_order(tmp_path):
     began = read_splits(place.config("--resident", "never", "--data.pool_chunks", "1"), CPU)[0]
     now = read_splits(place.config(), CPU)[0]
     now.expect_order(now.order)
-    with pytest.raises(UserError, match=r"began with pools of 1 chunks .*; choose --resident never"):
+    with pytest.raises(UserError, match=r"with pools of 1 chunks .*; choose --resident never and as many"):
         now.expect_order(began.order)
-    with pytest.raises(UserError, match=r"began with all frames .*; choose --resident always"):
+    with pytest.raises(UserError, match=r"with all frames .*; choose --resident always and as many"):
         began.expect_order(now.order)
