@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from chunks import FRAME_SHAPE, WINDOW, find_chunks, read_chunk, read_header
-from config import Config
+from config import Config, diff
 from errors import UserError, run_main
 from ranks import Share, local_processes
 
 WHOLE = Share()
-ALL_HELD = "all frames on the device"
 
 
 def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -> np.ndarray:
@@ -62,6 +61,8 @@ class Windows:
 
     `num_chunks` were read, `num_bad` left out.
     """
+
+    on_device = "all frames"
 
     def __init__(
         self,
@@ -207,21 +208,26 @@ class Windows:
         return torch.cat(parts)
 
     @property
-    def order(self) -> str:
-        """In words, what the order of batches depends on beside seed and data."""
-        return self._held() + (f", shared by {self.share.of} processes" if self.share.of > 1 else "")
+    def order(self) -> dict[str, int | str]:
+        """What the order of batches depends on beside the seed."""
+        return {
+            "windows": len(self),
+            "chunks": self.num_chunks,
+            "on the device": self.on_device,
+            "processes": self.share.of,
+        }
 
-    def expect_order(self, order: str) -> None:
-        """Raise `UserError` if a run that began with another `order` of batches is to go on with this one."""
-        if order != self.order:
-            choice = "always" if order.startswith(ALL_HELD) else "never"
+    def expect_order(self, order: dict[str, int | str]) -> None:
+        """Raise `UserError` if a run that began with another `order` of batches is to go on with this one.
+
+        Where several processes share the data, `order` is the first one's.
+        """
+        changes = diff(order, self.order) if self.share.rank == 0 else []
+        if changes:
             raise UserError(
-                f"the run began with {order}, and would go on with {self.order}, in another order;"
-                f" choose --resident {choice} and as many processes"
+                f"the run would go on with other batches than it began with ({'; '.join(changes)}); give it"
+                " back its data, its --resident and its number of processes, or choose another --exp"
             )
-
-    def _held(self) -> str:
-        return ALL_HELD
 
     def _order(self, epoch: int, seed: int) -> Tensor:
         key = (epoch, seed)

@@ -114,6 +114,7 @@ class RollingWindows(Windows):
                 del chunk  # its frames, if read, would stay while the next ones are decoded
         self.index(folder, starts, actions, sum(sizes), device)
         self.pool_chunks = min(pool_chunks, max(1, len(sizes) // 3))
+        self.on_device = f"pools of {self.pool_chunks} chunks"
         self._room = max(sizes)  # for one chunk
         self.frames = allocate(2 * self.pool_chunks * self._room, device, folder)
 
@@ -144,7 +145,7 @@ class RollingWindows(Windows):
         """
         if self._fewest < batch_size - 1:
             raise UserError(
-                f"a batch of {batch_size} windows is too large for {self.order}, which may hold but"
+                f"a batch of {batch_size} windows is too large for {self.on_device}, which may hold but"
                 f" {self._fewest};"
                 " choose --resident always, or lower the batch size"
             )
@@ -172,9 +173,6 @@ class RollingWindows(Windows):
         """See `Windows`."""
         held = f"{2 * self.pool_chunks} chunks at a time"
         return f"{super().summary()}, {held}"
-
-    def _held(self) -> str:
-        return f"pools of {self.pool_chunks} chunks on the device"
 
     # ---- order: pools are numbered through all epochs
 

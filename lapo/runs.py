@@ -30,14 +30,14 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from config import ROOT, Config, to_dict
+from config import ROOT, Config, diff, to_dict
 from errors import UserError
 from files import atomic_write, writing
 from ranks import by_torchrun, expect_same, greatest, is_first
 from tracking import NoTracking, start_wandb
 from training import Compute, rng_state, set_rng_state, to_floats
 
-FORMAT = 2
+FORMAT = 3
 FIELDS = {
     "stage": str,
     "config": dict,
@@ -332,16 +332,6 @@ class Run:
         if not self.checkpoint_path.exists():
             return "nothing was saved yet"
         return f"the last good checkpoint, {self.checkpoint_path}, is kept"
-
-
-def diff(old: Any, new: Any, key: str = "") -> list[str]:
-    """What changed between two nested dicts, one "key: old → new" per leaf."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = dict.fromkeys([*old, *new])
-        return [
-            line for name in names for line in diff(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if old == new else [f"{key}: {old} → {new}"]
 
 
 def _tensors(values: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
