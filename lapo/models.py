@@ -154,8 +154,9 @@ class VectorQuantizer(nn.Module):
         shuffled = x[:, torch.rand(x.shape[1], device=x.device).argsort()]
         repeats = -(-self.codebook.shape[1] // x.shape[1])
         codes = shuffled.repeat(1, repeats, 1)[:, : self.codebook.shape[1]].contiguous()
-        if dist.is_initialized():
-            dist.broadcast(codes, 0)
+        if dist.is_initialized():  # everybody takes those of the first process
+            codes.mul_(dist.get_rank() == 0)
+            dist.all_reduce(codes)
         # `where` instead of `if`: reading the flag would wait for the device at every step.
         self.codebook.copy_(torch.where(self.started, self.codebook, codes))
         self.ema_weight.copy_(torch.where(self.started, self.ema_weight, codes))
