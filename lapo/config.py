@@ -370,6 +370,16 @@ def resolve(path: str) -> Path:
     return ROOT / Path(path).expanduser()
 
 
+def diff(old: Any, new: Any, key: str = "") -> list[str]:
+    """What changed between two nested dicts, one "key: old → new" per leaf."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = dict.fromkeys([*old, *new])
+        return [
+            line for name in names for line in diff(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [f"{key}: {old} → {new}"]
+
+
 def to_dict(cfg: Any) -> dict:
     """A dataclass of this module as plain nested dicts."""
     return asdict(cfg)

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from chunks import FRAME_SHAPE, WINDOW, find_chunks, read_chunk, read_header
-from config import Config
+from config import Config, diff
 from errors import UserError, run_main
+from ranks import Share, local_processes
+
+WHOLE = Share()
 
 
 def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -> np.ndarray:
@@ -37,8 +40,19 @@ def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -
     return starts[marked == 0]
 
 
+def chunks_of(folder: Path, limit: int | None, share: Share) -> list[Path]:
+    """A share of the chunk files of a folder, of which `limit` count. Raises `UserError` if it is empty."""
+    paths = find_chunks(folder, limit)
+    if len(paths) < share.of:
+        raise UserError(
+            f"{folder}: its chunks in use ({len(paths)}) cannot be shared by {share.of} processes, which need"
+            " one each; start fewer, or make more chunks"
+        )
+    return paths[share.rank :: share.of]
+
+
 class Windows:
-    """All windows of a split of one game, resident on a device.
+    """All windows of a split of one game, or of a share of its chunks, resident on a device.
 
     Attributes
         frames  (F, H, W, C) uint8
@@ -48,8 +62,7 @@ class Windows:
     `num_chunks` were read, `num_bad` left out.
     """
 
-    order = "all frames on the device"
-    """In words, what the order of batches depends on beside seed and data."""
+    on_device = "all frames"
 
     def __init__(
         self,
@@ -59,17 +72,18 @@ class Windows:
         limit: int | None = None,
         skip_resets: bool = True,
         skip_bad: bool = False,
+        share: Share = WHOLE,
     ):
         """Read the chunks of `folder`, one after the other: host memory holds one decoded chunk at a time.
 
-        `limit` counts chunk files, bad ones included. With `skip_bad`, bad ones are named on stderr and left
-        out; everything else then follows from those that were read.
+        `limit` counts chunk files, bad ones included; of these, only `share` is read. With `skip_bad`, bad
+        ones are named on stderr and left out; everything else then follows from those that were read.
 
         Raises `UserError` for a missing or empty folder, a bad chunk (with `skip_bad`: if there is no good
         one), data without any window, or frames that do not fit into memory.
         """
-        paths = find_chunks(folder, limit)
-        self.num_bad = 0
+        paths = chunks_of(folder, limit, share)
+        self.share, self.num_bad = share, 0
         sizes = {}
         for path in paths:
             with self.leaving_out_bad(skip_bad):
@@ -193,13 +207,26 @@ class Windows:
             missing -= len(part)
         return torch.cat(parts)
 
-    def expect_order(self, order: str) -> None:
-        """Raise `UserError` if a run that began with another `order` of batches is to go on with this one."""
-        if order != self.order:
-            choice = "always" if order == Windows.order else "never"
+    @property
+    def order(self) -> dict[str, int | str]:
+        """What the order of batches depends on beside the seed."""
+        return {
+            "windows": len(self),
+            "chunks": self.num_chunks,
+            "on the device": self.on_device,
+            "processes": self.share.of,
+        }
+
+    def expect_order(self, order: dict[str, int | str]) -> None:
+        """Raise `UserError` if a run that began with another `order` of batches is to go on with this one.
+
+        Where several processes share the data, `order` is the first one's.
+        """
+        changes = diff(order, self.order) if self.share.rank == 0 else []
+        if changes:
             raise UserError(
-                f"the run began with {order}, and would go on with {self.order}, in another order;"
-                f" choose --resident {choice}"
+                f"the run would go on with other batches than it began with ({'; '.join(changes)}); give it"
+                " back its data, its --resident and its number of processes, or choose another --exp"
             )
 
     def _order(self, epoch: int, seed: int) -> Tensor:
@@ -211,7 +238,11 @@ class Windows:
 
     def _draw(self, epoch: int, seed: int) -> Tensor:
         """A permutation of all windows, (M,)."""
-        return torch.randperm(len(self), generator=generator_of(seed, epoch))
+        return torch.randperm(len(self), generator=self._generator(seed, epoch))
+
+    def _generator(self, seed: int, epoch: int, purpose: int = 0) -> torch.Generator:
+        """Random numbers of an epoch, others for every purpose and share."""
+        return generator_of(seed, epoch, purpose, *(self.share if self.share.of > 1 else ()))
 
 
 def generator_of(*key: int) -> torch.Generator:
@@ -238,14 +269,15 @@ def allocate(total: int, device: torch.device, folder: Path) -> Tensor:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that may be taken on `device`; None where the system does not say."""
+    """Memory that this process may take on `device`; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return free and free // local_processes()
 
 
 if __name__ == "__main__":

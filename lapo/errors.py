@@ -27,8 +27,13 @@ def run_main(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        _say("interrupted; the same command continues")
         sys.exit(130)
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, all of which get the signal
+        print(line, file=sys.stderr)
 
 
 def _reader_has_gone() -> bool:
@@ -39,5 +44,5 @@ def _reader_has_gone() -> bool:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    print("terminated; the same command continues", file=sys.stderr)
+    _say("terminated; the same command continues")
     sys.exit(128 + number)

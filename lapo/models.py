@@ -12,6 +12,7 @@ import copy
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -88,6 +89,8 @@ class VectorQuantizer(nn.Module):
     A latent action (B, N·L·D) is read as (B, N, D, L), slots fastest, as in the published code. In training
     mode a forward pass quantises with the codes as they are, then moves them.
 
+    Processes that train together add up what they count: all of them move the same codes in the same way.
+
     `start="published"`: uniform codes and counts from zero, so the first update throws the codes far away;
     `start="data"`: the first training batch's own latents become the codes, and counts start at one.
     """
@@ -131,10 +134,11 @@ class VectorQuantizer(nn.Module):
             indices = distance.argmin(-1)
             one_hot = F.one_hot(indices, self.codebook.shape[1]).to(x.dtype)
             quantized = one_hot @ self.codebook
-            usage = one_hot.mean(1)
+            count, total = one_hot.sum(1), one_hot.mT @ x  # (N, K), (N, K, D): per code, its latents
+            if self.training:
+                count = self._update(count, total)
+            usage = count / count.sum(-1, keepdim=True)
             perplexity = torch.special.entr(usage).sum(-1).exp().sum()
-        if self.training:
-            self._update(x.detach(), one_hot)
         loss = self.commitment_cost * F.mse_loss(x, quantized)
         straight_through = x + (quantized - x).detach()
         return Quantized(
@@ -149,20 +153,30 @@ class VectorQuantizer(nn.Module):
         """Take latents x (N, B·L, D) as codes, if no batch has been seen yet."""
         shuffled = x[:, torch.rand(x.shape[1], device=x.device).argsort()]
         repeats = -(-self.codebook.shape[1] // x.shape[1])
-        codes = shuffled.repeat(1, repeats, 1)[:, : self.codebook.shape[1]]
+        codes = shuffled.repeat(1, repeats, 1)[:, : self.codebook.shape[1]].contiguous()
+        if dist.is_initialized():  # everybody takes those of the first process
+            codes.mul_(dist.get_rank() == 0)
+            dist.all_reduce(codes)
         # `where` instead of `if`: reading the flag would wait for the device at every step.
         self.codebook.copy_(torch.where(self.started, self.codebook, codes))
         self.ema_weight.copy_(torch.where(self.started, self.ema_weight, codes))
         self.started.fill_(True)
 
-    @torch.no_grad()
-    def _update(self, x: Tensor, one_hot: Tensor) -> None:
-        """Move the codes towards the latents x (N, B·L, D) assigned to them."""
-        count = self.ema_count.lerp_(one_hot.sum(1), 1 - self.decay)
-        total = count.sum(-1, keepdim=True)
-        count.add_(self.epsilon).mul_(total / (total + count.shape[-1] * self.epsilon))
-        self.ema_weight.lerp_(one_hot.mT @ x, 1 - self.decay)
-        self.codebook.copy_(self.ema_weight / count[..., None])
+    def _update(self, count: Tensor, total: Tensor) -> Tensor:
+        """Move the codes towards the latents assigned to them: how many (N, K), and their sums (N, K, D).
+
+        Returns how many there are in all processes (N, K).
+        """
+        if dist.is_initialized():
+            statistics = torch.cat([count[..., None], total], -1)
+            dist.all_reduce(statistics)
+            count, total = statistics[..., 0], statistics[..., 1:]
+        ema_count = self.ema_count.lerp_(count, 1 - self.decay)
+        whole = ema_count.sum(-1, keepdim=True)
+        ema_count.add_(self.epsilon).mul_(whole / (whole + count.shape[-1] * self.epsilon))
+        self.ema_weight.lerp_(total, 1 - self.decay)
+        self.codebook.copy_(self.ema_weight / ema_count[..., None])
+        return count
 
 
 # ---------------------------------------------------------------- inverse dynamics model

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunks import FRAME_SHAPE, KEYS, find_chunks, read_chunk, read_header
+from chunks import FRAME_SHAPE, KEYS, read_chunk, read_header
 from config import Config
-from data_loader import Windows, allocate, free_bytes, generator_of, reading, window_starts
+from data_loader import WHOLE, Windows, allocate, chunks_of, free_bytes, reading, window_starts
 from errors import UserError
+from ranks import Share, greatest, share
 
 RESIDENT_SHARE = 0.7
 """Of the memory that is free, how much frames may take if they are all to stay there."""
@@ -35,28 +36,30 @@ Pool = tuple[int, ...]
 def read_splits(cfg: Config, device: torch.device) -> tuple[Windows, Windows]:
     """Training and held-out windows of the configured game; prints what was read.
 
-    The held-out ones are resident, the training ones as `cfg.resident` says. Without a `test` folder, the
-    training windows serve for both. Raises `UserError` as `Windows` does.
+    The held-out ones are resident, the training ones as `cfg.resident` says; of these, each of several
+    processes has a share. Without a `test` folder, the training windows serve for both. Raises `UserError` as
+    `Windows` does.
     """
-    folder, limit, pool_chunks = cfg.game_data / "train", cfg.data.train_chunks, cfg.data.pool_chunks
-    if keeps_all(folder, device, limit, cfg.resident):
-        train = Windows.read(cfg, "train", device)
+    folder, mine = cfg.game_data / "train", share()
+    options = {"device": device, "limit": cfg.data.train_chunks, "share": mine, **reading(cfg)}
+    if keeps_all(folder, device, cfg.data.train_chunks, cfg.resident, mine):
+        train = Windows(folder, **options)
     else:
-        train = RollingWindows(folder, device=device, limit=limit, pool_chunks=pool_chunks, **reading(cfg))
-        print(f"train: {train.summary()}")
+        train = RollingWindows(folder, pool_chunks=cfg.data.pool_chunks, **options)
+    print(f"train: {train.summary()}")
     if not (cfg.game_data / "test").is_dir():
         print("test: no such folder, so the training windows are measured")
         return train, train
     return train, Windows.read(cfg, "test", device)
 
 
-def keeps_all(folder: Path, device: torch.device, limit: int, resident: str) -> bool:
-    """Whether all chunks of `folder`, at most `limit`, are to stay on the device; prints what speaks for it.
+def keeps_all(folder: Path, device: torch.device, limit: int, resident: str, share: Share = WHOLE) -> bool:
+    """Whether all chunks of a share of `folder` are to stay on the device; prints what speaks for it.
 
-    Raises `UserError` if there is no chunk at all.
+    They are if they fit there for every one of the processes. Raises `UserError` as `chunks_of` does.
     """
     sizes = []
-    for path in find_chunks(folder, limit):
+    for path in chunks_of(folder, limit, share):
         with suppress(UserError):  # whoever reads it says what is wrong with it
             sizes.append(read_header(path))
     total = sum(sizes)
@@ -66,7 +69,8 @@ def keeps_all(folder: Path, device: torch.device, limit: int, resident: str) -> 
     if resident != "auto":
         return resident == "always"
     # Two chunks cannot take turns in less room than they need.
-    return free is None or needed <= RESIDENT_SHARE * free or len(sizes) < 3
+    too_many = free is not None and needed > RESIDENT_SHARE * free and len(sizes) >= 3
+    return greatest(too_many) == (False,)
 
 
 class RollingWindows(Windows):
@@ -87,18 +91,19 @@ class RollingWindows(Windows):
         limit: int | None = None,
         skip_resets: bool = True,
         skip_bad: bool = False,
+        share: Share = WHOLE,
     ):
-        """Find the windows of the chunks in `folder`; frames are read later, `pool_chunks` chunks together
-        (or a third of all chunks, where that is less).
+        """Find the windows of the chunks in a share of `folder`; frames are read later,
+        `pool_chunks` chunks together (or a third of all chunks, where that is less).
 
         Raises `UserError` as `Windows` does; but damaged frames are noticed only when they are read. With
         `skip_bad`, all are therefore read once at first.
         """
-        self.num_bad = 0
+        self.share, self.num_bad = share, 0
         self._paths: list[Path] = []
         keys = KEYS if skip_bad else ("ta", "done")
         sizes, starts, actions = [], [], []
-        for path in find_chunks(folder, limit):
+        for path in chunks_of(folder, limit, share):
             with self.leaving_out_bad(skip_bad):
                 size = read_header(path)
                 chunk = read_chunk(path, keys)
@@ -109,10 +114,10 @@ class RollingWindows(Windows):
                 del chunk  # its frames, if read, would stay while the next ones are decoded
         self.index(folder, starts, actions, sum(sizes), device)
         self.pool_chunks = min(pool_chunks, max(1, len(sizes) // 3))
+        self.on_device = f"pools of {self.pool_chunks} chunks"
         self._room = max(sizes)  # for one chunk
         self.frames = allocate(2 * self.pool_chunks * self._room, device, folder)
 
-        self.order = f"pools of {self.pool_chunks} chunks on the device"
         self._num_pools = -(-len(sizes) // self.pool_chunks)  # of an epoch
         self._first_frame = np.cumsum([0, *sizes[:-1]])  # (K,)
         self._first_window = np.cumsum([0, *map(len, starts)])  # (K + 1,)
@@ -140,7 +145,7 @@ class RollingWindows(Windows):
         """
         if self._fewest < batch_size - 1:
             raise UserError(
-                f"a batch of {batch_size} windows is too large for {self.order}, which may hold but"
+                f"a batch of {batch_size} windows is too large for {self.on_device}, which may hold but"
                 f" {self._fewest};"
                 " choose --resident always, or lower the batch size"
             )
@@ -174,7 +179,7 @@ class RollingWindows(Windows):
     def _epoch(self, epoch: int, seed: int) -> tuple[list[Pool], np.ndarray]:
         """An epoch's pools, and how many of its windows come before each of them and in all."""
         if (epoch, seed) not in self._epochs:
-            chunks = torch.randperm(len(self._paths), generator=generator_of(seed, epoch, 1))
+            chunks = torch.randperm(len(self._paths), generator=self._generator(seed, epoch, 1))
             pools = [tuple(pool.tolist()) for pool in chunks.tensor_split(self._num_pools)]
             counts = [self._num_windows[list(pool)].sum() for pool in pools]
             self._epochs[epoch, seed] = pools, np.cumsum([0, *counts])
@@ -191,7 +196,7 @@ class RollingWindows(Windows):
 
     def _draw(self, epoch: int, seed: int) -> Tensor:
         """See `Windows`: pool by pool, the windows of each in random order."""
-        generator, order = generator_of(seed, epoch), []
+        generator, order = self._generator(seed, epoch), []
         for pool in self._epoch(epoch, seed)[0]:
             ids = torch.cat([torch.arange(*self._first_window[chunk : chunk + 2]) for chunk in pool])
             order.append(ids[torch.randperm(len(ids), generator=generator)])

@@ -30,13 +30,14 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from config import ROOT, Config, to_dict
+from config import ROOT, Config, diff, to_dict
 from errors import UserError
 from files import atomic_write, writing
-from tracking import start_wandb
+from ranks import by_torchrun, expect_same, greatest, is_first
+from tracking import NoTracking, start_wandb
 from training import Compute, rng_state, set_rng_state, to_floats
 
-FORMAT = 2
+FORMAT = 3
 FIELDS = {
     "stage": str,
     "config": dict,
@@ -132,7 +133,7 @@ class Run:
         self.step, self.finished, self.metrics, self.state = 0, False, {}, None
         self._reads = ("env", "seed", "visuals", "precision", *reads)
         self._wandb_id: str | None = None
-        self._stop_signal: int | None = None
+        self._stop_signal = 0
         self._rng: dict | None = None
         self._sums: dict[str, Tensor | float] = {}
         self._count = 0
@@ -141,9 +142,13 @@ class Run:
         print(f"{stage} of {cfg.env}, seed {cfg.seed}, on {compute}\n{self.dir}")
         if self.checkpoint_path.exists():
             self._continue()
+        expect_same(
+            self.step, "the run's processes see different checkpoints; results_dir must be shared by all"
+        )
         with writing(self.dir, "nothing was changed"):
             self.dir.mkdir(parents=True, exist_ok=True)
-        if not self.finished:
+        self._wandb = NoTracking()
+        if not self.finished and is_first():
             atomic_write(
                 self.dir / "config.yaml",
                 lambda path: path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False)),
@@ -205,6 +210,7 @@ class Run:
             desc=self.stage,
             mininterval=1,
             unit_scale=True,
+            disable=not is_first(),
         )
         if self._rng:
             set_rng_state(self._rng)
@@ -214,29 +220,41 @@ class Run:
                 self.step += 1
                 bar.update(scale)
                 overdue = time.monotonic() - self._saved > 60 * self.cfg.save_minutes
-                if self._stop_signal or self.step == total or self.step % save_every == 0 or overdue:
+                stop, overdue = greatest(self._stop_signal, overdue)
+                if stop or self.step == total or self.step % save_every == 0 or overdue:
                     self.save(state())
-                if self._stop_signal:
+                if stop:
                     bar.close()
-                    print(f"stopped at step {self.step:,}; the same command continues", file=sys.stderr)
-                    sys.exit(128 + self._stop_signal)
+                    if is_first():
+                        print(f"stopped at step {self.step:,}; the same command continues", file=sys.stderr)
+                    sys.exit(128 + stop)
         finally:
             bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._stop_signal == number:  # asked twice: do not wait for the step's end
+        # Asked twice: do not wait for the step's end. But torchrun repeats what reaches its children anyway.
+        if self._stop_signal == number and not by_torchrun():
             sys.exit(128 + number)
         self._stop_signal = number
 
     def save(self, state: dict) -> None:
-        """Write the checkpoint of the current step; the previous one stays until this one was read back."""
+        """Write the checkpoint of the current step; the previous one stays until this one was read back.
+
+        Of several processes, the first one writes, and the others wait for it.
+        """
         floats = ((name, x) for name, x in _tensors(state) if x.is_floating_point())
         bad = next((name for name, x in floats if not x.isfinite().all()), None)
         if bad:
             raise self._diverged(f"{bad} holds values that are not finite", self.step)
         self._means(self.step)  # what has exploded since the last line must not cost the good checkpoint
+        if is_first():
+            self._write(state)
+        greatest()
+        self._saved = time.monotonic()
+
+    def _write(self, state: dict) -> None:
         checkpoint = {
             "format": FORMAT,
             "stage": self.stage,
@@ -256,7 +274,6 @@ class Run:
         with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
             os.fsync(file.fileno())
         atomic_write(self.checkpoint_path, lambda path: torch.save(checkpoint, path), verify=load_checkpoint)
-        self._saved = time.monotonic()
 
     def finish(self, state: dict, result: dict[str, float] | None = None) -> None:
         """Write the last checkpoint, `result` (numbers) among its metrics, and say where it is."""
@@ -289,8 +306,9 @@ class Run:
             if not math.isfinite(value):
                 raise self._diverged(f"{key} is {value}", step)
         line = {"step": step, **values, "seconds": round(time.monotonic() - self._started, 1)}
-        with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if is_first():
+            with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
         self._wandb.log(line, step=step)
         self.metrics |= values
         self._logged = step
@@ -314,16 +332,6 @@ class Run:
         if not self.checkpoint_path.exists():
             return "nothing was saved yet"
         return f"the last good checkpoint, {self.checkpoint_path}, is kept"
-
-
-def diff(old: Any, new: Any, key: str = "") -> list[str]:
-    """What changed between two nested dicts, one "key: old → new" per leaf."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = dict.fromkeys([*old, *new])
-        return [
-            line for name in names for line in diff(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if old == new else [f"{key}: {old} → {new}"]
 
 
 def _tensors(values: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:

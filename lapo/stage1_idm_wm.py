@@ -16,6 +16,7 @@ from errors import run_main
 from models import IDM, WorldModel, stack_frames
 from probe import train_probe, world_model_loss
 from procgen_env import check_data, check_frames
+from ranks import average, joined, part_of_batch
 from rolling import read_splits
 from runs import Run
 from training import Compute, make_optimizer, piecewise_linear, seed_everything, set_lr, warmup_schedule
@@ -26,7 +27,8 @@ PUBLISHED_STEPS = 50_000
 
 def main() -> None:
     """Train stage 1 as the command line says."""
-    train(load_config(description=__doc__))
+    with joined():
+        train(load_config(description=__doc__))
 
 
 def train(cfg: Config) -> None:
@@ -72,6 +74,9 @@ class Trainer:
         self.idm, self.world_model = idm, world_model
         networks = (idm, world_model)
         self.params = [p for network in networks for p in network.parameters()]
+        # Running statistics of BatchNorm, each process's of its own part of the batch.
+        self.statistics = [b for b in world_model.buffers() if b.is_floating_point()]
+        self.batch_size = part_of_batch(cfg.stage1.batch_size)
         groups = [{"params": self.params, "lr": cfg.stage1.lr}]
         self.optimizer = make_optimizer(torch.optim.AdamW, groups, networks)
         self.schedule = warmup_schedule(cfg.stage1, PUBLISHED_STEPS)
@@ -84,13 +89,14 @@ class Trainer:
 
     def load(self, step: int) -> Tensor:
         """Frames of the step's windows, (B, T, H, W, C) uint8."""
-        return self.windows.gather(self.windows.batch(step, self.cfg.stage1.batch_size, self.cfg.seed))
+        return self.windows.gather(self.windows.batch(step, self.batch_size, self.cfg.seed))
 
     def backward(self, frames: Tensor) -> dict[str, Tensor]:
         """Compute the losses of windows (B, T, H, W, C) and all gradients; returns the losses."""
         loss, metrics = self.losses(frames)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average([p.grad for p in self.params] + self.statistics + list(metrics.values()))
         return metrics
 
     def apply(self, step: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from errors import run_main
 from models import Policy, normalize
 from probe import INFERENCE_BATCH, label
 from procgen_env import check_data, check_frames
+from ranks import average, joined, part_of_batch
 from rolling import read_splits
 from runs import Run, load_stage
 from training import Compute, make_optimizer, piecewise_linear, seed_everything, set_lr, warmup_schedule
@@ -25,7 +26,8 @@ PUBLISHED_STEPS = 60_000
 
 def main() -> None:
     """Train stage 2 as the command line says."""
-    train(load_config(description=__doc__))
+    with joined():
+        train(load_config(description=__doc__))
 
 
 def train(cfg: Config) -> None:
@@ -73,7 +75,9 @@ class Trainer:
 
     def __init__(self, cfg: Config, compute: Compute, windows: Windows, la: Tensor, policy: Policy):
         self.cfg, self.compute, self.windows, self.la, self.policy = cfg, compute, windows, la, policy
-        groups = [{"params": list(policy.parameters()), "lr": cfg.stage2.lr}]
+        self.params = list(policy.parameters())
+        self.batch_size = part_of_batch(cfg.stage2.batch_size)
+        groups = [{"params": self.params, "lr": cfg.stage2.lr}]
         self.optimizer = make_optimizer(torch.optim.AdamW, groups, [policy])
         self.schedule = warmup_schedule(cfg.stage2, PUBLISHED_STEPS)
         self.loss_of = compute.compiled(self._loss_of)
@@ -86,7 +90,7 @@ class Trainer:
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
         """What the step learns from: frames o[t] (B, H, W, C) uint8, latent actions (B, la_dim)."""
-        ids = self.windows.batch(step, self.cfg.stage2.batch_size, self.cfg.seed)
+        ids = self.windows.batch(step, self.batch_size, self.cfg.seed)
         return self.windows.middle_frames(ids), self.la[ids]
 
     def backward(self, frames: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -94,7 +98,9 @@ class Trainer:
         loss = self.loss_of(frames, target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        return {"loss": loss.detach()}
+        metrics = {"loss": loss.detach()}
+        average([p.grad for p in self.params] + list(metrics.values()))
+        return metrics
 
     def apply(self, step: int) -> None:
         """Change the weights by the gradients."""
@@ -107,10 +113,12 @@ class Trainer:
         """The error on held-out windows, whose latent actions are `la_test` (M, la_dim)."""
         parts = held_out.parts(held_out.all(), INFERENCE_BATCH)
         errors = [self.loss_of(held_out.middle_frames(ids), la_test[ids]) * len(ids) for ids in parts]
+        constant = self.la.mean(0)
+        average([constant])
         # The error of always predicting the mean latent action: what a policy that sees nothing reaches.
         return {
             "loss_test": torch.stack(errors).sum() / len(held_out),
-            "constant_loss_test": F.mse_loss(self.la.mean(0).expand_as(la_test), la_test),
+            "constant_loss_test": F.mse_loss(constant.expand_as(la_test), la_test),
         }
 
     def _loss_of(self, frames: Tensor, target: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from errors import UserError, run_main
 from ppo import Rollout, ppo_update
 from probe import INFERENCE_BATCH, label
 from procgen_env import ACTIONS, GAMES, VecEnv, check_data, check_frames, relative_return
+from ranks import joined, share
 from runs import Run, load_stage
 from training import Compute, make_optimizer, piecewise_linear, ramp_schedule, seed_everything, set_lr
 
@@ -35,7 +36,10 @@ PUBLISHED_STEPS = 4_000_000
 
 def main() -> None:
     """Run stage 3 as the command line says."""
-    train(load_config(description=__doc__))
+    with joined():
+        if share().of > 1:
+            raise UserError(f"stage 3 runs in one process, not {share().of}; start it without torchrun")
+        train(load_config(description=__doc__))
 
 
 def train(cfg: Config) -> None:

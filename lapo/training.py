@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from config import Config, Ramp, SupervisedConfig
 from errors import UserError
+from ranks import launched, local_rank, share
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,17 @@ class Compute:
 
     @classmethod
     def from_config(cls, cfg: Config) -> "Compute":
-        """Choose device, precision and compilation. Raises `UserError` for a device that is not there."""
+        """Choose device, precision and compilation. Raises `UserError` for a device that is not there.
+
+        Of several processes on a machine, each takes the GPU of its own number.
+        """
         name = cfg.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
+        if launched() > 1 and name.startswith("cuda"):
+            if name != "cuda":
+                raise UserError(f"device {name} cannot serve {launched()} processes; use cuda, one each")
+            name = f"cuda:{local_rank()}"
         device = torch.device(name)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"device {name} is not there: {torch.cuda.device_count()} CUDA devices; use cpu")
@@ -51,7 +59,8 @@ class Compute:
         gpu = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if gpu else f"{torch.get_num_threads()} threads"
         precision = "bf16" if self.bf16 else "fp32"
-        return f"{self.device} ({name}), {precision}{', compiled' if self.compile else ''}"
+        processes = f", {share().of} processes" if share().of > 1 else ""
+        return f"{self.device} ({name}), {precision}{', compiled' if self.compile else ''}{processes}"
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -1,4 +1,5 @@
 import shutil
+import sys
 import threading
 import time
 import tracemalloc
@@ -23,7 +24,7 @@ from errors import UserError
 from models import normalize
 from probe import label
 from rolling import RollingWindows, read_splits
-from runs import load_checkpoint
+from runs import Run, load_checkpoint
 from training import Compute
 
 CPU = torch.device("cpu")
@@ -253,7 +254,16 @@ def test_a_run_does_not_go_on_in_another_order(tmp_path):
     began = read_splits(place.config("--resident", "never", "--data.pool_chunks", "1"), CPU)[0]
     now = read_splits(place.config(), CPU)[0]
     now.expect_order(now.order)
-    with pytest.raises(UserError, match=r"began with pools of 1 chunks .*; choose --resident never"):
+    with pytest.raises(UserError, match=r"\(on the device: pools of 1 chunks → all frames\); give it"):
         now.expect_order(began.order)
-    with pytest.raises(UserError, match=r"began with all frames .*; choose --resident always"):
+    with pytest.raises(UserError, match=r"\(on the device: all frames → pools of 1 chunks\)"):
         began.expect_order(now.order)
+
+
+def test_a_run_does_not_go_on_with_other_data(workplace, monkeypatch):
+    monkeypatch.setattr(Run, "finish", lambda *arguments: sys.exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        stage1_idm_wm.train(workplace.config())
+    write_game(workplace.data / workplace.GAME, chunks=3)
+    with pytest.raises(UserError, match=r"\(windows: 70 → 105; chunks: 2 → 3\); give it"):
+        stage1_idm_wm.train(workplace.config())

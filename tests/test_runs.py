@@ -28,11 +28,11 @@ from hypothesis import strategies as st
 import stage1_idm_wm
 import stage2_bc
 import stage3_decode
-from config import to_dict
+from config import diff, to_dict
 from conftest import LAPO, Trap, Workplace, largest_file
 from errors import UserError, run_main
 from files import atomic_write
-from runs import EXPLODED, FIELDS, FORMAT, Run, diff, load_checkpoint, load_stage
+from runs import EXPLODED, FIELDS, FORMAT, Run, load_checkpoint, load_stage
 from training import Compute
 
 CPU = Compute(torch.device("cpu"), bf16=False, compile=False)

@@ -388,6 +388,27 @@ def test_all_stages_in_bf16(workplace):
 # ---------------------------------------------------------------- stage 3
 
 
+@pytest.mark.parametrize("stage", TRAIN)
+def test_a_compiled_step_is_one_graph_and_computes_the_same(trained, monkeypatch, stage):
+    """As the compiler traces and differentiates it; what it then generates differs between devices."""
+    compiler, compiled = torch.compile, []
+
+    def trace(function):
+        compiled.append(compiler(function, backend="aot_eager", fullgraph=True))
+        return compiled[-1]
+
+    monkeypatch.setattr(torch, "compile", trace)
+    states = []
+    for choice in ("on", "off"):
+        exp = f"{stage}-compile-{choice}"
+        trained.branch(exp, *(earlier for earlier in ("stage1", "stage2") if earlier < stage))
+        TRAIN[stage](trained.config("--exp", exp, "--compile", choice))
+        states.append(checkpoint(trained, "stage3_online" if stage == "stage3" else stage, exp)["state"])
+    assert len(compiled) == 1
+    for part in states[0].keys() - {"optimizer", "order"}:
+        torch.testing.assert_close(states[0][part], states[1][part], rtol=1e-4, atol=1e-5)
+
+
 def test_online_mode_learns_its_rl_path_and_its_decoder_and_nothing_else(trained):
     stage3_decode.train(trained.config("--stage3.mode", "online"))
     policy = checkpoint(trained, "stage3_online")["state"]["policy"]
