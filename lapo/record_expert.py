@@ -15,7 +15,6 @@ A chunk holds E environments one after another, T frames of each:
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import multiprocessing
@@ -199,22 +198,18 @@ class Dataset:
     def __init__(self, folder: Path, game: str, seed: int, noise: float = 0.0, visuals: Visuals = "full"):
         """Open the data set in `folder`, or begin one.
 
-        Raises UserError if there is no expert for `game`, or if the folder holds chunks made otherwise.
+        Raises UserError if there is no such game, or if the folder holds chunks made otherwise.
         """
         self.folder, self.file = folder, folder / "dataset.json"
         self.settings = {
             "game": game,
-            "expert": experts.find_expert(game).__name__,
+            "expert": experts.expert_name(game),
             "seed": seed,
             "noise": noise,
             "visuals": visuals,
             "levels": {split: list(levels) for split, levels in LEVELS.items()},
         }
-        source = Path(experts.__file__).read_bytes()
-        self.versions = {
-            "procgen": simulator_version(),
-            "experts.py": hashlib.sha256(source).hexdigest()[:12],
-        }
+        self.versions = {"procgen": simulator_version(), "experts": experts.source_hash()}
         self.way_out = f"delete {folder} or choose another --data-dir"
         self.chunks: dict[str, dict[str, float]] = {}
         if self.file.exists():
