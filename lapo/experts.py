@@ -149,7 +149,7 @@ SEARCHES = {
         tolerance=0.1,
         simpler=NO_JUMP,
     ),
-    "miner": SearchSettings(actions=(*CROSS, NOOP), progress=diamonds_mined),
+    "miner": SearchSettings(actions=(*CROSS, NOOP), progress=diamonds_mined, stretch=(1, 6)),
     "ninja": SearchSettings(actions=(RIGHT, RIGHT_UP, UP, LEFT, LEFT_UP, FIRE), progress=near(1, 0.2)),
     "plunder": SearchSettings(actions=(NOOP, LEFT, RIGHT, FIRE)),
     "starpilot": SearchSettings(actions=MOVES + (FIRE,) * 4),

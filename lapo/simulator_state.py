@@ -3,6 +3,7 @@
 Dimensions: F entities (things that move), H, W the level's grid.
 """
 
+import math
 import struct
 from collections import deque
 from functools import lru_cache
@@ -162,12 +163,14 @@ def way_length(state: State, free: np.ndarray, goals: np.ndarray) -> float:
     At least NO_WAY where there is none.
     """
     distances = _known_distances(free.tobytes(), free.shape, np.asarray(goals, int).tobytes())
-    # Cell k of the bordered grid has its centre at k.
+    # Cell k of the bordered grid has its centre at k; the way leads through the agent's cell or one beside.
     x, y = float(state.agent["x"]) + 0.5, float(state.agent["y"]) + 0.5
-    row, column = max(round(y), 1), max(round(x), 1)
-    near = np.s_[row - 1 : row + 2, column - 1 : column + 2]
-    rows, columns = np.mgrid[near]
-    return float((distances[near] + np.hypot(rows - y, columns - x)).min())
+    row, column = round(y), round(x)
+    return min(
+        distances[row + up, column + right] + math.hypot(row + up - y, column + right - x)
+        for up, right in ((0, 0), *NEIGHBOURS)
+        if 0 <= row + up < len(distances) and 0 <= column + right < distances.shape[1]
+    )
 
 
 @lru_cache(maxsize=512)
