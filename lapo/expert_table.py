@@ -14,7 +14,7 @@ import tyro
 from config import ROOT
 from errors import UserError, run_main
 from files import atomic_write
-from procgen_env import GAMES
+from procgen_env import GAMES, check_game
 from tables import table
 
 HEAD = ["game", "random", "expert", "learned expert", "published expert", "relative return", "frames/s"]
@@ -40,7 +40,7 @@ def main() -> None:
         try:
             kept = {key: result[key] for key in KEPT}
             kind = result["policy"] if result["policy"] in ("random", "expert") else "learned"
-            results.setdefault(result["game"], {})[kind] = kept
+            results.setdefault(check_game(result["game"]).name, {})[kind] = kept
         except (KeyError, TypeError):
             raise UserError(f"{path} is no result of `evaluate.py --json`") from None
     if args.add:
@@ -70,8 +70,11 @@ def row(game: str, results: dict[str, dict]) -> list[str]:
 
 
 def score(result: dict | None) -> str:
-    """Mean ± standard error; nothing where there is no result."""
-    return f"{result['return_mean']:.2f} ± {result['return_stderr']:.2f}" if result else ""
+    """Mean ± standard error, which a single episode has not; nothing where there is no result."""
+    if not result:
+        return ""
+    error = result["return_stderr"]
+    return f"{result['return_mean']:.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 if __name__ == "__main__":
