@@ -137,19 +137,20 @@ def grid_distances(free: np.ndarray, goals: np.ndarray) -> np.ndarray:
     `goals` are rows and columns (G, 2). The result (H + 2, W + 2) has a border around the grid, and NO_WAY
     wherever there is none.
     """
-    free = np.pad(free, 1)
-    distances = np.full(free.shape, NO_WAY)
-    frontier = deque((int(row) + 1, int(column) + 1) for row, column in goals)
+    height, width = free.shape[0] + 2, free.shape[1] + 2
+    is_free = np.pad(free, 1).ravel().tolist()
+    distances = [NO_WAY] * (height * width)
+    frontier = deque((int(row) + 1) * width + int(column) + 1 for row, column in goals)
     for cell in frontier:
         distances[cell] = 0
     while frontier:
-        row, column = frontier.popleft()
-        for up, right in NEIGHBOURS:
-            cell = row + up, column + right
-            if free[cell] and distances[cell] > distances[row, column] + 1:
-                distances[cell] = distances[row, column] + 1
-                frontier.append(cell)
-    return distances
+        cell = frontier.popleft()
+        further = distances[cell] + 1
+        for step in (1, -1, width, -width):
+            if is_free[cell + step] and distances[cell + step] > further:
+                distances[cell + step] = further
+                frontier.append(cell + step)
+    return np.array(distances).reshape(height, width)
 
 
 def cells(things: np.ndarray) -> np.ndarray:
