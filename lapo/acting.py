@@ -12,6 +12,7 @@ import torch
 from build import make_acting_policy
 from config import EvalConfig, load_config, to_dict, validate
 from errors import UserError
+from experts import Expert
 from ppo import sample
 from procgen_env import ACTIONS, HELD_OUT_LEVELS, Evaluation, VecEnv, Visuals, play
 from runs import load_checkpoint
@@ -83,11 +84,20 @@ def steps_played(checkpoint: dict) -> int | None:
     return checkpoint["step"] * group["num_envs"] * group["rollout_steps"]
 
 
-def judge(act: Act, game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> Evaluation:
-    """Play `cfg.episodes` episodes of `game` on levels that no recorded data shows."""
-    num_envs = min(cfg.num_envs, cfg.episodes)
-    env = VecEnv(game, num_envs, seed=seed, levels=HELD_OUT_LEVELS, visuals=visuals)
+def judge(player: Act | Expert, game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> Evaluation:
+    """Play `cfg.episodes` episodes of `game` on levels that no recorded data shows.
+
+    An expert must be one for `num_judged(cfg)` environments.
+    """
+    env = VecEnv(game, num_judged(cfg), seed=seed, levels=HELD_OUT_LEVELS, visuals=visuals)
     try:
-        return play(act, env, cfg.episodes, sparing=True)
+        if isinstance(player, Expert):
+            return play(lambda frames: player.act(env.get_state()), env, cfg.episodes)
+        return play(player, env, cfg.episodes, sparing=True)
     finally:
         env.close()
+
+
+def num_judged(cfg: EvalConfig) -> int:
+    """Environments that `judge` plays in."""
+    return min(cfg.num_envs, cfg.episodes)

@@ -13,9 +13,10 @@ from typing import Literal
 
 import tyro
 
-from acting import Act, checkpoint_actor, judge, load_policy, random_actor, steps_played
+from acting import Act, checkpoint_actor, judge, load_policy, num_judged, random_actor, steps_played
 from config import Config, load_config, to_dict, validate
 from errors import UserError, run_main
+from experts import Expert, expert_name, make_expert
 from files import atomic_write
 from procgen_env import GAMES, Visuals, check_game, relative_return
 from training import Compute, seed_everything
@@ -43,8 +44,9 @@ class Arguments:
     """How the game is drawn: full or plain; without it, as in the checkpoint's training."""
     env: str | None = None
     """Game; without it, the checkpoint's own or config.yaml's."""
-    policy: Literal["online", "offline", "scratch", "bc", "random"] | None = None
-    """Which of the experiment's policies, online unless said; random is uniform and needs no experiment."""
+    policy: Literal["online", "offline", "scratch", "bc", "random", "expert"] | None = None
+    """Which of the experiment's policies, online unless said. Two need no experiment: random is uniform, and
+    expert the game's expert without training, who reads the simulator's state."""
     checkpoint: Path | None = None
     """A checkpoint of stage 3 or of train_expert.py, in place of exp and policy."""
     json: Path | None = None
@@ -104,6 +106,7 @@ def evaluate(args: Arguments, cfg: Config) -> dict:
         "return_stderr": None if math.isnan(played.stderr) else played.stderr,
         "relative_return": relative_return(player.game, played.mean),
         "mean_length": float(played.lengths.mean()),
+        "steps_per_cpu_second": played.speed,
     }
     print(describe(result))
     if args.json:
@@ -118,8 +121,8 @@ class Player:
 
     game: str
     policy: str
-    """Mode of stage 3, expert (of train_expert.py), or random."""
-    act: Act
+    """Mode of stage 3, random, expert (without training) or learned expert (of train_expert.py)."""
+    act: Act | Expert
     visuals: Visuals
     """How the game is drawn for it: as it was for its training."""
     checkpoint: Path | None = None
@@ -128,6 +131,8 @@ class Player:
 
     def describe(self) -> str:
         """The player in words."""
+        if isinstance(self.act, Expert):
+            return f"{expert_name(self.game)}, an expert without training,"
         if self.checkpoint is None:
             return "the uniform random policy"
         progress = "" if self.unfinished_at is None else f", unfinished, at step {self.unfinished_at:,}"
@@ -141,6 +146,8 @@ def choose(args: Arguments, cfg: Config, compute: Compute) -> Player:
     """
     if args.policy == "random":
         return Player(cfg.env, "random", random_actor(cfg.seed), cfg.visuals)
+    if args.policy == "expert":
+        return Player(cfg.env, "expert", make_expert(cfg.env, num_judged(cfg.eval)), cfg.visuals)
     mode = args.policy or "online"
     path = args.checkpoint or cfg.run_dir / f"stage3_{mode}" / "checkpoint.pt"
     command = f"python stage3.py --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed} --stage3.mode {mode}"
@@ -149,7 +156,7 @@ def choose(args: Arguments, cfg: Config, compute: Compute) -> Player:
     act = checkpoint_actor(checkpoint, compute, cfg.eval.greedy)
     unfinished_at = None if checkpoint["finished"] else steps_played(checkpoint)
     visuals = args.visuals or saved["visuals"]
-    policy = checkpoint["stage"].removeprefix("stage3_")
+    policy = "learned expert" if checkpoint["stage"] == "expert" else saved["stage3"]["mode"]
     return Player(args.env or saved["env"], policy, act, visuals, path, unfinished_at)
 
 

@@ -6,6 +6,7 @@ The only module that imports procgen. Dimensions: N environments, H = W = 64 pix
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,6 +315,8 @@ class Evaluation:
 
     returns: np.ndarray
     lengths: np.ndarray
+    speed: float = math.nan
+    """Steps played, over all environments, per second of CPU time of all threads."""
 
     @property
     def episodes(self) -> int:
@@ -360,6 +363,7 @@ def play(
     lengths = np.zeros((env.num_envs, per_env), dtype=np.int64)
     counts = np.zeros(env.num_envs, dtype=np.int64)
     tracker = EpisodeTracker(env.num_envs)
+    steps, start = 0, time.process_time()
     obs = env.observe()
     while (playing := counts < per_env).any():
         if sparing:
@@ -374,4 +378,6 @@ def play(
         returns[envs, counts[envs]] = finished_returns[wanted]
         lengths[envs, counts[envs]] = finished_lengths[wanted]
         counts[envs] += 1
-    return Evaluation(returns.ravel(), lengths.ravel())
+        steps += env.num_envs
+    # The clock may stand still for the shortest of plays.
+    return Evaluation(returns.ravel(), lengths.ravel(), steps / max(time.process_time() - start, 1e-6))

@@ -19,7 +19,6 @@ A chunk holds E environments one after another, T frames of each:
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import multiprocessing
@@ -270,21 +269,19 @@ class Dataset:
     ):
         """Open the data set in `folder`, or begin one.
 
-        Raises UserError if there is no planner for `game` and no `policy` plays, or if the folder holds
-        chunks made otherwise.
+        Raises UserError if there is no such game, or if the folder holds chunks made otherwise.
         """
         self.folder, self.file = folder, folder / "dataset.json"
         self.settings = {
             "game": game,
-            "expert": str(policy) if policy else experts.find_expert(game).__name__,
+            "expert": str(policy) if policy else experts.expert_name(game),
             "seed": seed,
             "noise": noise,
             "visuals": visuals,
             "levels": {split: list(levels) for split, levels in LEVELS.items()},
         }
         self.provenance = policy.provenance if policy else None
-        source = Path(experts.__file__).read_bytes()
-        code = policy.versions if policy else {"experts.py": hashlib.sha256(source).hexdigest()[:12]}
+        code = policy.versions if policy else {"experts": experts.source_hash()}
         self.versions = {"procgen": simulator_version(), **code}
         self.way_out = f"delete {folder} or choose another --data-dir"
         self.chunks: dict[str, dict[str, float]] = {}

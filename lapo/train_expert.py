@@ -36,8 +36,6 @@ def train(cfg: Config) -> None:
     compute = Compute.from_config(cfg)
     check_game(cfg.env)
     distils = cfg.expert.teacher == "planner"
-    if distils:
-        experts.find_expert(cfg.env)
     # The networks are those of stage 3, so that whatever plays its policies plays experts as well.
     cfg = replace(
         cfg,
@@ -85,10 +83,11 @@ def distil(cfg: Config, compute: Compute, run: Run) -> nn.Module:
 
 def origin(cfg: Config) -> dict[str, str]:
     """How an expert came about, beside what any checkpoint tells of its run."""
-    method = "PPO from scratch"
+    made = {"method": "PPO from scratch", "procgen": simulator_version()}
     if cfg.expert.teacher == "planner":
-        method = f"DAgger, taught by {experts.find_expert(cfg.env).__name__}"
-    return {"method": method, "procgen": simulator_version()}
+        teacher = experts.expert_name(cfg.env)
+        made |= {"method": f"DAgger, taught by {teacher}", "experts": experts.source_hash()}
+    return made
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def test_random_policy_needs_no_run(call, trained, tmp_path):
     status, out, err = call(*arguments)
     assert (status, err) == (0, "")
     played = judge(random_actor(5), GAME, "full", trained.config().eval, seed=5)
-    assert json.loads(file.read_text()) == {
+    result = json.loads(file.read_text())
+    assert result.pop("steps_per_cpu_second") > 0
+    assert result == {
         "game": GAME,
         "policy": "random",
         "checkpoint": None,
@@ -91,6 +93,17 @@ def test_random_policy_needs_no_run(call, trained, tmp_path):
         "mean_length": played.lengths.mean(),
     }
     assert f"0: random, {GAMES[GAME].random_return:.2f}" in out
+
+
+def test_expert_plays_the_levels_that_others_are_judged_on(call, tmp_path):
+    """Two environments, of which one has to wait for the other."""
+    file = tmp_path / "out.json"
+    arguments = ("--policy", "expert", "--env", "maze", "--episodes", "4", "--json", str(file))
+    status, out, _ = call(*arguments)
+    assert status == 0
+    assert "MazeExpert, an expert without training, plays 4 episodes of maze" in out
+    result = json.loads(file.read_text())
+    assert (result["policy"], result["return_mean"], result["episodes"]) == ("expert", 10.0, 4)
 
 
 def test_checkpoint_brings_its_game_and_policy(call, trained):

@@ -8,7 +8,6 @@ import pytest
 
 from conftest import LAPO
 from errors import UserError
-from experts import State
 from procgen_env import (
     ALL_LEVELS,
     GAMES,
@@ -23,6 +22,7 @@ from procgen_env import (
     play,
     relative_return,
 )
+from simulator_state import State
 
 FORWARD = [5, 7, 8, 9]  # UP, RIGHT, RIGHT-UP and one more: episodes end soon
 

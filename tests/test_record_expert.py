@@ -87,6 +87,8 @@ def test_plan_covers_all_frames_with_seeds_of_their_own() -> None:
         Chunk("maze", 3, "train", 1, 2100),
         Chunk("coinrun", 0, "test", 0, 150),
         Chunk("jumper", 0, "test", 0, 150, noise=0.3, visuals="plain"),
+        Chunk("leaper", 0, "test", 0, 300),
+        Chunk("ninja", 0, "test", 0, 150),
     ],
 )
 def test_recorded_actions_lead_to_the_recorded_frames(chunk: Chunk) -> None:
@@ -268,7 +270,7 @@ def test_data_of_another_expert_are_complete_but_not_continued(recorded: Path, t
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "maze/dataset.json"
     record = json.loads(file.read_text())
-    record["versions"]["experts.py"] = "older"
+    record["versions"]["experts"] = "older"
     file.write_text(json.dumps(record))
     dataset = Dataset(tmp_path / "maze", "maze", 0)
     plan = plan_chunks(Arguments(env="maze", frames=300, test_frames=4100, workers=1))

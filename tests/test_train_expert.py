@@ -20,8 +20,9 @@ from config import Config, DaggerConfig, to_dict, validate
 from conftest import Workplace, numbered_frames, read_numbers
 from dagger import Dagger, Panel
 from errors import UserError
-from experts import LEFT, RIGHT, Expert, find_expert, make_expert
+from experts import expert_name, make_expert
 from models import Policy
+from planners import LEFT, RIGHT, Expert
 from procgen_env import VecEnv
 from runs import load_checkpoint
 from training import Compute
@@ -92,8 +93,8 @@ def test_the_finished_checkpoint_is_a_small_file_that_says_what_it_is(distilled)
     assert path.stat().st_size < 3_000_000
     expert = torch.load(path, weights_only=True)
     assert expert["state"].keys() == {"policy", "origin"}
-    assert expert["state"]["origin"].keys() == {"method", "procgen"}
-    assert expert["state"]["origin"]["method"] == f"DAgger, taught by {find_expert(GAME).__name__}"
+    assert expert["state"]["origin"].keys() == {"method", "procgen", "experts"}
+    assert expert["state"]["origin"]["method"] == f"DAgger, taught by {expert_name(GAME)}"
     config = expert["config"]
     assert (config["env"], config["seed"], config["visuals"]) == (GAME, 0, "full")
     assert config["expert"]["teacher"] == "planner"

@@ -1,0 +1,81 @@
+"""What the experts earn, game by game: `python expert_table.py` prints the table of the README.
+
+It is kept in docs/experts.json, into which `python expert_table.py --add FILE …` takes results that
+`evaluate.py --json FILE` wrote: of `--policy random`, of `--policy expert`, or of a learned expert's
+`--checkpoint`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from config import ROOT
+from errors import UserError, run_main
+from files import atomic_write
+from procgen_env import GAMES, check_game
+from tables import table
+
+HEAD = ["game", "random", "expert", "learned expert", "published expert", "relative return", "frames/s"]
+KEPT = "episodes", "return_mean", "return_stderr", "relative_return", "mean_length", "steps_per_cpu_second"
+
+
+@dataclass
+class Arguments:
+    """Print the table of experts."""
+
+    add: tuple[Path, ...] = ()
+    """Results of evaluate.py to take into the table first."""
+    file: Path = ROOT / "docs" / "experts.json"
+    """Where the table's numbers are kept."""
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    args = tyro.cli(Arguments)
+    results = read(args.file) if args.file.exists() else {}
+    for path in args.add:
+        result = read(path)
+        try:
+            kept = {key: result[key] for key in KEPT}
+            kind = result["policy"] if result["policy"] in ("random", "expert") else "learned"
+            results.setdefault(check_game(result["game"]).name, {})[kind] = kept
+        except (KeyError, TypeError):
+            raise UserError(f"{path} is no result of `evaluate.py --json`") from None
+    if args.add:
+        ordered = {game: results[game] for game in GAMES if game in results}
+        atomic_write(args.file, lambda path: path.write_text(json.dumps(ordered, indent=1) + "\n"))
+    print(table(HEAD, [row(game, results.get(game, {})) for game in GAMES]))
+
+
+def read(path: Path) -> dict:
+    """A JSON file's content. Raises UserError if it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def row(game: str, results: dict[str, dict]) -> list[str]:
+    """A game's line: what is known, relative return and speed those of the expert without training."""
+    expert = results.get("expert")
+    return [
+        game,
+        *(score(results.get(kind)) for kind in ("random", "expert", "learned")),
+        f"{GAMES[game].expert_return:.1f}",
+        f"{expert['relative_return']:.2f}" if expert else "",
+        f"{expert['steps_per_cpu_second']:,.0f}" if expert else "",
+    ]
+
+
+def score(result: dict | None) -> str:
+    """Mean ± standard error, which a single episode has not; nothing where there is no result."""
+    if not result:
+        return ""
+    error = result["return_stderr"]
+    return f"{result['return_mean']:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+if __name__ == "__main__":
+    run_main(main)

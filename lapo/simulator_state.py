@@ -1,0 +1,180 @@
+"""What an environment's state, as `VecEnv.get_state` serialises it, says about a level and the things in it.
+
+Dimensions: F entities (things that move), H, W the level's grid.
+"""
+
+import math
+import struct
+from collections import deque
+from functools import lru_cache
+
+import numpy as np
+
+ENTITY = np.dtype(
+    [(name, "<f4") for name in ("x", "y", "vx", "vy", "rx", "ry")]
+    + [(name, "<i4") for name in ("type", "image_type", "theme")]
+    + [("unused", "V68"), ("health", "<f4"), ("unused_too", "V16")]
+)
+"""One thing in a level: centre, velocity and half size in grid cells, then what it is (0: the agent)."""
+
+# The parts of a state, in order: a number counts 4-byte words; a name tells how a part gives its own length.
+_LAYOUT = (
+    ("version", 1),
+    ("game", "text"),
+    ("options", 17),
+    ("level_rng_seeded", 1),
+    ("level_rng", "text"),
+    ("rng_seeded", 1),
+    ("rng", "text"),
+    ("last_step", 5),
+    ("level_seed", 1),
+    ("progress", 7),
+    ("time", 1),
+    ("waiting", 1),
+    ("grid_size", 1),
+    ("entities", "entities"),
+    ("drawing", 4),
+    ("agent", 15),
+    ("asset_rng_seeded", 1),
+    ("asset_rng", "text"),
+    ("world", 7),
+    ("visibility", 2),
+    ("grid", "grid"),
+)
+
+
+class State:
+    """Reads one environment's state as `VecEnv.get_state` gives it."""
+
+    def __init__(self, data: bytes):
+        """Find where the parts of `data` lie."""
+        self.data = data
+        self.at: dict[str, int] = {}
+        offset = 0
+        for name, kind in _LAYOUT:
+            if kind == "text":
+                offset += 4
+                length = self._int(offset - 4)
+            elif kind == "entities":
+                offset += 4
+                length = self._int(offset - 4) * ENTITY.itemsize
+            elif kind == "grid":
+                offset += 12
+                length = self._int(offset - 4) * 4
+            else:
+                length = 4 * kind
+            self.at[name] = offset
+            offset += length
+
+    @property
+    def episode(self) -> tuple[int, int]:
+        """Seed of the level and steps played in it."""
+        return self._int(self.at["level_seed"]), self._int(self.at["time"])
+
+    @property
+    def entities(self) -> np.ndarray:
+        """All things in the level, ENTITY (F,)."""
+        offset = self.at["entities"]
+        return np.frombuffer(self.data, ENTITY, self._int(offset - 4), offset)
+
+    def things(self, *types: int) -> np.ndarray:
+        """The entities of some types, ENTITY (F,)."""
+        entities = self.entities
+        return entities[np.isin(entities["type"], types)]
+
+    @property
+    def agent(self) -> np.void:
+        """The entity that the actions move."""
+        entities = self.entities
+        return entities[entities["type"] == 0][0]
+
+    @property
+    def grid(self) -> np.ndarray:
+        """What fills each cell of the level, int32 (H, W); row 0 is at the bottom."""
+        offset = self.at["grid"]
+        width, height = struct.unpack_from("<2i", self.data, offset - 12)
+        return np.frombuffer(self.data, "<i4", width * height, offset).reshape(height, width)
+
+    def without_looks(self) -> bytes:
+        """A state that plays on alike up to the end of the episode, but is cheap to load and to draw.
+
+        Colours for pictures, no background, a view of one cell; without the random numbers that only make
+        new levels.
+        """
+        data = bytearray(self.data)
+        options = self.at["options"]
+        struct.pack_into("<i", data, options + 8, 1)  # monochrome assets
+        struct.pack_into("<i", data, options + 16, 0)  # backgrounds
+        struct.pack_into("<f", data, self.at["visibility"], 1.0)
+        for name in ("asset_rng", "level_rng"):  # the later one first, so that offsets hold
+            offset = self.at[name]
+            data[offset - 4 : offset + self._int(offset - 4)] = bytes(4)
+        return bytes(data)
+
+    def _int(self, offset: int) -> int:
+        return struct.unpack_from("<i", self.data, offset)[0]
+
+
+def side_by_side(things: list[np.ndarray]) -> np.ndarray:
+    """The things of N environments, ENTITY (N, F), filled up with some of type -1, far away."""
+    filled = np.zeros((len(things), max(1, *map(len, things))), ENTITY)
+    filled["x"], filled["type"] = 1e6, -1
+    for row, each in zip(filled, things, strict=True):
+        row[: len(each)] = each
+    return filled
+
+
+# ---------------------------------------------------------------------------------------- ways on the grid
+
+NEIGHBOURS = ((0, 1), (0, -1), (1, 0), (-1, 0))
+"""Row and column steps to the cells right, left, above and below."""
+NO_WAY = 10_000
+
+
+def grid_distances(free: np.ndarray, goals: np.ndarray) -> np.ndarray:
+    """Steps from each cell of a grid to the nearest goal, over cells that are `free`, bool (H, W).
+
+    `goals` are rows and columns (G, 2). The result (H + 2, W + 2) has a border around the grid, and NO_WAY
+    wherever there is none.
+    """
+    height, width = free.shape[0] + 2, free.shape[1] + 2
+    is_free = np.pad(free, 1).ravel().tolist()
+    distances = [NO_WAY] * (height * width)
+    frontier = deque((int(row) + 1) * width + int(column) + 1 for row, column in goals)
+    for cell in frontier:
+        distances[cell] = 0
+    while frontier:
+        cell = frontier.popleft()
+        further = distances[cell] + 1
+        for step in (1, -1, width, -width):
+            if is_free[cell + step] and distances[cell + step] > further:
+                distances[cell + step] = further
+                frontier.append(cell + step)
+    return np.array(distances).reshape(height, width)
+
+
+def cells(things: np.ndarray) -> np.ndarray:
+    """Rows and columns (F, 2) of the cells in which `things` (F,) are."""
+    return np.stack([things["y"], things["x"]], axis=1).astype(int)
+
+
+def way_length(state: State, free: np.ndarray, goals: np.ndarray) -> float:
+    """Length of the agent's way to the nearest of `goals` (G, 2), through the centres of `free` cells (H, W).
+
+    At least NO_WAY where there is none.
+    """
+    distances = _known_distances(free.tobytes(), free.shape, np.asarray(goals, int).tobytes())
+    # Cell k of the bordered grid has its centre at k; the way leads through the agent's cell or one beside.
+    x, y = float(state.agent["x"]) + 0.5, float(state.agent["y"]) + 0.5
+    row, column = round(y), round(x)
+    return min(
+        distances[row + up, column + right] + math.hypot(row + up - y, column + right - x)
+        for up, right in ((0, 0), *NEIGHBOURS)
+        if 0 <= row + up < len(distances) and 0 <= column + right < distances.shape[1]
+    )
+
+
+@lru_cache(maxsize=512)
+def _known_distances(free: bytes, shape: tuple[int, int], goals: bytes) -> np.ndarray:
+    """`grid_distances`, which are the same in most states of a level."""
+    return grid_distances(np.frombuffer(free, bool).reshape(shape), np.frombuffer(goals, int).reshape(-1, 2))

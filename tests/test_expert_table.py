@@ -1,0 +1,90 @@
+"""expert_table.py: results of evaluate.py, kept and shown."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import expert_table
+from errors import run_main
+from procgen_env import GAMES
+
+RESULT = {
+    "game": "maze",
+    "policy": "expert",
+    "checkpoint": None,
+    "seed": 0,
+    "greedy": False,
+    "episodes": 128,
+    "return_mean": 9.5,
+    "return_stderr": 0.25,
+    "relative_return": 0.917,
+    "mean_length": 20.0,
+    "steps_per_cpu_second": 1234.5,
+}
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Runs expert_table.py on a file of its own; gives exit status, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(
+            sys, "argv", ["expert_table.py", "--file", str(tmp_path / "kept.json"), *arguments]
+        )
+        try:
+            run_main(expert_table.main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def write(path: Path, **changes: object) -> str:
+    path.write_text(json.dumps(RESULT | changes))
+    return str(path)
+
+
+def line(table: str, game: str) -> list[str]:
+    (found,) = (line for line in table.splitlines() if line.startswith(f"| {game} "))
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+def test_results_are_kept_game_by_game(call, tmp_path):
+    expert = write(tmp_path / "a.json")
+    random = write(tmp_path / "b.json", policy="random", return_mean=4.5)
+    learned = write(tmp_path / "c.json", policy="scratch", checkpoint="some.pt", return_mean=9.0)
+    other = write(tmp_path / "d.json", game="bigfish", return_mean=30.0)
+    assert call("--add", expert, random)[0] == 0
+    assert call("--add", learned, other)[0] == 0
+    status, out, _ = call()
+    assert status == 0
+    assert [row.split("|")[1].strip() for row in out.splitlines()[2:]] == list(GAMES)
+    assert line(out, "maze")[1:] == ["4.50 ± 0.25", "9.50 ± 0.25", "9.00 ± 0.25", "10.0", "0.92", "1,234"]
+    assert line(out, "bigfish")[2] == "30.00 ± 0.25"
+    assert line(out, "heist")[1:] == ["", "", "", "9.7", "", ""]
+
+
+def test_single_episode_has_no_standard_error(call, tmp_path):
+    _, out, _ = call("--add", write(tmp_path / "a.json", return_stderr=None))
+    assert line(out, "maze")[2] == "9.50"
+
+
+def test_newer_result_replaces_the_older(call, tmp_path):
+    call("--add", write(tmp_path / "a.json"))
+    _, out, _ = call("--add", write(tmp_path / "a.json", return_mean=9.75))
+    assert line(out, "maze")[2] == "9.75 ± 0.25"
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"policy": "expert"}'])
+def test_what_is_no_result_changes_nothing(call, tmp_path, content):
+    call("--add", write(tmp_path / "a.json"))
+    before = (tmp_path / "kept.json").read_bytes()
+    (tmp_path / "b.json").write_text(content)
+    status, out, err = call("--add", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert str(tmp_path / "b.json") in err
+    assert (tmp_path / "kept.json").read_bytes() == before
