@@ -49,10 +49,10 @@ class Panel(Expert):
         actions = self.pool.map(lambda expert, share: expert.act(share), self.experts, shares)
         return np.concatenate(list(actions))
 
-    def replan(self, envs: np.ndarray) -> None:
+    def forget(self) -> None:
         """See `Expert`."""
-        for expert, part in zip(self.experts, self.parts, strict=True):
-            expert.replan(envs[part])
+        for expert in self.experts:
+            expert.forget()
 
 
 class Dagger:
@@ -76,7 +76,7 @@ class Dagger:
     ):
         """`make_expert` makes a teacher for a number of environments."""
         self.cfg, self.compute, self.env, self.policy = cfg, compute, env, policy
-        self.make_expert = make_expert
+        self.teacher = Panel(make_expert, env.num_envs)
         groups = [{"params": list(policy.parameters()), "lr": cfg.lr}]
         self.optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
         self.loss_of = compute.compiled(self._loss_of)
@@ -94,10 +94,10 @@ class Dagger:
         """Play a round and keep it; returns how often the policy agreed with the expert beforehand.
 
         In a share of the steps, which falls from 1 to 0, the expert's action is taken in place of the
-        policy's. Every round has an expert of its own, so that a continued run is taught alike.
+        policy's. The expert decides anew at every frame: what follows from a plan that was made some steps
+        ago, a frame does not show.
         """
         share = piecewise_linear(self.count / self.cfg.rounds, [(0.0, 1.0), (self.cfg.teacher_until, 0.0)])
-        teacher = Panel(self.make_expert, self.env.num_envs)
         slot, agreed = self.count % self.cfg.rounds_kept, []
         states = self.env.get_state()
         self.starts.append(states)
@@ -106,10 +106,10 @@ class Dagger:
             frames.copy_(torch.from_numpy(self.env.observe()))
             with self.compute.autocast():
                 logits = self.policy.logits(frames)
-            label = teacher.act(states)  # meanwhile, where the policy runs on a GPU
+            self.teacher.forget()
+            label = self.teacher.act(states)  # meanwhile, where the policy runs on a GPU
             instead = torch.rand(len(label)).numpy() < share
             action = np.where(instead, label, sample(logits)[0].cpu().numpy()).astype(np.int32)
-            teacher.replan(action != label)
             self.actions[slot, step] = torch.from_numpy(action)
             self.labels[slot, step] = torch.from_numpy(label)
             agreed.append((logits.argmax(-1) == self.labels[slot, step]).float().mean())

@@ -23,8 +23,8 @@ class Expert:
         """Actions, int32 (N,), for N states as `VecEnv.get_state` gives them."""
         raise NotImplementedError
 
-    def replan(self, envs: np.ndarray) -> None:
-        """Give up what was planned for environments `envs`, bool (N,): something else was done there."""
+    def forget(self) -> None:
+        """Forget what was planned and done: the next actions depend on nothing but the states."""
 
     def simplest(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
         """The simplest actions (N,) that have the same effect as `actions` (N,) in `states`."""
@@ -93,6 +93,10 @@ class BigFishExpert(Expert):
         values[np.arange(len(states)), self._last] += self.HABIT
         self._last = values.argmax(1)
         return self._last.astype(np.int32)
+
+    def forget(self) -> None:
+        """See `Expert`."""
+        self._last[:] = NOOP
 
     def _swim(self, x: np.ndarray, v: np.ndarray, radius: np.ndarray, push: np.ndarray) -> np.ndarray:
         """Coordinate (N, P, T) of agents at `x` with velocity `v` (N,) who push (P, T)."""

@@ -4,7 +4,7 @@ Dimensions: N environments played, P plans, T steps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -84,10 +84,9 @@ class SimulatorSearch(Expert):
         actions = [self._act(env, State(state)) for env, state in enumerate(states)]
         return self.simplest(states, np.array(actions, np.int32))
 
-    def replan(self, envs: np.ndarray) -> None:
+    def forget(self) -> None:
         """See `Expert`."""
-        for env in np.flatnonzero(envs):
-            self._courses[env] = replace(self._courses[env], level=-1)
+        self._courses = [_Course(-1, 0, self._plans[0])] * len(self._courses)
 
     def simplest(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
         """See `Expert`; both actions are tried in the simulator."""
