@@ -123,7 +123,7 @@ def _run_and_jump() -> tuple[Stretches, ...]:
 
 
 SEARCHES = {
-    "bossfight": SearchSettings(actions=(FIRE,) * 4 + MOVES, progress=boss_weakened, commit=5),
+    "bossfight": SearchSettings(actions=(FIRE,) * 4 + MOVES, progress=boss_weakened),
     "caveflyer": SearchSettings(
         actions=(UP, LEFT_UP, RIGHT_UP, LEFT, RIGHT, NOOP, FIRE), progress=near(1, 0.1)
     ),

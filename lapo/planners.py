@@ -138,17 +138,9 @@ class BigFishExpert(Expert):
 
 
 class LeaperExpert(Expert):
-    """Hops as soon as it can foresee a safe way across: a depth-first search over hops and waits.
+    """Hops as soon as it can foresee a safe way across; in the middle of a hop, actions have no effect."""
 
-    A hop takes five steps, in which actions have no effect. Cars and logs drift at constant speed.
-    """
-
-    LOG, WATER, CAR, FINISH = 1, 3, 4, 5
-    WIDTH = 9.0
-    HOP = (0.4, 0.3, 0.2, 0.1, 0.0)
     MOVES = {UP: (0, 1), NOOP: (0, 0), LEFT: (-1, 0), RIGHT: (1, 0), DOWN: (0, -1)}  # noqa: RUF012
-    STEPS, PLACES = 90, 500
-    CAR_MARGIN, LOG_MARGIN = 0.08, 0.06
 
     actions = tuple(MOVES)
 
@@ -163,20 +155,33 @@ class LeaperExpert(Expert):
         agent = state.agent
         if agent["vx"] != 0 or agent["vy"] != 0:
             return NOOP
+        move = _Crossing(state).safe_move(float(agent["x"]), float(agent["y"]), 0)
+        return NOOP if move is None else move
+
+
+class _Crossing:
+    """A depth-first search over hops and waits, among cars and logs that drift at constant speed."""
+
+    LOG, WATER, CAR, FINISH = 1, 3, 4, 5
+    WIDTH = 9.0
+    HOP = (0.4, 0.3, 0.2, 0.1, 0.0)
+    STEPS, PLACES = 90, 500
+    CAR_MARGIN, LOG_MARGIN = 0.08, 0.06
+
+    def __init__(self, state: State):
+        """From `state` on."""
         self._cars, self._logs = (
             [[float(thing[key]) for key in ("x", "y", "vx", "rx", "ry")] for thing in state.things(kind)]
             for kind in (self.CAR, self.LOG)
         )
         self._water = set(np.flatnonzero((state.grid == self.WATER).any(axis=1)))
         self._finish = float(state.things(self.FINISH)["y"][0])
-        self._radius = float(agent["rx"])
+        self._radius = float(state.agent["rx"])
         self._visited: set[tuple[int, int, int]] = set()
-        move = self._safe_move(float(agent["x"]), float(agent["y"]), 0)
-        return NOOP if move is None else move
 
-    def _safe_move(self, x: float, y: float, t: int) -> int | None:
+    def safe_move(self, x: float, y: float, t: int) -> int | None:
         """The first move of a safe way on from `x`, `y` in `t` steps from now; None if there is none."""
-        for move in self.MOVES:
+        for move in LeaperExpert.MOVES:
             end = self._end(move, x, y, t)
             if end is None:
                 continue
@@ -186,13 +191,13 @@ class LeaperExpert(Expert):
                 continue
             self._visited.add(place)
             across = abs(y_end - self._finish) < 0.6
-            if across or t_end > self.STEPS or self._safe_move(x_end, y_end, t_end) is not None:
+            if across or t_end > self.STEPS or self.safe_move(x_end, y_end, t_end) is not None:
                 return move
         return None
 
     def _end(self, move: int, x: float, y: float, t: int) -> tuple[float, float, int] | None:
         """Where and when `move` ends; None if something happens on the way."""
-        right, up = self.MOVES[move]
+        right, up = LeaperExpert.MOVES[move]
         for part in (0.0,) if move == NOOP else self.HOP:
             t += 1
             x, y = x + right * part, y + up * part

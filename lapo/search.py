@@ -62,8 +62,8 @@ class SimulatorSearch(Expert):
     """
 
     DISCOUNT = 0.99
-    DEATH = 20.0
-    LAST_ROUND = 6
+    DEATH = 20.0  # what it costs, in units of reward: more than anything that can be had at its price
+    LAST_ROUND = 6  # of looking for a plan that survives
 
     def __init__(self, game: str, settings: SearchSettings, num_envs: int):
         """For `num_envs` environments of `game`."""
