@@ -34,7 +34,7 @@ class Panel(Expert):
     experts there are must not depend on the machine: sums over more environments may be rounded otherwise.
     """
 
-    SIZE = 8
+    SIZE = 16
 
     def __init__(self, make_expert: Callable[[int], Expert], num_envs: int):
         """For `num_envs` environments; `make_expert` makes an expert for a number of them."""

@@ -310,9 +310,9 @@ def test_learning_to_go_where_the_teacher_goes():
 
 
 def test_a_panel_says_what_one_expert_says():
-    env = VecEnv("bigfish", 10, seed=0, num_threads=0)
-    one, panel = make_expert("bigfish", 10), Panel(partial(make_expert, "bigfish"), 10)
-    assert len(panel.experts) == 8
+    env = VecEnv("bigfish", 20, seed=0, num_threads=0)
+    one, panel = make_expert("bigfish", 20), Panel(partial(make_expert, "bigfish"), 20)
+    assert len(panel.experts) == 16
     for step in range(20):
         states = env.get_state()
         label = one.act(states)
