@@ -20,7 +20,7 @@ class NoTracking:
 
 
 def start_wandb(cfg: Config, stage: str, folder: Path, run_id: str | None) -> Any:
-    """A wandb run in project lapo_stage1..3 or lapo_expert, continued when `run_id` is known; or its stand-in.
+    """A wandb run in project lapo_stage1..3 or lapo_expert, continued if `run_id` is known; or its stand-in.
 
     Without an account at hand, or without a connection, metrics are kept offline, with a notice: never a
     prompt, never a crash.
