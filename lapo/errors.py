@@ -39,5 +39,6 @@ def _reader_has_gone() -> bool:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # schedulers repeat it
     print("terminated; the same command continues", file=sys.stderr)
     sys.exit(128 + number)

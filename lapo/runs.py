@@ -203,7 +203,7 @@ class Run:
             initial=self.step * scale,
             unit=unit,
             desc=self.stage,
-            mininterval=1,
+            mininterval=1 if sys.stderr.isatty() else 60,  # a log needs no line a second
             unit_scale=True,
         )
         if self._rng:
@@ -226,7 +226,8 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._stop_signal == number:  # asked twice: do not wait for the step's end
+        # Ctrl-C twice: do not wait for the step's end. Schedulers repeat SIGTERM without meaning that.
+        if number == self._stop_signal == signal.SIGINT:
             sys.exit(128 + number)
         self._stop_signal = number
 
