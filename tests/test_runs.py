@@ -29,7 +29,7 @@ import stage1_idm_wm
 import stage2_bc
 import stage3_decode
 from config import to_dict
-from conftest import LAPO, Trap, Workplace, largest_file
+from conftest import INTERRUPTIONS, LAPO, Trap, Workplace, largest_file
 from errors import UserError, run_main
 from files import atomic_write
 from runs import EXPLODED, FIELDS, FORMAT, Run, diff, load_checkpoint, load_stage
@@ -494,8 +494,6 @@ STAGES = {
     "stage3_online": (stage3_decode, ["--stage3.mode", "online"]),
     "stage3_scratch": (stage3_decode, ["--stage3.mode", "scratch"]),
 }
-# `make soak` asks for more.
-INTERRUPTIONS = int(os.environ.get("LAPO_INTERRUPTIONS", "6"))
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -558,12 +556,14 @@ def server() -> multiprocessing.context.BaseContext:
     return context
 
 
-# Many saves, so that a good part of all moments falls into one, and long enough for all interruptions.
+# Many saves; a run interrupted so often makes between none and two of them before the next interruption.
 LONGER = [
-    *(f"--stage1.steps={20 * INTERRUPTIONS // 6}", "--stage1.save_every=2"),
-    *(f"--stage2.steps={20 * INTERRUPTIONS // 6}", "--stage2.save_every=2"),
-    f"--stage3.steps={192 * INTERRUPTIONS // 6}",
+    *(f"--stage1.steps={4 * INTERRUPTIONS}", "--stage1.save_every=2"),
+    *(f"--stage2.steps={4 * INTERRUPTIONS}", "--stage2.save_every=2"),
+    *(f"--stage3.steps={64 * INTERRUPTIONS}", "--stage3.save_every=1"),
 ]
+SAVE = "checkpoint.pt.part"
+"""The file that is there during a save, and stays if the process is killed then."""
 
 
 class Command:
@@ -576,27 +576,35 @@ class Command:
         workplace.branch(exp, *(earlier for earlier in ("stage1", "stage2") if earlier < stage))
 
     def run(
-        self, server: multiprocessing.context.BaseContext, stop: str | None = None, duration: float = 0.0
-    ) -> list[int]:
-        """Run again and again; the first processes are stopped by `kill` or `terminate`, at moments of
-        a run that takes `duration` seconds. Returns the exit codes.
+        self,
+        server: multiprocessing.context.BaseContext,
+        stop: str = "",
+        times: int = 0,
+        duration: float = 0.0,
+    ) -> tuple[list[int], int]:
+        """Run again and again; the first `times` processes are stopped by `kill` or `terminate`: during a
+        save, soon after one, or soon after the start of a run that takes `duration` seconds.
+
+        Returns the exit codes, and how many saves were broken off.
         """
         moments = random.Random(self.folder.name)
-        codes = []
+        files = [SAVE, "config.yaml", SAVE, "checkpoint.pt"]  # every start writes the configuration
+        codes, broken = [], 0
         while 0 not in codes:
             before = self.written()
             process = server.Process(target=run_main, args=(self.main,))
             process.start()
-            if stop and len(codes) < INTERRUPTIONS:
-                # Every start writes the configuration; what a save writes is the checkpoint.
-                file = moments.choice(["config.yaml", "checkpoint.pt"])
-                while process.is_alive() and self.written().get(file) == before.get(file):
-                    time.sleep(0.002)
-                process.join(moments.uniform(0, duration / 3))
+            if len(codes) < times:
+                file = files[len(codes) % len(files)]
+                while process.is_alive() and self.written().get(file) in (None, before.get(file)):
+                    time.sleep(0.001)
+                if file != SAVE:
+                    process.join(moments.uniform(0, duration / (2 * INTERRUPTIONS)))
                 getattr(process, stop)()
             process.join(60)
             codes.append(process.exitcode)
-        return codes
+            broken += self.written().get(SAVE) not in (None, before.get(SAVE))
+        return codes, broken
 
     def written(self) -> dict[str, int]:
         """When each of the run's files was put in place."""
@@ -614,11 +622,16 @@ def test_a_stage_stopped_at_random_moments_ends_as_an_uninterrupted_one(trained,
     """Bit for bit: all tensors of the final checkpoint, and all lines of metrics."""
     whole = Command(trained, stage, f"{stage}-whole")
     started = time.monotonic()
-    assert whole.run(server) == [0]
+    assert whole.run(server) == ([0], 0)
     duration = time.monotonic() - started
 
-    for stop, code in (("kill", -signal.SIGKILL), ("terminate", 128 + signal.SIGTERM)):
+    for stop, code, times in (
+        ("kill", -signal.SIGKILL, INTERRUPTIONS),
+        ("terminate", 128 + signal.SIGTERM, INTERRUPTIONS // 2 + 1),
+    ):
         command = Command(trained, stage, f"{stage}-{stop}")
-        codes = command.run(server, stop, duration)
-        assert set(codes[:-1]) <= {code}, codes
+        codes, broken = command.run(server, stop, times, duration)
+        print(f"{stage}: {len(codes) - 1} times {stop}, {broken} of them during a save")
+        assert codes == [code] * times + [0]
+        assert (broken > 0) == (stop == "kill")
         assert command.result() == whole.result()
