@@ -286,9 +286,9 @@ class Run:
         """
         values = self._means(step) | to_floats(extra or {})
         self._sums, self._count = {}, 0
-        for key, value in values.items():
-            if not math.isfinite(value):
-                raise self._diverged(f"{key} is {value}", step)
+        bad = {key: value for key, value in values.items() if not math.isfinite(value)}
+        if bad:
+            raise self._diverged(_listed(bad), step)
         line = {"step": step, **values, "seconds": round(time.monotonic() - self._started, 1)}
         with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -302,10 +302,11 @@ class Run:
         Raises `UserError` when a loss or gradient norm among them has exploded.
         """
         means = {key: value / self._count for key, value in to_floats(self._sums).items()}
-        for key, value in means.items():
-            # Others may be huge in good health, such as the unexplained variance before the first reward.
-            if key.endswith(("loss", "grad_norm")) and not abs(value) < EXPLODED:
-                raise self._diverged(f"{key} is {value:.3g}", step)
+        # Others may be huge in good health, such as the unexplained variance before the first reward.
+        watched = {key: value for key, value in means.items() if key.endswith(("loss", "grad_norm"))}
+        bad = {key: value for key, value in watched.items() if not abs(value) < EXPLODED}
+        if bad:
+            raise self._diverged(_listed(bad), step)
         return means
 
     def _diverged(self, what: str, step: int) -> UserError:
@@ -315,6 +316,10 @@ class Run:
         if not self.checkpoint_path.exists():
             return "nothing was saved yet"
         return f"the last good checkpoint, {self.checkpoint_path}, is kept"
+
+
+def _listed(metrics: dict[str, float]) -> str:
+    return " and ".join(f"{key} is {value:.3g}" for key, value in metrics.items())
 
 
 def diff(old: Any, new: Any, key: str = "") -> list[str]:

@@ -17,6 +17,7 @@ from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from conftest import INTERRUPTIONS, LAPO, Trap, Workplace, largest_file
 from errors import UserError, run_main
 from files import atomic_write
 from runs import EXPLODED, FIELDS, FORMAT, Run, diff, load_checkpoint, load_stage
+from tracking import NoTracking
 from training import Compute
 
 CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
@@ -234,10 +236,27 @@ def test_what_explodes_stops_the_run_and_keeps_the_checkpoint(workplace, key):
 def test_training_that_explodes_stops_at_the_next_line(workplace):
     schedule = ["--stage1.lr", "1", "--stage1.log_every", "1", "--stage1.save_every", "1"]
     with pytest.raises(
-        UserError, match=r"stage1: \w+ is \d\S*e\+\d+ at step \d; .* try a lower learning rate"
+        UserError,
+        match=r"stage1: loss is \S+e\+\d+ and \w+_loss is .* at step \d; .* try a lower learning rate",
     ):
         stage1_idm_wm.train(workplace.config(*schedule))
     assert all(abs(line.get("loss", 0)) < EXPLODED for line in logged(workplace.run_dir("stage1")))
+
+
+def test_all_terms_that_are_no_good_are_named(workplace):
+    run = tiny_run(workplace)
+    run.track({"loss": torch.tensor(2e7), "wm_loss": 0.1, "vq_loss": 2e7})
+    with pytest.raises(UserError, match=r"^stage1: loss is 2e\+07 and vq_loss is 2e\+07 at step 7;"):
+        run.log(7)
+
+
+def test_a_continued_run_is_the_same_run_to_wandb(workplace, monkeypatch):
+    asked, tracking = [], NoTracking()
+    tracking.id = "abc123"
+    monkeypatch.setattr("runs.start_wandb", lambda cfg, stage, folder, id: asked.append(id) or tracking)
+    tiny_run(workplace).save({})
+    tiny_run(workplace)
+    assert asked == [None, "abc123"]
 
 
 def test_lines_written_after_the_last_checkpoint_are_dropped_when_a_run_continues(workplace):
@@ -318,6 +337,19 @@ def test_a_signal_lets_the_step_end_saves_and_exits(workplace, capsys, number, c
     assert (checkpoint["step"], checkpoint["finished"]) == (5, False)
     assert checkpoint["state"] == {"finished": [0, 1, 2, 3, 4]}
     assert "stopped at step 5; the same command continues\n" in capsys.readouterr().err
+
+
+def test_sigterm_again_leaves_the_step_its_time_and_ctrl_c_again_does_not(workplace):
+    for number, finished in ((signal.SIGTERM, True), (signal.SIGINT, False)):
+        run = tiny_run(workplace, "--exp", number.name)
+        steps = run.loop(9, dict, save_every=100, unit="step")
+        next(steps)
+        signal.raise_signal(number)
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(number)
+            next(steps)
+        steps.close()
+        assert run.checkpoint_path.exists() == finished
 
 
 def test_diff_names_every_changed_leaf():
@@ -635,3 +667,17 @@ def test_a_stage_stopped_at_random_moments_ends_as_an_uninterrupted_one(trained,
         assert codes == [code] * times + [0]
         assert (broken > 0) == (stop == "kill")
         assert command.result() == whole.result()
+
+
+@pytest.mark.parametrize("mode", ["bc", "scratch"])
+def test_a_run_stopped_while_it_is_judged_ends_as_an_uninterrupted_one(trained, monkeypatch, mode):
+    arguments = ["--stage3.mode", mode, "--stage3.steps", "64"]
+    whole, stopped = f"judged-{mode}", f"stopped-{mode}"
+    stage3_decode.train(trained.config("--exp", whole, *arguments))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage3_decode, "score", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            stage3_decode.train(trained.config("--exp", stopped, *arguments))
+    stage3_decode.train(trained.config("--exp", stopped, *arguments))
+    stage = f"stage3_{mode}"
+    assert result(trained.run_dir(stage, stopped)) == result(trained.run_dir(stage, whole))
