@@ -6,8 +6,8 @@
 #   bash launch.sh bigfish --seeds 0,1,2      each game once with each of these seeds
 #   bash launch.sh maze --modes online,bc     stage 3 once in each of these modes, not in the config's
 #   bash launch.sh mygame --stages 1,2        only these stages
-#   bash launch.sh bigfish --seeds 0,1 --list      check everything, print the runs, start nothing
-#   bash launch.sh bigfish --seeds 0,1 --task 1    only this one of them, counted from 0 (see slurm.sh)
+#   bash launch.sh maze --seeds 0,1 --list    check everything, print the runs, start none
+#   bash launch.sh maze --seeds 0,1 --task 1  only this one of them, counted from 0, as slurm.sh does
 #
 # A game is one of Procgen's, or any name with a folder of frames in the config's data_dir (stage 3 plays,
 # so it needs Procgen). Names and arguments are checked before anything starts. A run that fails is

@@ -633,7 +633,8 @@ class Command:
                 if file != SAVE:
                     process.join(moments.uniform(0, duration / (2 * INTERRUPTIONS)))
                 getattr(process, stop)()
-            process.join(60)
+            process.join(60 * max(1, INTERRUPTIONS // 5))
+            assert process.exitcode is not None, "it takes too long"
             codes.append(process.exitcode)
             broken += self.written().get(SAVE) not in (None, before.get(SAVE))
         return codes, broken
