@@ -208,7 +208,7 @@ class Run:
             initial=self.step * scale,
             unit=unit,
             desc=self.stage,
-            mininterval=1,
+            mininterval=1 if sys.stderr.isatty() else 60,  # a log needs no line a second
             unit_scale=True,
             disable=not is_first(),
         )
@@ -234,8 +234,8 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        # Asked twice: do not wait for the step's end. But torchrun repeats what reaches its children anyway.
-        if self._stop_signal == number and not by_torchrun():
+        # Ctrl-C twice: do not wait for the step's end. Schedulers repeat SIGTERM, and torchrun any signal.
+        if number == self._stop_signal == signal.SIGINT and not by_torchrun():
             sys.exit(128 + number)
         self._stop_signal = number
 
@@ -302,9 +302,9 @@ class Run:
         """
         values = self._means(step) | to_floats(extra or {})
         self._sums, self._count = {}, 0
-        for key, value in values.items():
-            if not math.isfinite(value):
-                raise self._diverged(f"{key} is {value}", step)
+        bad = {key: value for key, value in values.items() if not math.isfinite(value)}
+        if bad:
+            raise self._diverged(_listed(bad), step)
         line = {"step": step, **values, "seconds": round(time.monotonic() - self._started, 1)}
         if is_first():
             with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
@@ -319,10 +319,11 @@ class Run:
         Raises `UserError` when a loss or gradient norm among them has exploded.
         """
         means = {key: value / self._count for key, value in to_floats(self._sums).items()}
-        for key, value in means.items():
-            # Others may be huge in good health, such as the unexplained variance before the first reward.
-            if key.endswith(("loss", "grad_norm")) and not abs(value) < EXPLODED:
-                raise self._diverged(f"{key} is {value:.3g}", step)
+        # Others may be huge in good health, such as the unexplained variance before the first reward.
+        watched = {key: value for key, value in means.items() if key.endswith(("loss", "grad_norm"))}
+        bad = {key: value for key, value in watched.items() if not abs(value) < EXPLODED}
+        if bad:
+            raise self._diverged(_listed(bad), step)
         return means
 
     def _diverged(self, what: str, step: int) -> UserError:
@@ -332,6 +333,10 @@ class Run:
         if not self.checkpoint_path.exists():
             return "nothing was saved yet"
         return f"the last good checkpoint, {self.checkpoint_path}, is kept"
+
+
+def _listed(metrics: dict[str, float]) -> str:
+    return " and ".join(f"{key} is {value:.3g}" for key, value in metrics.items())
 
 
 def _tensors(values: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from chunks import find_chunks, read_header, write_chunk
-from conftest import LAPO, largest_file
+from conftest import INTERRUPTIONS, LAPO, largest_file
 from errors import UserError
 from procgen_env import GAMES, HELD_OUT_LEVELS, TRAIN_LEVELS
 from record_expert import Arguments, Chunk, Dataset, plan_chunks, play_chunk
@@ -165,11 +166,22 @@ def start_until_first_chunk(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_killed_recording_is_completed_byte_for_byte(recorded: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", range(INTERRUPTIONS // 5))
+def test_a_recording_stopped_at_random_moments_is_completed_byte_for_byte(
+    recorded: Path, tmp_path: Path, number: int
+) -> None:
+    """Killed five times: soon after the start, while each of two chunks is written, and soon after that."""
     folder = tmp_path / "data"
-    process = start_until_first_chunk(folder)
-    process.kill()
-    process.communicate(timeout=30)  # returns once the worker too has closed its end
+    draw = random.Random(number)
+    for name in ("dataset.json", "train/0.npz.part", "train/0.npz", "test/0.npz.part", "test/0.npz"):
+        process = start(folder, "--env", "maze", *SMALL, "--workers", "1")
+        while process.poll() is None and not (folder / "maze" / name).exists():
+            time.sleep(0.001)
+        if not name.endswith(".part"):
+            time.sleep(draw.uniform(0, 0.5))
+        assert process.poll() is None
+        process.kill()
+        process.communicate(timeout=30)  # returns once the worker too has closed its end
     result = run(folder, "--env", "maze", *SMALL, "--workers", "2")
     assert result.returncode == 0, result.stderr
     assert contents(folder) == contents(recorded)
