@@ -5,11 +5,13 @@ A run lives in `<results_dir>/<exp>/<env>/seed<k>/<stage>/`:
     config.yaml      the resolved configuration
     checkpoint.pt    plain data (tensors, numbers, strings), see `load_checkpoint`
     metrics.jsonl    one line per log interval, `step` first
+    lock             until the run is finished: held by the process that is at work
 
 The same command again continues from the checkpoint, and does nothing once the run is finished.
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -149,6 +151,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
         self._wandb = NoTracking()
         if not self.finished and is_first():
+            self._keep_others_out()
             atomic_write(
                 self.dir / "config.yaml",
                 lambda path: path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False)),
@@ -156,6 +159,18 @@ class Run:
             self._trim_metrics()
             self._wandb = start_wandb(cfg, stage, self.dir, self._wandb_id)
             self._wandb_id = self._wandb.id
+
+    def _keep_others_out(self) -> None:
+        """Hold the run's lock as long as this process lives. Raises `UserError` if another process has it."""
+        self._lock = (self.dir / "lock").open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"another process is at work on {self.dir}; wait for it, or choose another --exp"
+            ) from None
+        except OSError:
+            pass  # a filesystem without locks
 
     def _continue(self) -> None:
         checkpoint = load_checkpoint(self.checkpoint_path)
@@ -281,6 +296,8 @@ class Run:
         self.metrics |= result or {}
         self.save(state)
         self._wandb.finish()
+        if is_first():
+            (self.dir / "lock").unlink(missing_ok=True)
         self.report()
 
     def report(self) -> None:

@@ -143,7 +143,7 @@ def test_a_configuration_that_the_disk_refuses_keeps_the_previous_one(workplace)
     with largest_file(100), pytest.raises(UserError, match=r"cannot write .*config\.yaml .* is kept"):
         tiny_run(workplace, "--stage2.steps", "5")
     assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
+    assert {each.name for each in path.parent.iterdir()} == {"config.yaml", "lock"}
 
 
 def test_a_place_for_results_that_is_none_is_named(workplace):
@@ -181,7 +181,8 @@ def test_a_run_on_a_full_disk_ends_as_any_other_once_there_is_room(trained, monk
         with pytest.raises(UserError, match=message):
             stage1_idm_wm.train(trained.config("--exp", exp))
     assert load_checkpoint(folder / "checkpoint.pt")["step"] == 3
-    assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "config.yaml", "metrics.jsonl"}
+    names = {"checkpoint.pt", "config.yaml", "lock", "metrics.jsonl"}
+    assert {path.name for path in folder.iterdir()} == names
 
     stage1_idm_wm.train(trained.config("--exp", exp))
     assert result(folder) == result(trained.run_dir("stage1"))
@@ -280,6 +281,26 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(workplace):
     assert again.step == 0
     assert again.state is None
     assert logged(again.dir) == []
+
+
+def test_a_run_is_for_one_process_at_a_time(workplace):
+    ours, theirs = multiprocessing.Pipe()
+
+    def work() -> None:
+        run = tiny_run(workplace)
+        theirs.send("started")
+        theirs.recv()
+        run.finish({})
+
+    other = multiprocessing.get_context("fork").Process(target=work)
+    other.start()
+    assert ours.recv() == "started"
+    with pytest.raises(UserError, match=r"another process is at work on .*stage1; wait for it"):
+        tiny_run(workplace)
+    ours.send("go on")
+    other.join(30)
+    assert other.exitcode == 0
+    assert tiny_run(workplace).finished
 
 
 def test_the_resolved_configuration_lies_beside_the_run(workplace):
