@@ -1,6 +1,6 @@
 # make test    lint and tests
 # make demo    all of LAPO on one game, in minutes on two CPU cores; results in exp_results/demo/
-# make soak    every stage stopped 50 times, by SIGKILL and by SIGTERM, and continued: minutes
+# make soak    the recorder and every stage killed 50 times, and continued: minutes
 # make venv    only the environment: .venv with the pinned requirements
 # Each installs what it needs. Another interpreter: make test PYTHON=python3.11
 
@@ -38,7 +38,7 @@ test: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest
 
 soak: $(INSTALLED)
-	LAPO_INTERRUPTIONS=50 $(VENV_PYTHON) -m pytest tests/test_runs.py -k stopped_at_random_moments
+	LAPO_INTERRUPTIONS=50 $(VENV_PYTHON) -m pytest -k stopped_at_random_moments
 
 demo: $(INSTALLED)
 	$(VENV_PYTHON) lapo/record_expert.py --env $(GAME) --frames $(FRAMES) --test-frames $(TEST_FRAMES) \

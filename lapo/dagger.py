@@ -7,7 +7,6 @@ Dimensions: R rounds kept · S steps of a round · N environments · B batch · 
 """
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from config import DaggerConfig
 from experts import Expert
 from models import Policy
 from ppo import sample
-from procgen_env import EpisodeTracker, VecEnv
+from procgen_env import EpisodeTracker, VecEnv, num_cores
 from training import Compute, make_optimizer, piecewise_linear, set_lr
 
 
@@ -41,7 +40,7 @@ class Panel(Expert):
         bounds = np.linspace(0, num_envs, min(self.SIZE, num_envs) + 1).astype(int)
         self.parts = [slice(*bound) for bound in itertools.pairwise(bounds)]
         self.experts = [make_expert(part.stop - part.start) for part in self.parts]
-        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.pool = ThreadPoolExecutor(num_cores())
 
     def act(self, states: list[bytes]) -> np.ndarray:
         """See `Expert`."""

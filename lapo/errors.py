@@ -44,5 +44,6 @@ def _reader_has_gone() -> bool:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # schedulers repeat it
     _say("terminated; the same command continues")
     sys.exit(128 + number)

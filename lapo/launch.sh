@@ -3,14 +3,17 @@
 #
 #   bash launch.sh                            all 16 games
 #   bash launch.sh bigfish maze --seed 1      these games; other arguments go to every stage script
+#   bash launch.sh bigfish --seeds 0,1,2      each game once with each of these seeds
 #   bash launch.sh maze --modes online,bc     stage 3 once in each of these modes, not in the config's
 #   bash launch.sh mygame --stages 1,2        only these stages
+#   bash launch.sh maze --seeds 0,1 --list    check everything, print the runs, start none
+#   bash launch.sh maze --seeds 0,1 --task 1  only this one of them, counted from 0, as slurm.sh does
 #
 # A game is one of Procgen's, or any name with a folder of frames in the config's data_dir (stage 3 plays,
-# so it needs Procgen). Names and arguments are checked before anything starts. A game that fails is
-# reported, its later stages are skipped and the other games go on. A stage that has finished returns at
+# so it needs Procgen). Names and arguments are checked before anything starts. A run that fails is
+# reported, its later stages are skipped and the other runs go on. A stage that has finished returns at
 # once and a stopped one resumes, so the same command continues where it was.
-# Exit status: 0 all games finished, 1 some failed, 2 a mistake on the command line.
+# Exit status: 0 all runs finished, 1 some failed, 2 a mistake on the command line.
 # PYTHON=... names the interpreter; otherwise it is the repository's .venv, or python3 where there is none.
 
 set -euo pipefail
@@ -21,7 +24,7 @@ die() {
     exit 2
 }
 
-games=() stages=1,2,3 modes="" passed=()
+games=() seeds="" stages=1,2,3 modes="" list="" task="" passed=()
 while (($#)); do
     case $1 in
         -h | --help)
@@ -30,7 +33,7 @@ while (($#)); do
             exit
             ;;
         --env | --env=*) die "games are named first and without --env, as in: bash launch.sh bigfish maze" ;;
-        --stages=* | --modes=*)
+        --seeds=* | --stages=* | --modes=* | --task=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             continue
             ;;
@@ -39,6 +42,17 @@ while (($#)); do
             if [[ $1 == --stages ]]; then stages=$2; else modes=$2; fi
             shift
             ;;
+        --seeds)
+            [[ ${2-} =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--seeds is '${2-}', but must list some, as in: --seeds 0,1,2"
+            seeds=$2
+            shift
+            ;;
+        --task)
+            [[ ${2-} =~ ^[0-9]{1,9}$ ]] || die "--task is '${2-}', but must be the number of a run, counted from 0"
+            task=$((10#$2))
+            shift
+            ;;
+        --list) list=yes ;;
         -*) passed+=("$1") ;;
         *) if ((${#passed[@]})); then passed+=("$1"); else games+=("$1"); fi ;;
     esac
@@ -52,12 +66,13 @@ python=$here/../.venv/bin/python
 python=${PYTHON:-$python}
 command -v "$python" >/dev/null || die "there is no interpreter $python; run 'make venv', or set PYTHON"
 
-# The whole command line is checked by the code that the stages use; it prints the games to run.
+# The whole command line is checked by the code that the stages use; it prints the runs, a game and perhaps a
+# seed per line.
 selected=$(
-    "$python" - "$here" "${games[*]-}" "${modes//,/ }" "$@" <<'EOF'
+    "$python" - "$here" "${games[*]-}" "${seeds//,/ }" "${modes//,/ }" "$@" <<'EOF'
 import sys
 
-here, games, modes, *arguments = sys.argv[1:]
+here, games, seeds, modes, *arguments = sys.argv[1:]
 sys.argv[0] = "stage1.py"
 sys.path[0] = here
 try:
@@ -71,16 +86,29 @@ except ModuleNotFoundError as error:
 def main() -> None:
     for extra in [[], *(["--stage3.mode", mode] for mode in modes.split())]:
         load_config([*arguments, *extra])
+    chosen = dict.fromkeys(load_config([*arguments, "--seed", seed]).seed for seed in seeds.split())
     for game in games.split():
         check_data(game, load_config([*arguments, "--env", game]).game_data)
-    print(*(games.split() or GAMES))
+    for game in dict.fromkeys(games.split() or GAMES):
+        for seed in chosen or [""]:
+            print(game, seed)
 
 
 run_main(main)
 EOF
 ) || exit 2
+runs=()
+while read -r run; do runs+=("$run"); done <<<"$selected"
+if [[ -n $task ]]; then
+    ((task < ${#runs[@]})) || die "--task is $task, but there are ${#runs[@]} runs, counted from 0"
+    runs=("${runs[task]}")
+fi
+if [[ -n $list ]]; then
+    printf '%s\n' "${runs[@]/ /, seed }"
+    exit
+fi
 
-# Every step of a game: number of the stage, its script and, for stage 3, perhaps a mode.
+# Every step of a run: number of the stage, its script and, for stage 3, perhaps a mode.
 steps=()
 for stage in ${stages//,/ }; do
     case $stage in
@@ -96,7 +124,9 @@ done
 # A stage runs in the background because bash would handle a signal only after a foreground command has
 # ended. Bash also makes background commands ignore Ctrl-C, so the stage is told to stop by SIGTERM.
 stop() {
-    trap - INT TERM HUP
+    # A scheduler tells all processes of a job, and perhaps again: while the stage saves, that changes nothing.
+    trap '' TERM HUP
+    trap - INT
     local running
     running=$(jobs -pr)
     if [[ -n $running ]]; then
@@ -111,22 +141,23 @@ trap 'stop TERM 143' TERM
 trap 'stop HUP 129' HUP
 
 summary="" failed=0
-for game in $selected; do
-    began=$SECONDS outcome=finished
+for run in "${runs[@]}"; do
+    read -r game seed <<<"$run"
+    name="$game${seed:+, seed $seed}" began=$SECONDS outcome=finished
     for step in "${steps[@]}"; do
         read -r stage script mode <<<"$step"
-        echo "launch.sh: $game, stage $stage${mode:+ ($mode)}"
+        echo "launch.sh: $name, stage $stage${mode:+ ($mode)}"
         code=0
-        "$python" "$here/$script" --env "$game" "$@" ${mode:+--stage3.mode "$mode"} &
+        "$python" "$here/$script" --env "$game" ${seed:+--seed "$seed"} "$@" ${mode:+--stage3.mode "$mode"} &
         wait $! || code=$?
         if ((code)); then
             outcome="failed in stage $stage${mode:+ ($mode)}, exit code $code"
             failed=1
-            echo "launch.sh: $game $outcome" >&2
+            echo "launch.sh: $name $outcome" >&2
             break
         fi
     done
-    summary+=$(printf '  %-10s %s (%d min)' "$game" "$outcome" $(((SECONDS - began) / 60)))$'\n'
+    summary+=$(printf '  %-10s %s (%d min)' "$name" "$outcome" $(((SECONDS - began) / 60)))$'\n'
 done
 printf 'launch.sh: summary\n%s' "$summary"
 exit $failed

@@ -77,6 +77,13 @@ def check_game(name: str) -> Game:
     return GAMES[name]
 
 
+def num_cores() -> int:
+    """Processor cores that this process may use; a scheduler may have given us a few of the machine's."""
+    if hasattr(os, "sched_getaffinity"):  # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def check_data(name: str, folder: Path) -> None:
     """Raise UserError unless `name` is a Procgen game or, for other frames, `folder` holds its data."""
     if name not in GAMES and not folder.is_dir():
@@ -154,8 +161,8 @@ class VecEnv:
 
         `seed` (0 to 2**31 - 1) draws the sequence of levels of every environment from the range `levels`.
         `num_threads` step the environments in the background; 0 steps them inside `act`, which costs the
-        least work per step; the default is one thread per core. Raises UserError for an unknown game or
-        a seed out of range.
+        least work per step; the default is one thread per core that we may use. Raises UserError for an
+        unknown game or a seed out of range.
         """
         check_game(game)
         if not 0 <= seed < 2**31:
@@ -172,7 +179,7 @@ class VecEnv:
             use_backgrounds=visuals == "full",
             restrict_themes=visuals == "plain",
             rand_seed=seed,
-            num_threads=min(num_envs, os.cpu_count() or 1) if num_threads is None else num_threads,
+            num_threads=min(num_envs, num_cores()) if num_threads is None else num_threads,
         )
         # cffi looks a C function up once, under a lock. Freed by the garbage collector in the middle of such
         # a look-up for another environment, this one would wait for ever had it to look up how to close.

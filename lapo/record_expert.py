@@ -49,6 +49,7 @@ from procgen_env import (
     VecEnv,
     Visuals,
     check_game,
+    num_cores,
     simulator_version,
 )
 
@@ -78,7 +79,7 @@ class Arguments:
     """Share of the steps in which a random action is taken instead of the expert's."""
     visuals: Visuals = "full"
     """How the game is drawn; plain: no backgrounds, one look for all levels."""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int = field(default_factory=num_cores)
     """Processes; each records one chunk at a time, in about 0.6 GB of memory (a policy takes more)."""
     data_dir: Path = ROOT / "expert_data"
     """Where the folder of the game lies."""

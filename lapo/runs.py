@@ -5,11 +5,13 @@ A run lives in `<results_dir>/<exp>/<env>/seed<k>/<stage>/`:
     config.yaml      the resolved configuration
     checkpoint.pt    plain data (tensors, numbers, strings), see `load_checkpoint`
     metrics.jsonl    one line per log interval, `step` first
+    lock             until the run is finished: held by the process that is at work
 
 The same command again continues from the checkpoint, and does nothing once the run is finished.
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -149,6 +151,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
         self._wandb = NoTracking()
         if not self.finished and is_first():
+            self._keep_others_out()
             atomic_write(
                 self.dir / "config.yaml",
                 lambda path: path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False)),
@@ -156,6 +159,18 @@ class Run:
             self._trim_metrics()
             self._wandb = start_wandb(cfg, stage, self.dir, self._wandb_id)
             self._wandb_id = self._wandb.id
+
+    def _keep_others_out(self) -> None:
+        """Hold the run's lock as long as this process lives. Raises `UserError` if another process has it."""
+        self._lock = (self.dir / "lock").open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"another process is at work on {self.dir}; wait for it, or choose another --exp"
+            ) from None
+        except OSError:
+            pass  # a filesystem without locks
 
     def _continue(self) -> None:
         checkpoint = load_checkpoint(self.checkpoint_path)
@@ -208,7 +223,7 @@ class Run:
             initial=self.step * scale,
             unit=unit,
             desc=self.stage,
-            mininterval=1,
+            mininterval=1 if sys.stderr.isatty() else 60,  # a log needs no line a second
             unit_scale=True,
             disable=not is_first(),
         )
@@ -234,8 +249,8 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        # Asked twice: do not wait for the step's end. But torchrun repeats what reaches its children anyway.
-        if self._stop_signal == number and not by_torchrun():
+        # Ctrl-C twice: do not wait for the step's end. Schedulers repeat SIGTERM, and torchrun any signal.
+        if number == self._stop_signal == signal.SIGINT and not by_torchrun():
             sys.exit(128 + number)
         self._stop_signal = number
 
@@ -281,6 +296,8 @@ class Run:
         self.metrics |= result or {}
         self.save(state)
         self._wandb.finish()
+        if is_first():
+            (self.dir / "lock").unlink(missing_ok=True)
         self.report()
 
     def report(self) -> None:
@@ -302,9 +319,9 @@ class Run:
         """
         values = self._means(step) | to_floats(extra or {})
         self._sums, self._count = {}, 0
-        for key, value in values.items():
-            if not math.isfinite(value):
-                raise self._diverged(f"{key} is {value}", step)
+        bad = {key: value for key, value in values.items() if not math.isfinite(value)}
+        if bad:
+            raise self._diverged(_listed(bad), step)
         line = {"step": step, **values, "seconds": round(time.monotonic() - self._started, 1)}
         if is_first():
             with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
@@ -319,10 +336,11 @@ class Run:
         Raises `UserError` when a loss or gradient norm among them has exploded.
         """
         means = {key: value / self._count for key, value in to_floats(self._sums).items()}
-        for key, value in means.items():
-            # Others may be huge in good health, such as the unexplained variance before the first reward.
-            if key.endswith(("loss", "grad_norm")) and not abs(value) < EXPLODED:
-                raise self._diverged(f"{key} is {value:.3g}", step)
+        # Others may be huge in good health, such as the unexplained variance before the first reward.
+        watched = {key: value for key, value in means.items() if key.endswith(("loss", "grad_norm"))}
+        bad = {key: value for key, value in watched.items() if not abs(value) < EXPLODED}
+        if bad:
+            raise self._diverged(_listed(bad), step)
         return means
 
     def _diverged(self, what: str, step: int) -> UserError:
@@ -332,6 +350,10 @@ class Run:
         if not self.checkpoint_path.exists():
             return "nothing was saved yet"
         return f"the last good checkpoint, {self.checkpoint_path}, is kept"
+
+
+def _listed(metrics: dict[str, float]) -> str:
+    return " and ".join(f"{key} is {value:.3g}" for key, value in metrics.items())
 
 
 def _tensors(values: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:

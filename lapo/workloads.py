@@ -322,7 +322,7 @@ def plain_load(folder: Path, frames: int) -> Workload:
     """Reading all chunks into host memory, then joining them."""
 
     def step(number: int) -> Iterator[Lap]:
-        chunks = [dict(np.load(path)) for path in find_chunks(folder)]
+        chunks = [dict(np.load(path, allow_pickle=False)) for path in find_chunks(folder)]
         torch.from_numpy(np.concatenate([chunk["obs"] for chunk in chunks]))
         yield Lap("load")
 

@@ -20,6 +20,8 @@ from config import Config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 LAPO = ROOT / "lapo"
+INTERRUPTIONS = int(os.environ.get("LAPO_INTERRUPTIONS", "5"))
+"""How often a run is stopped by SIGKILL; by SIGTERM, half as often. `make soak` asks for more."""
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("suite")

@@ -1,4 +1,5 @@
-"""launch.sh, with the real config and table of games, and stages that only note how they were called."""
+"""launch.sh and slurm.sh, with the real config and table of games, and stages that only note how they were
+called."""
 
 import os
 import shutil
@@ -27,6 +28,22 @@ sys.exit(7 if call.startswith(os.environ.get("FAILING", "none")) else 0)
 """
 
 
+# Stands in for a stage that saves when it is told to stop, and takes its time.
+SAVING = """
+import os, signal, sys, time
+
+def save(number, frame):
+    signal.signal(number, signal.SIG_IGN)
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+print("trains", flush=True)
+time.sleep(60)
+"""
+
+
 class Repo:
     """A copy of the repository's lapo/ whose stages are stubs."""
 
@@ -37,10 +54,10 @@ class Repo:
         for script in SCRIPTS:
             (folder / "lapo" / f"{script}.py").write_text(STUB)
 
-    def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, script: str = "launch.sh", **env: str) -> subprocess.Popen[str]:
         """Start launch.sh as a shell would: as the leader of a process group, in some folder."""
         return subprocess.Popen(
-            ["bash", str(self.folder / "lapo" / "launch.sh"), *arguments],
+            ["bash", str(self.folder / "lapo" / script), *arguments],
             env=os.environ | {"PYTHON": sys.executable, "CALLS": str(self.log)} | env,
             cwd=self.folder.parent,
             stdout=subprocess.PIPE,
@@ -49,9 +66,9 @@ class Repo:
             start_new_session=True,
         )
 
-    def launch(self, *arguments: str, **env: str) -> tuple[int, str, str]:
+    def launch(self, *arguments: str, script: str = "launch.sh", **env: str) -> tuple[int, str, str]:
         """Run launch.sh; its exit status, stdout and stderr."""
-        process = self.start(*arguments, **env)
+        process = self.start(*arguments, script=script, **env)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, err
 
@@ -93,6 +110,24 @@ def test_games_stages_modes_and_arguments(repo):
     ]
 
 
+def test_each_game_with_each_seed(repo):
+    status, out, _ = repo.launch("maze", "ninja", "maze", "--seeds", "3,0,03", "--stages", "2", "--exp", "x")
+    assert status == 0
+    grid = [("maze", 3), ("maze", 0), ("ninja", 3), ("ninja", 0)]
+    assert repo.calls() == [f"stage2_bc --env {game} --seed {seed} --exp x" for game, seed in grid]
+    assert [f"  {game}, seed {seed} finished (0 min)" for game, seed in grid] == out.splitlines()[-4:]
+
+
+def test_a_list_shows_the_runs_and_a_task_is_one_of_them(repo):
+    grid = ["maze", "ninja", "--seeds=0,1", "--stages", "3"]
+    status, out, _ = repo.launch(*grid, "--list")
+    assert (status, out) == (0, "maze, seed 0\nmaze, seed 1\nninja, seed 0\nninja, seed 1\n")
+    assert repo.calls() == []
+    assert repo.launch(*grid, "--task", "2")[0] == 0
+    assert repo.calls() == ["stage3_decode --env ninja --seed 0"]
+    assert repo.launch("--list")[1].split() == list(GAMES)
+
+
 def test_own_frames_need_no_procgen_game(repo):
     (repo.folder / "expert_data" / "holiday").mkdir(parents=True)
     status, out, _ = repo.launch("holiday", "--stages", "1,2")
@@ -120,6 +155,11 @@ def test_failing_game_does_not_stop_the_others_and_a_rerun_continues(repo):
         (["maze", "bigfsh"], "error: 'bigfsh' is neither a Procgen game nor a folder "),
         (["maze", "--stages", "1,4"], "error: --stages is '1,4', but must list some of 1,2,3"),
         (["maze", "--modes"], "error: --modes needs a list, as in: --stages 1,2 or --modes online,offline"),
+        (["maze", "--seeds", "1,"], "error: --seeds is '1,', but must list some, as in: --seeds 0,1,2"),
+        (["maze", "--seeds", "9999999999"], "'seed' is '9999999999'"),
+        (["maze", "--seeds", "1", "--seed", "2"], "'seed' is ['2', '1']"),
+        (["maze", "--seeds", "1,2", "--task", "2"], "error: --task is 2, but there are 2 runs"),
+        (["maze", "--task", "x"], "error: --task is 'x', but must be the number of a run"),
         (["maze", "--env", "ninja"], "error: games are named first and without --env"),
         (["maze", "--modes", "online,ofline"], "'stage3.mode' is 'ofline': input should be 'online'"),
         (["maze", "--sead", "1"], "unknown key 'sead'; allowed here: env, exp, seed"),
@@ -165,8 +205,163 @@ def test_signal_stops_the_stage_and_everything_after_it(repo, number, send, stat
     assert len(repo.calls()) == 2
 
 
+def test_a_stage_has_time_to_save_though_all_processes_are_told_to_stop_and_told_again(repo):
+    for script in SCRIPTS:
+        (repo.folder / "lapo" / f"{script}.py").write_text(SAVING)
+    process = repo.start("maze")
+    while process.stdout.readline() != "trains\n":
+        pass
+    os.killpg(process.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (143, "saved\n")
+    assert err == "launch.sh: stopped by SIGTERM; the same command continues\n"
+
+
 def test_help_shows_the_usage(repo):
     status, out, _ = repo.launch("--help")
     assert status == 0
     assert "bash launch.sh bigfish maze --seed 1" in out
     assert "set -euo" not in out
+
+
+# ---------------------------------------------------------------- slurm.sh
+
+
+@pytest.fixture
+def cluster(repo, monkeypatch) -> Repo:
+    """A repository, and a Slurm of which there are only two commands, which note how they were called."""
+    bin_folder = repo.folder / "bin"
+    bin_folder.mkdir()
+    for name in ("sbatch", "scontrol"):
+        tool = bin_folder / name
+        tool.write_text(f'#!/bin/sh\nfor word in {name} "$@"; do echo "$word"; done >"$0.called"\n')
+        tool.chmod(0o755)
+    with (bin_folder / "sbatch").open("a") as sbatch:
+        sbatch.write('exec cat >"$0.script"\n')
+    monkeypatch.setenv("PATH", str(bin_folder), prepend=os.pathsep)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    (repo.folder / "expert_data" / "holiday").mkdir(parents=True)
+    return repo
+
+
+def called(cluster: Repo, name: str) -> list[str]:
+    path = cluster.folder / "bin" / f"{name}.called"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_grid_becomes_an_array_whose_script_runs_one_task_of_it(cluster):
+    sweep = cluster.folder / "my sweep.yaml"
+    sweep.write_text("exp: sweep")
+    grid = ["maze", "holiday", "--seeds", "0,1", "--config", str(sweep)]
+    status, out, err = cluster.launch("--gpus=1", "--time", "8:00:00", "--", *grid, script="slurm.sh")
+    assert status == 0, err
+    assert [line.split(None, 1) for line in out.splitlines()] == [
+        ["0", "maze, seed 0"],
+        ["1", "maze, seed 1"],
+        ["2", "holiday, seed 0"],
+        ["3", "holiday, seed 1"],
+    ]
+    options = called(cluster, "sbatch")
+    assert "--array=0-3" in options
+    assert options[-3:] == ["--gpus=1", "--time", "8:00:00"]  # last, so that they overrule our own
+
+    script = cluster.folder / "copy"  # as Slurm runs it: from elsewhere
+    shutil.copy(cluster.folder / "bin" / "sbatch.script", script)
+    for task, game, seed in ((1, "maze", 1), (2, "holiday", 0)):
+        subprocess.run(["bash", script], env=job(cluster, task), cwd="/", check=True, capture_output=True)
+        assert cluster.calls() == [f"{x} --env {game} --seed {seed} --config {sweep}" for x in SCRIPTS]
+
+
+def job(cluster: Repo, task: int) -> dict[str, str]:
+    """The environment of an array task."""
+    return os.environ | {
+        "CALLS": str(cluster.log),
+        "SLURM_ARRAY_TASK_ID": str(task),
+        "SLURM_JOB_ID": "17",
+        "SLURM_CPUS_ON_NODE": "3",
+        "PYTHON": sys.executable,
+    }
+
+
+def start_task(cluster: Repo, script: str) -> subprocess.Popen[str]:
+    """A task whose stages are `script`, once the first of them trains."""
+    for name in SCRIPTS:
+        (cluster.folder / "lapo" / f"{name}.py").write_text(script)
+    process = cluster.start("maze", "--seeds", "0,1", script="slurm.sh", **job(cluster, 1))
+    while process.stdout.readline() != "trains\n":
+        assert process.poll() is None
+    return process
+
+
+def test_a_task_told_to_stop_waits_for_its_stage_and_leaves_the_queue_to_slurm(cluster):
+    process = start_task(cluster, SAVING)
+    os.killpg(process.pid, signal.SIGTERM)  # as Slurm preempts and cancels: all processes of the job
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (143, "saved\n")
+    assert err == "launch.sh: stopped by SIGTERM; the same command continues\n"
+    assert called(cluster, "scontrol") == []
+
+
+@pytest.mark.parametrize(("age", "status"), [(100, 143), (0, 2)])
+def test_a_task_whose_time_is_up_saves_and_goes_back_into_the_queue_if_it_had_time_at_all(
+    cluster, age, status
+):
+    path = cluster.folder / "lapo" / "slurm.sh"
+    path.write_text(path.read_text().replace("set -euo pipefail", f"set -euo pipefail; SECONDS={age}", 1))
+    process = start_task(cluster, SAVING)
+    process.send_signal(signal.SIGUSR1)  # as --signal=B:USR1: the script alone
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (status, "saved\n")
+    if age:
+        assert "the time is up, so this task goes back into the queue" in err
+        assert called(cluster, "scontrol") == ["scontrol", "requeue", "17"]
+    else:
+        assert err.endswith(
+            "error: a time limit this short leaves no time to train; choose a longer --time\n"
+        )
+        assert called(cluster, "scontrol") == []
+
+
+def test_a_task_that_fails_stays_failed_and_says_why(cluster):
+    status, _, err = cluster.launch("maze", script="slurm.sh", **job(cluster, 0), FAILING="stage2_bc")
+    assert (status, err) == (1, "launch.sh: maze failed in stage 2, exit code 7\n")
+    status, _, err = cluster.launch("bigfsh", script="slurm.sh", **job(cluster, 0))
+    assert status == 2
+    assert err.startswith("error: 'bigfsh' is neither a Procgen game")
+    assert called(cluster, "scontrol") == []
+
+
+def test_a_task_uses_the_processors_of_its_job(cluster):
+    (cluster.folder / "lapo" / "stage2_bc.py").write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
+    environment = job(cluster, 0) | {"OMP_NUM_THREADS": ""}
+    status, out, err = cluster.launch("maze", "--stages", "2", script="slurm.sh", **environment)
+    assert status == 0, err
+    assert out.splitlines()[1] == "3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["maze", "--seeds", "0,1"], "error: a -- must part sbatch's options from the runs"),
+        (["--gpus=1", "--", "bigfsh"], "error: 'bigfsh' is neither a Procgen game nor a folder "),
+        (["--", "maze", "--sead", "1"], "unknown key 'sead'; allowed here: env, exp, seed"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_submitted(cluster, arguments, sentence):
+    status, out, err = cluster.launch(*arguments, script="slurm.sh")
+    assert (status, out) == (2, "")
+    assert sentence in err
+    assert called(cluster, "sbatch") == []
+
+
+def test_a_machine_without_slurm_is_one_sentence(repo, monkeypatch):
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    tools = repo.folder / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname"):
+        (tools / name).symlink_to(shutil.which(name))
+    status, _, err = repo.launch("--", "maze", script="slurm.sh", PATH=str(tools))
+    assert status == 2
+    assert err == "error: there is no sbatch here; submit from a machine of the cluster, or use launch.sh\n"

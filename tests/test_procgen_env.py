@@ -1,4 +1,5 @@
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from procgen_env import (
     VecEnv,
     check_frames,
     check_game,
+    num_cores,
     play,
     relative_return,
 )
@@ -281,3 +283,10 @@ def test_evaluation_statistics() -> None:
     assert (result.episodes, result.mean) == (4, 5.0)
     assert result.stderr == pytest.approx(math.sqrt(100 / 3) / 2)
     assert math.isnan(Evaluation(np.array([1.0]), np.ones(1, int)).stderr)
+
+
+def test_only_cores_that_we_may_use_are_counted(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5}, raising=False)
+    assert num_cores() == 2
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert num_cores() == os.cpu_count()

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import record_expert
 from acting import load_policy
 from build import make_acting_policy
 from chunks import find_chunks, read_header, write_chunk
-from conftest import LAPO, Workplace, largest_file
+from conftest import INTERRUPTIONS, LAPO, Workplace, largest_file
 from errors import UserError
 from learned import make_player
 from procgen_env import GAMES, HELD_OUT_LEVELS, TRAIN_LEVELS
@@ -179,11 +180,22 @@ def start_until_first_chunk(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_killed_recording_is_completed_byte_for_byte(recorded: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", range(INTERRUPTIONS // 5))
+def test_a_recording_stopped_at_random_moments_is_completed_byte_for_byte(
+    recorded: Path, tmp_path: Path, number: int
+) -> None:
+    """Killed five times: soon after the start, while each of two chunks is written, and soon after that."""
     folder = tmp_path / "data"
-    process = start_until_first_chunk(folder)
-    process.kill()
-    process.communicate(timeout=30)  # returns once the worker too has closed its end
+    draw = random.Random(number)
+    for name in ("dataset.json", "train/0.npz.part", "train/0.npz", "test/0.npz.part", "test/0.npz"):
+        process = start(folder, "--env", "maze", *SMALL, "--workers", "1")
+        while process.poll() is None and not (folder / "maze" / name).exists():
+            time.sleep(0.001)
+        if not name.endswith(".part"):
+            time.sleep(draw.uniform(0, 0.5))
+        assert process.poll() is None
+        process.kill()
+        process.communicate(timeout=30)  # returns once the worker too has closed its end
     result = run(folder, "--env", "maze", *SMALL, "--workers", "2")
     assert result.returncode == 0, result.stderr
     assert contents(folder) == contents(recorded)
