@@ -280,7 +280,6 @@ def test_data_from_before_noise_and_visuals_are_continued(recorded: Path, tmp_pa
 
 def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
     assert ", ".join(GAMES) in refusal(tmp_path, "--env", "pong")
-    assert "there is no expert for fruitbot" in refusal(tmp_path, "--env", "fruitbot")
     assert "--frames is 2" in refusal(tmp_path, "--env", "maze", "--frames", "2")
     assert "--workers is 0" in refusal(tmp_path, "--env", "maze", "--workers", "0")
     assert "--seed is -1" in refusal(tmp_path, "--env", "maze", "--seed", "-1")
