@@ -122,6 +122,13 @@ def _run_and_jump() -> tuple[Stretches, ...]:
     return (((RIGHT, 1),), *jumps, ((RIGHT_UP, 1),), *step_back)
 
 
+def _leap() -> tuple[Stretches, ...]:
+    """Plans for jumper: to go on or jump, and to do one after the other."""
+    straight = [((action, 1),) for action in (LEFT, RIGHT, LEFT_UP, RIGHT_UP, UP)]
+    turns = (UP, LEFT), (UP, RIGHT), (LEFT, LEFT_UP), (RIGHT, RIGHT_UP)
+    return (*straight, *(((before, wait), (after, 1)) for wait in (1, 4) for before, after in turns))
+
+
 SEARCHES = {
     "bossfight": SearchSettings(actions=(FIRE,) * 4 + MOVES, progress=boss_weakened),
     "caveflyer": SearchSettings(
@@ -145,7 +152,9 @@ SEARCHES = {
     "jumper": SearchSettings(
         actions=(LEFT, RIGHT, LEFT_UP, RIGHT_UP, UP),
         progress=near(1, 0.3),
+        plans=_leap(),
         steps=18,
+        random_plans=4,
         tolerance=0.1,
         simpler=NO_JUMP,
     ),

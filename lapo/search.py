@@ -68,8 +68,8 @@ class SimulatorSearch(Expert):
     def __init__(self, game: str, settings: SearchSettings, num_envs: int):
         """For `num_envs` environments of `game`."""
         self.settings, self.actions = settings, settings.actions
-        held = [((action, 1),) for action in dict.fromkeys(settings.actions)]
-        self._plans = np.stack([_plan(settings.steps, plan) for plan in [*settings.plans, *held]])
+        plans = dict.fromkeys([*settings.plans, *(((action, 1),) for action in settings.actions)])
+        self._plans = np.stack([_plan(settings.steps, plan) for plan in plans])
         self._first = self._simulators(game, len(self._plans) + 1 + settings.random_plans)
         self._second = self._simulators(game, settings.variations)
         self._pairs = self._simulators(game, 2 * num_envs)
