@@ -44,9 +44,9 @@ class Arguments:
     """How the game is drawn: full or plain; without it, as in the checkpoint's training."""
     env: str | None = None
     """Game; without it, the checkpoint's own or config.yaml's."""
-    policy: Literal["online", "offline", "scratch", "bc", "random", "expert"] | None = None
+    policy: Literal["online", "offline", "scratch", "bc", "random", "planner"] | None = None
     """Which of the experiment's policies, online unless said. Two need no experiment: random is uniform, and
-    expert the game's expert without training, who reads the simulator's state."""
+    planner the game's expert without training, who reads the simulator's state."""
     checkpoint: Path | None = None
     """A checkpoint of stage 3 or of train_expert.py, in place of exp and policy."""
     json: Path | None = None
@@ -121,7 +121,7 @@ class Player:
 
     game: str
     policy: str
-    """Mode of stage 3, random, expert (without training) or learned expert (of train_expert.py)."""
+    """Mode of stage 3, random, planner, or learned expert (of train_expert.py)."""
     act: Act | Expert
     visuals: Visuals
     """How the game is drawn for it: as it was for its training."""
@@ -146,8 +146,8 @@ def choose(args: Arguments, cfg: Config, compute: Compute) -> Player:
     """
     if args.policy == "random":
         return Player(cfg.env, "random", random_actor(cfg.seed), cfg.visuals)
-    if args.policy == "expert":
-        return Player(cfg.env, "expert", make_expert(cfg.env, num_judged(cfg.eval)), cfg.visuals)
+    if args.policy == "planner":
+        return Player(cfg.env, "planner", make_expert(cfg.env, num_judged(cfg.eval)), cfg.visuals)
     mode = args.policy or "online"
     path = args.checkpoint or cfg.run_dir / f"stage3_{mode}" / "checkpoint.pt"
     command = f"python stage3.py --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed} --stage3.mode {mode}"

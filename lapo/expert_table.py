@@ -1,7 +1,7 @@
 """What the experts earn, game by game: `python expert_table.py` prints the table of the README.
 
 It is kept in docs/experts.json, into which `python expert_table.py --add FILE …` takes results that
-`evaluate.py --json FILE` wrote: of `--policy random`, of `--policy expert`, or of a learned expert's
+`evaluate.py --json FILE` wrote: of `--policy random`, of `--policy planner`, or of a learned expert's
 `--checkpoint`.
 """
 
@@ -17,7 +17,7 @@ from files import atomic_write
 from procgen_env import GAMES, check_game
 from tables import table
 
-HEAD = ["game", "random", "expert", "learned expert", "published expert", "relative return", "frames/s"]
+HEAD = ["game", "random", "planner", "learned expert", "published expert", "relative return", "frames/s"]
 KEPT = "episodes", "return_mean", "return_stderr", "relative_return", "mean_length", "steps_per_cpu_second"
 
 
@@ -39,7 +39,7 @@ def main() -> None:
         result = read(path)
         try:
             kept = {key: result[key] for key in KEPT}
-            kind = result["policy"] if result["policy"] in ("random", "expert") else "learned"
+            kind = result["policy"] if result["policy"] in ("random", "planner") else "learned"
             results.setdefault(check_game(result["game"]).name, {})[kind] = kept
         except (KeyError, TypeError):
             raise UserError(f"{path} is no result of `evaluate.py --json`") from None
@@ -58,14 +58,14 @@ def read(path: Path) -> dict:
 
 
 def row(game: str, results: dict[str, dict]) -> list[str]:
-    """A game's line: what is known, relative return and speed those of the expert without training."""
-    expert = results.get("expert")
+    """A game's line: what is known, relative return and speed those of the planner."""
+    planner = results.get("planner")
     return [
         game,
-        *(score(results.get(kind)) for kind in ("random", "expert", "learned")),
+        *(score(results.get(kind)) for kind in ("random", "planner", "learned")),
         f"{GAMES[game].expert_return:.1f}",
-        f"{expert['relative_return']:.2f}" if expert else "",
-        f"{expert['steps_per_cpu_second']:,.0f}" if expert else "",
+        f"{planner['relative_return']:.2f}" if planner else "",
+        f"{planner['steps_per_cpu_second']:,.0f}" if planner else "",
     ]
 
 

@@ -98,12 +98,12 @@ def test_random_policy_needs_no_run(call, trained, tmp_path):
 def test_expert_plays_the_levels_that_others_are_judged_on(call, tmp_path):
     """Two environments, of which one has to wait for the other."""
     file = tmp_path / "out.json"
-    arguments = ("--policy", "expert", "--env", "maze", "--episodes", "4", "--json", str(file))
+    arguments = ("--policy", "planner", "--env", "maze", "--episodes", "4", "--json", str(file))
     status, out, _ = call(*arguments)
     assert status == 0
     assert "MazeExpert, an expert without training, plays 4 episodes of maze" in out
     result = json.loads(file.read_text())
-    assert (result["policy"], result["return_mean"], result["episodes"]) == ("expert", 10.0, 4)
+    assert (result["policy"], result["return_mean"], result["episodes"]) == ("planner", 10.0, 4)
 
 
 def test_checkpoint_brings_its_game_and_policy(call, trained):

@@ -12,7 +12,7 @@ from procgen_env import GAMES
 
 RESULT = {
     "game": "maze",
-    "policy": "expert",
+    "policy": "planner",
     "checkpoint": None,
     "seed": 0,
     "greedy": False,
@@ -79,7 +79,7 @@ def test_newer_result_replaces_the_older(call, tmp_path):
     assert line(out, "maze")[2] == "9.75 ± 0.25"
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"policy": "expert"}'])
+@pytest.mark.parametrize("content", ["", "[1]", '{"policy": "planner"}'])
 def test_what_is_no_result_changes_nothing(call, tmp_path, content):
     call("--add", write(tmp_path / "a.json"))
     before = (tmp_path / "kept.json").read_bytes()

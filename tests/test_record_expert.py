@@ -256,7 +256,8 @@ def test_a_recording_on_a_full_disk_is_completed_once_there_is_room(recorded: Pa
     last = result.stderr.splitlines()[-1]
     assert last.startswith(f"error: cannot write {folder / 'maze/test/0.npz'} (")
     assert "Traceback" not in result.stderr
-    assert sorted(contents(folder)) == ["maze/dataset.json", "maze/train/0.npz"]
+    # The worker may have begun the next chunk before it is told to stop.
+    assert contents(folder).keys() - {"maze/test/1.npz"} == {"maze/dataset.json", "maze/train/0.npz"}
     result = run(folder, "--env", "maze", *SMALL, "--workers", "1")
     assert result.returncode == 0, result.stderr
     assert contents(folder) == contents(recorded)
