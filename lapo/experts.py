@@ -155,6 +155,7 @@ SEARCHES = {
         plans=_leap(),
         steps=18,
         random_plans=4,
+        rounds=0,
         tolerance=0.1,
         simpler=NO_JUMP,
     ),
