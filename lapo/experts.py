@@ -40,12 +40,14 @@ FREE = 100
 """What fills an empty cell, in every game."""
 
 
-def near(kind: int, worth: float) -> Callable[[State], float]:
+def near(kind: int, worth: float, corners: bool = False) -> Callable[[State], float]:
     """Progress that is `worth` so much per cell of the way to the nearest thing of a `kind`."""
 
     def progress(state: State) -> float:
         things = state.things(kind)
-        return -worth * way_length(state, state.grid == FREE, cells(things)) if len(things) else 0.0
+        if not len(things):
+            return 0.0
+        return -worth * way_length(state, state.grid == FREE, cells(things), corners)
 
     return progress
 
@@ -151,7 +153,7 @@ SEARCHES = {
     "heist": SearchSettings(actions=CROSS, progress=exit_unlocked),
     "jumper": SearchSettings(
         actions=(LEFT, RIGHT, LEFT_UP, RIGHT_UP, UP),
-        progress=near(1, 0.3),
+        progress=near(1, 0.3, corners=True),
         plans=_leap(),
         steps=18,
         random_plans=4,

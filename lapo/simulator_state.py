@@ -128,6 +128,7 @@ def side_by_side(things: list[np.ndarray]) -> np.ndarray:
 
 NEIGHBOURS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 """Row and column steps to the cells right, left, above and below."""
+CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
 NO_WAY = 10_000
 
 
@@ -158,18 +159,19 @@ def cells(things: np.ndarray) -> np.ndarray:
     return np.stack([things["y"], things["x"]], axis=1).astype(int)
 
 
-def way_length(state: State, free: np.ndarray, goals: np.ndarray) -> float:
+def way_length(state: State, free: np.ndarray, goals: np.ndarray, corners: bool = False) -> float:
     """Length of the agent's way to the nearest of `goals` (G, 2), through the centres of `free` cells (H, W).
 
-    At least NO_WAY where there is none.
+    It leads through the agent's cell or one beside, with `corners` perhaps across a corner. At least NO_WAY
+    where there is none.
     """
     distances = _known_distances(free.tobytes(), free.shape, np.asarray(goals, int).tobytes())
-    # Cell k of the bordered grid has its centre at k; the way leads through the agent's cell or one beside.
+    # Cell k of the bordered grid has its centre at k.
     x, y = float(state.agent["x"]) + 0.5, float(state.agent["y"]) + 0.5
     row, column = round(y), round(x)
     return min(
         distances[row + up, column + right] + math.hypot(row + up - y, column + right - x)
-        for up, right in ((0, 0), *NEIGHBOURS)
+        for up, right in (((0, 0), *NEIGHBOURS, *CORNERS) if corners else ((0, 0), *NEIGHBOURS))
         if 0 <= row + up < len(distances) and 0 <= column + right < distances.shape[1]
     )
 
