@@ -16,7 +16,7 @@ import stage3_decode
 import train_expert
 from acting import checkpoint_actor, load_policy, steps_played
 from config import Config, DaggerConfig, to_dict, validate
-from conftest import Workplace, numbered_frames, read_numbers
+from conftest import TINY, Workplace, numbered_frames, read_numbers
 from dagger import Dagger, Panel
 from errors import UserError
 from experts import expert_name, make_expert
@@ -29,19 +29,7 @@ from training import Compute
 GAME = "bigfish"  # its episodes are short, and its planner is fast
 PLANNER = ["--env", GAME, "--teacher", "planner"]
 CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
-TINY = validate(
-    {
-        "steps": 160,
-        "num_envs": 4,
-        "rollout_steps": 8,
-        "teacher_until": 0.5,
-        "buffer": 64,
-        "updates": 2,
-        "batch_size": 8,
-        "lr": 1e-3,
-    },
-    DaggerConfig,
-)
+ROUNDS = validate(TINY["dagger"] | {"lr": 1e-3}, DaggerConfig)
 """Five rounds, of which two are kept."""
 
 
@@ -174,7 +162,9 @@ def test_mistakes(workplace, monkeypatch):
 # ---------------------------------------------------------------- DAgger
 
 
-def make_dagger(cfg: DaggerConfig = TINY, env: VecEnv | None = None, make=None, game: str = "maze") -> Dagger:
+def make_dagger(
+    cfg: DaggerConfig = ROUNDS, env: VecEnv | None = None, make=None, game: str = "maze"
+) -> Dagger:
     torch.manual_seed(0)
     env = env or VecEnv(game, cfg.num_envs, seed=3, num_threads=0)
     return Dagger(cfg, CPU, env, make or partial(make_expert, game), Policy(15, 1))
@@ -210,7 +200,7 @@ class Numberer(Expert):
 def test_the_latest_frames_are_kept_each_with_its_own_label():
     dagger = make_dagger(env=Counter(4), make=lambda number: Numberer())
     seen = []
-    for number in range(TINY.rounds):
+    for number in range(ROUNDS.rounds):
         for step in range(8 * number, 8 * number + 8):
             seen += [1000 * env + step for env in range(4)]
         dagger.collect()
@@ -259,8 +249,8 @@ def test_learning_equals_a_plain_loop():
         filled = min(number + 1, 2)
         frames, labels = dagger.frames[:filled].flatten(0, 2), dagger.labels[:filled].flatten()
         random, losses = torch.get_rng_state(), []
-        for _ in range(TINY.updates):
-            ids = torch.randint(32 * filled, (TINY.batch_size,))
+        for _ in range(ROUNDS.updates):
+            ids = torch.randint(32 * filled, (ROUNDS.batch_size,))
             loss = F.cross_entropy(policy.logits(frames[ids]), labels[ids].long())
             optimizer.zero_grad()
             loss.backward()
@@ -298,7 +288,7 @@ def test_learning_to_go_where_the_teacher_goes():
             frames[self.numbers() % 2 == 1] = 255
             return frames
 
-    values = to_dict(TINY) | {"steps": 256, "updates": 6}
+    values = to_dict(ROUNDS) | {"steps": 256, "updates": 6}
     cfg = validate(values, DaggerConfig)
     dagger = make_dagger(cfg, Bright(4), lambda number: Sides())
     agreements = []
