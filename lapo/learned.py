@@ -36,7 +36,7 @@ def provenance(path: Path) -> dict:
 
     Raises `UserError` as `load_policy`.
     """
-    checkpoint = load_policy(path)
+    checkpoint = load_policy(path, "python train_expert.py")
     saved, metrics = checkpoint["config"], checkpoint["metrics"]
     judged = {key: metrics.get(key) for key in ("return_mean", "return_stderr", "episodes")}
     made = {"method": f"stage 3, mode {saved['stage3']['mode']}"} | checkpoint["state"].get("origin", {})
