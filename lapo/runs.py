@@ -162,7 +162,8 @@ class Run:
 
     def _keep_others_out(self) -> None:
         """Hold the run's lock as long as this process lives. Raises `UserError` if another process has it."""
-        self._lock = (self.dir / "lock").open("w")
+        with writing(self.dir / "lock", "nothing was changed"):
+            self._lock = (self.dir / "lock").open("w")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

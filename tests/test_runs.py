@@ -283,6 +283,12 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(workplace):
     assert logged(again.dir) == []
 
 
+def test_a_lock_that_the_disk_refuses_is_named(workplace):
+    (workplace.run_dir("stage1") / "lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^cannot write .*stage1/lock .*; nothing was changed"):
+        tiny_run(workplace)
+
+
 def test_a_run_is_for_one_process_at_a_time(workplace):
     ours, theirs = multiprocessing.Pipe()
 
