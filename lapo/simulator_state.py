@@ -129,6 +129,7 @@ def side_by_side(things: list[np.ndarray]) -> np.ndarray:
 NEIGHBOURS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 """Row and column steps to the cells right, left, above and below."""
 CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+"""The same to the cells across a corner."""
 NO_WAY = 10_000
 
 
@@ -169,9 +170,10 @@ def way_length(state: State, free: np.ndarray, goals: np.ndarray, corners: bool 
     # Cell k of the bordered grid has its centre at k.
     x, y = float(state.agent["x"]) + 0.5, float(state.agent["y"]) + 0.5
     row, column = round(y), round(x)
+    around = NEIGHBOURS + CORNERS if corners else NEIGHBOURS
     return min(
         distances[row + up, column + right] + math.hypot(row + up - y, column + right - x)
-        for up, right in (((0, 0), *NEIGHBOURS, *CORNERS) if corners else ((0, 0), *NEIGHBOURS))
+        for up, right in ((0, 0), *around)
         if 0 <= row + up < len(distances) and 0 <= column + right < distances.shape[1]
     )
 

@@ -5,7 +5,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from hypothesis import settings
 import stage1_idm_wm
 import stage2_bc
 from config import Config, load_config
+from errors import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 LAPO = ROOT / "lapo"
@@ -164,6 +165,25 @@ TINY = {
     },
     "eval": {"episodes": 2, "num_envs": 2},
 }
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Calls a script's `main` with command-line arguments; gives exit status, stdout and stderr."""
+
+    def call(main: Callable[[], None], *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+        status = 0
+        try:
+            run_main(main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

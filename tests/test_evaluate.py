@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ import torch
 import evaluate
 from acting import judge, random_actor
 from conftest import LAPO, Workplace
-from errors import run_main
 from finished_run import finished_run
 from procgen_env import GAMES, Evaluation, relative_return
 from runs import load_checkpoint
@@ -34,20 +34,9 @@ def checkpoint_of(place: Workplace, stage: str) -> Path:
 
 
 @pytest.fixture
-def call(trained, monkeypatch, capsys):
+def call(trained, call_main):
     """Runs evaluate.py on the tiny run; gives exit status, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        script = ["evaluate.py", "--results-dir", str(trained.results), *TINY_EVAL, *arguments]
-        monkeypatch.setattr(sys, "argv", script)
-        try:
-            run_main(evaluate.main)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
+    return partial(call_main, evaluate.main, "--results-dir", str(trained.results), *TINY_EVAL)
 
 
 def test_command_line_repeats_the_result_of_stage_3(trained, tmp_path):

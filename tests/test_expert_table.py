@@ -1,13 +1,12 @@
 """expert_table.py: results of evaluate.py, kept and shown."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import expert_table
-from errors import run_main
 from procgen_env import GAMES
 
 RESULT = {
@@ -26,21 +25,9 @@ RESULT = {
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path, call_main):
     """Runs expert_table.py on a file of its own; gives exit status, stdout and stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(
-            sys, "argv", ["expert_table.py", "--file", str(tmp_path / "kept.json"), *arguments]
-        )
-        try:
-            run_main(expert_table.main)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
+    return partial(call_main, expert_table.main, "--file", str(tmp_path / "kept.json"))
 
 
 def write(path: Path, **changes: object) -> str:
