@@ -26,7 +26,7 @@ from config import Config
 from data_loader import Windows
 from decoding import OnlineDecoder
 from models import TwoPathPolicy, WorldModel, normalize, stack_frames
-from probe import label
+from probe import JUDGED_WINDOWS, label, train_probe, world_model_loss
 from procgen_env import ACTIONS, VecEnv
 from training import Compute
 
@@ -103,24 +103,33 @@ def published(network: nn.Module, device: torch.device) -> nn.Module:
     return network.to(device)
 
 
+def stage1_networks(cfg: Config, compute: Compute) -> tuple[nn.Module, nn.Module]:
+    """IDM and world model of stage 1 as they are."""
+    return compute.place(make_idm(cfg)), compute.place(make_world_model(cfg))
+
+
+def plain_stage1_networks(cfg: Config, compute: Compute) -> tuple[nn.Module, nn.Module]:
+    """The same networks, weights too for equal seeds, computing as published."""
+    idm = make_idm(cfg)
+    world_model = WorldModel(cfg.vq.la_dim, cfg.model.wm_width, fold_action=False)
+    return published(idm, compute.device), published(world_model, compute.device)
+
+
 def stage1(cfg: Config, compute: Compute, windows: Windows) -> Workload:
     """Stage 1 as it is."""
-    idm, world_model = compute.place(make_idm(cfg)), compute.place(make_world_model(cfg))
-    return _stage1(cfg, compute, windows, idm, world_model)
+    return _stage1(cfg, compute, windows, *stage1_networks(cfg, compute))
 
 
 def plain_stage1(cfg: Config, compute: Compute, windows: Windows) -> Workload:
     """The same steps with published networks."""
-    world_model = WorldModel(cfg.vq.la_dim, cfg.model.wm_width, fold_action=False)
-    networks = published(make_idm(cfg), compute.device), published(world_model, compute.device)
-    return _stage1(cfg, compute, windows, *networks)
+    return _stage1(cfg, compute, windows, *plain_stage1_networks(cfg, compute))
 
 
 def _stage1(cfg: Config, compute: Compute, windows: Windows, *networks: nn.Module) -> Workload:
-    probed = min(cfg.probe.windows, PROBE_WINDOWS, len(windows))
-    wanted = min(cfg.probe.windows, cfg.data.test_chunks * CHUNK_FRAMES["test"])
-    small = replace(cfg, probe=replace(cfg.probe, windows=probed))
-    trainer = stage1_idm_wm.Trainer(small, compute, windows, *networks)
+    ids = windows.spread(min(cfg.probe.windows, PROBE_WINDOWS))
+    ta, probed = windows.actions(ids), min(cfg.probe.windows, cfg.data.test_chunks * CHUNK_FRAMES["test"])
+    judged, per_window = min(probed, JUDGED_WINDOWS), 1 / len(ids) / cfg.stage1.probe_every
+    trainer = stage1_idm_wm.Trainer(cfg, compute, windows, *networks)
 
     def step(number: int) -> Iterator[Lap]:
         frames = trainer.load(number)
@@ -129,8 +138,11 @@ def _stage1(cfg: Config, compute: Compute, windows: Windows, *networks: nn.Modul
         yield Lap("forward/backward")
         trainer.apply(number)
         yield Lap("update")
-        trainer.measure(windows)
-        yield Lap("probe", share=wanted / probed / cfg.stage1.probe_every)
+        la = label(networks[0], windows, ids, compute)
+        train_probe(la, ta, cfg.probe, cfg.seed)
+        yield Lap("probe", share=probed * per_window)
+        world_model_loss(*networks, windows, ids, la, compute)
+        yield Lap("probe", share=judged * per_window)
 
     return Workload(step, cfg.stage1.batch_size)
 

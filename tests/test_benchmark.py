@@ -1,4 +1,4 @@
-"""benchmark.py: its command line on tiny networks, what it counts, and that its plain path computes alike."""
+"""benchmark.py, same_learning.py: their command lines, what is counted, that the plain path computes alike."""
 
 import json
 import sys
@@ -9,15 +9,25 @@ import torch
 from torch import nn
 
 import benchmark
+import same_learning
 import stage1_idm_wm
 from benchmark import count_gflop, lap_seconds
-from build import make_decoder, make_idm, make_latent_policy, make_world_model
+from build import make_decoder, make_latent_policy
 from conftest import Workplace
 from errors import run_main
-from models import TwoPathPolicy, WorldModel
+from models import TwoPathPolicy
 from procgen_env import ACTIONS
+from same_learning import summary_table
 from training import Compute
-from workloads import Lap, PlainPolicy, TimedEnv, published, random_windows
+from workloads import (
+    Lap,
+    PlainPolicy,
+    TimedEnv,
+    plain_stage1_networks,
+    published,
+    random_windows,
+    stage1_networks,
+)
 
 CPU = torch.device("cpu")
 PARTS = {
@@ -158,13 +168,11 @@ def test_plain_stage_1_equals_ours(workplace):
     cfg = workplace.config("--vq.start", "data")
     cfg = replace(cfg, stage1=replace(cfg.stage1, batch_size=8))
     compute, windows = Compute(CPU, bf16=False, compile=False), random_windows(32, CPU)
-    idm, world_model = make_idm(cfg), make_world_model(cfg)
-    plain_idm, plain_model = make_idm(cfg), WorldModel(cfg.vq.la_dim, cfg.model.wm_width, fold_action=False)
-    plain_idm.load_state_dict(idm.state_dict())
-    plain_model.load_state_dict(world_model.state_dict())
-    ours = stage1_idm_wm.Trainer(cfg, compute, windows, compute.place(idm), compute.place(world_model))
-    networks = published(plain_idm, CPU), published(plain_model, CPU)
-    plain = stage1_idm_wm.Trainer(cfg, compute, windows, *networks)
+    torch.manual_seed(0)
+    ours = stage1_idm_wm.Trainer(cfg, compute, windows, *stage1_networks(cfg, compute))
+    torch.manual_seed(0)
+    plain = stage1_idm_wm.Trainer(cfg, compute, windows, *plain_stage1_networks(cfg, compute))
+    assert ours.world_model.fold_action != plain.world_model.fold_action
     torch.manual_seed(0)
     found = ours.update(0)
     torch.manual_seed(0)
@@ -172,6 +180,57 @@ def test_plain_stage_1_equals_ours(workplace):
     assert found.keys() == {"loss", "wm_loss", "vq_loss", "perplexity", "grad_norm"}
     for key, value in expected.items():
         assert found[key].item() == pytest.approx(value.item(), rel=1e-5), key
+
+
+def test_both_paths_learn_and_are_compared_figure_by_figure(workplace):
+    options = ["--seeds", "2", "--seed", "3", "--stage1.steps", "2", "--json", "out.json"]
+    done = workplace.run("same_learning.py", *options)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((workplace.folder / "out.json").read_text())["runs"]
+    assert [(run["seed"], run["path"]) for run in runs] == [
+        (3, "plain"),
+        (3, "fast"),
+        (4, "plain"),
+        (4, "fast"),
+    ]
+    for plain, fast in (runs[:2], runs[2:]):
+        for key in ("wm_loss", "wm_loss_test"):  # in fp32 the paths differ by rounding alone
+            assert fast[key] == pytest.approx(plain[key], rel=1e-4)
+    assert runs[0]["wm_loss"] != runs[2]["wm_loss"]
+    assert not workplace.results.exists()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line
+    ]
+    assert [row[:2] for row in rows[2:6]] == [["3", "plain"], ["3", "fast"], ["4", "plain"], ["4", "fast"]]
+    assert [row[0] for row in rows[8:]] == ["wm_loss", "wm_loss_test", "probe_acc_test"]
+
+
+@pytest.mark.parametrize(("fast", "inside"), [([0.3, 0.4], "yes"), ([0.1, 0.2], "no")])
+def test_the_fast_mean_is_held_against_the_spread_of_the_plain_runs(fast, inside):
+    runs = [{"path": "plain", "wm_loss": x} for x in (0.2, 0.5)] + [
+        {"path": "fast", "wm_loss": x} for x in fast
+    ]
+    (row,) = summary_table(runs).splitlines()[2:]
+    mean = f"{sum(fast) / 2:.4g}"
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["wm_loss", "0.35", "0.2 to 0.5", mean, inside]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--seeds", "0"], "--seeds is 0; there must be at least 1"),
+        (["--json", "nowhere/out.json"], "--json nowhere/out.json: the folder nowhere does not exist"),
+        (["--env", "bigfsh"], "'bigfsh' is"),
+    ],
+)
+def test_mistakes_in_a_comparison_are_told_in_a_sentence(
+    call_main, tmp_path, monkeypatch, arguments, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    status, _, stderr = call_main(same_learning.main, "--data_dir", str(tmp_path), *arguments)
+    assert status == 2
+    (line,) = stderr.splitlines()
+    assert line.startswith(f"error: {sentence}")
 
 
 def test_plain_networks_see_contiguous_images():

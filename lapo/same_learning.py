@@ -1,0 +1,129 @@
+"""Does the fast path learn what the plain one learns? `python same_learning.py --preset demo --env jumper`.
+
+Trains stage 1 by both, from the same weights and on the same batches, with a few seeds. Plain is what the
+published code computes: fp32, not compiled, contiguous images, the world model's first layer over all of its
+constant channels. Fast is what `stage1.py` does with this configuration. No run's folder is touched.
+
+Options of its own; every key of the config is an option too, as in the stages (`--stage1.steps 1000`):
+
+    --seeds N      how many seeds, from `--seed` on (3)
+    --json FILE    also write the numbers to this file
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from benchmark import Parser, check_json
+from config import Config, load_config, to_dict
+from data_loader import Windows
+from errors import UserError, run_main
+from files import atomic_write
+from procgen_env import check_data, check_frames
+from rolling import read_splits
+from runs import provenance
+from stage1_idm_wm import Trainer
+from tables import table
+from training import Compute, seed_everything, to_floats
+from workloads import plain_stage1_networks, stage1_networks
+
+LAST = 100
+"""Steps at the end whose training loss is averaged."""
+FIGURES = "wm_loss", "wm_loss_test", "probe_acc_test"
+
+Networks = Callable[[Config, Compute], tuple[nn.Module, nn.Module]]
+NETWORKS: dict[str, Networks] = {"plain": plain_stage1_networks, "fast": stage1_networks}
+
+
+def main() -> None:
+    """Compare as the command line asks."""
+    args, rest = parse(sys.argv[1:])
+    compare(args, load_config(rest, description=__doc__))
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this script, and the words of the command line that are not.
+
+    Raises `UserError` for an impossible value.
+    """
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args, rest = parser.parse_known_args(argv)
+    if args.seeds < 1:
+        raise UserError(f"--seeds is {args.seeds}; there must be at least 1")
+    check_json(args.json)
+    return args, rest
+
+
+def compare(args: argparse.Namespace, cfg: Config) -> dict:
+    """Train all runs, print the table and write the numbers where asked; returns them as plain data."""
+    fast = Compute.from_config(cfg)
+    computes = {"plain": Compute(fast.device, bf16=False, compile=False), "fast": fast}
+    check_data(cfg.env, cfg.game_data)
+    check_frames(cfg.env, cfg.game_data, cfg.visuals)
+    splits = read_splits(cfg, fast.device)
+    runs = []
+    for seed in range(cfg.seed, cfg.seed + args.seeds):
+        for path, compute in computes.items():
+            print(f"{path}, seed {seed}, on {compute}", flush=True)
+            learnt = learn(replace(cfg, seed=seed), compute, NETWORKS[path], *splits)
+            runs.append({"path": path, "seed": seed, "device": str(compute)} | learnt)
+    print(f"\n{runs_table(runs)}\n\n{summary_table(runs)}")
+    report = {"config": to_dict(cfg), "provenance": provenance(), "runs": runs}
+    if args.json:
+        atomic_write(args.json, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+        print(f"\nwritten to {args.json}")
+    return report
+
+
+def learn(cfg: Config, compute: Compute, networks: Networks, windows: Windows, held_out: Windows) -> dict:
+    """Train stage 1 from `cfg.seed` on; returns what came of it, as plain data."""
+    seed_everything(cfg.seed)
+    trainer = Trainer(cfg, compute, windows, *networks(cfg, compute))
+    losses, start = [], time.perf_counter()
+    for step in tqdm(range(cfg.stage1.steps), mininterval=10):
+        losses.append(trainer.update(step)["wm_loss"])
+    metrics = {"wm_loss": torch.stack(losses[-LAST:]).mean()} | trainer.measure(held_out)
+    return to_floats(metrics) | {"seconds": time.perf_counter() - start}
+
+
+def runs_table(runs: list[dict]) -> str:
+    """A row for each run."""
+    rows = []
+    for run in runs:
+        figures = (figure(run, key) for key in FIGURES)
+        rows.append([str(run["seed"]), run["path"], run["device"], *figures, f"{run['seconds']:.0f}"])
+    return table(["seed", "path", "device", *FIGURES, "s"], rows)
+
+
+def figure(run: dict, key: str) -> str:
+    """Four significant digits; nothing for data without true actions, which no probe can judge."""
+    return f"{run[key]:.4g}" if key in run else ""
+
+
+def summary_table(runs: list[dict]) -> str:
+    """A row for each figure: the fast runs' mean, and between which values the plain runs lie."""
+    rows = []
+    for key in FIGURES:
+        plain, fast = ([run[key] for run in runs if run["path"] == path and key in run] for path in NETWORKS)
+        if plain:
+            mean, low, high = statistics.mean(fast), min(plain), max(plain)
+            inside = "yes" if low <= mean <= high else "no"
+            rows.append(
+                [key, f"{statistics.mean(plain):.4g}", f"{low:.4g} to {high:.4g}", f"{mean:.4g}", inside]
+            )
+    return table(["figure", "plain: mean", "plain: all seeds", "fast: mean", "inside"], rows)
+
+
+if __name__ == "__main__":
+    run_main(main)
