@@ -199,13 +199,17 @@ class IDM(nn.Module):
         """Window (B, 9, H, W) → latent action before quantisation `la` (B, la_dim)."""
         return self.head(F.relu(self.fc(self.trunk(window))))
 
+    def quantize(self, la: Tensor) -> Quantized:
+        """`la` (B, la_dim) → its quantisation, which without a quantiser is `la` itself."""
+        if self.vq is not None:
+            return self.vq(la)
+        zero = la.new_zeros((), dtype=torch.float32)
+        return Quantized(la, zero, zero, la.new_zeros(len(la), 0, 0, dtype=torch.long))
+
     def forward(self, window: Tensor) -> tuple[Tensor, Quantized]:
         """Window (B, 9, H, W) → `la` (B, la_dim) and its quantisation."""
         la = self.label(window)
-        if self.vq is not None:
-            return la, self.vq(la)
-        zero = la.new_zeros((), dtype=torch.float32)
-        return la, Quantized(la, zero, zero, la.new_zeros(len(la), 0, 0, dtype=torch.long))
+        return la, self.quantize(la)
 
 
 # ---------------------------------------------------------------- world model

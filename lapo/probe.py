@@ -13,6 +13,8 @@ from models import IDM, WorldModel, stack_frames
 from training import Compute
 
 INFERENCE_BATCH = 512
+JUDGED_WINDOWS = 16384
+"""On so many of the probe's windows, at most, the world model is judged: its mean error needs no more."""
 
 
 @torch.no_grad()
@@ -34,27 +36,26 @@ def label(idm: IDM, windows: Windows, ids: Tensor, compute: Compute) -> Tensor:
 
 @torch.no_grad()
 def world_model_loss(
-    idm: IDM, world_model: WorldModel, windows: Windows, ids: Tensor, compute: Compute
-) -> tuple[dict[str, Tensor], Tensor]:
+    idm: IDM, world_model: WorldModel, windows: Windows, ids: Tensor, la: Tensor, compute: Compute
+) -> dict[str, Tensor]:
     """Mean squared error of predicting o[t+1] on the windows numbered `ids` (M,), all networks in eval mode.
 
-    `wm_loss_test` is the world model's, `copy_loss_test` that of predicting o[t] again. Beside them, as they
-    come from the same pass, the windows' latent actions as `label` gives them.
+    `la` (M, la_dim): the windows' latent actions as `label` gives them. Returns `wm_loss_test`, the world
+    model's error, and `copy_loss_test`, that of predicting o[t] again.
     """
     training = idm.training, world_model.training
     idm.eval(), world_model.eval()
-    model_error, copy_error, latents = 0.0, 0.0, []
+    model_error, copy_error, start = 0.0, 0.0, 0
     for part in windows.parts(ids, INFERENCE_BATCH):
         frames = stack_frames(windows.gather(part))
         with compute.autocast():
-            la, quantized = idm(frames)
-            predicted = world_model(frames[:, :6], quantized.la_q)
-        latents.append(la.float())
+            la_q = idm.quantize(la[start : start + len(part)]).la_q
+            predicted = world_model(frames[:, :6], la_q)
         model_error = model_error + F.mse_loss(predicted, frames[:, 6:]) * len(part)
         copy_error = copy_error + F.mse_loss(frames[:, 3:6], frames[:, 6:]) * len(part)
+        start += len(part)
     idm.train(training[0]), world_model.train(training[1])
-    errors = {"wm_loss_test": model_error / len(ids), "copy_loss_test": copy_error / len(ids)}
-    return errors, torch.cat(latents)
+    return {"wm_loss_test": model_error / len(ids), "copy_loss_test": copy_error / len(ids)}
 
 
 def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """What every stage needs to train: device and precision, seeds, schedules, optimisers."""
 
+import contextlib
+import ctypes
 import random
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -28,6 +30,7 @@ class Compute:
     def from_config(cls, cfg: Config) -> "Compute":
         """Choose device, precision and compilation. Raises `UserError` for a device that is not there.
 
+        On a CPU, the process keeps its memory from now on, see `keep_freed_memory`.
         Of several processes on a machine, each takes the GPU of its own number.
         """
         name = cfg.device
@@ -40,6 +43,8 @@ class Compute:
         device = torch.device(name)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"device {name} is not there: {torch.cuda.device_count()} CUDA devices; use cpu")
+        if device.type == "cpu":
+            keep_freed_memory()
         bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and _has_bf16(device))
         return cls(device, bf16, cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"))
 
@@ -68,6 +73,29 @@ def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
+
+
+def keep_freed_memory(keep: bool = True) -> None:
+    """Let large tensors on the CPU reuse the memory of freed ones; `keep=False` gives it back and ends that.
+
+    Usually glibc hands blocks of more than 32 MB back to the system as soon as they are freed. Every large
+    activation then lies on fresh pages, and to have them made takes longer than most operations on them.
+    Blocks the size of a published chunk of frames (400 MB) still go back. Other C libraries are left as they
+    are.
+    """
+    sizes = {M_MMAP_THRESHOLD: 300 << 20, M_TRIM_THRESHOLD: 2**31 - 1}
+    if not keep:
+        sizes = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}  # the most that glibc grows them to
+    with contextlib.suppress(AttributeError, OSError):  # no such function
+        libc = ctypes.CDLL(None)
+        for option, size in sizes.items():
+            libc.mallopt(option, size)
+        if not keep:
+            libc.malloc_trim(0)
 
 
 def seed_everything(seed: int) -> None:

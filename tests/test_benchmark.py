@@ -1,4 +1,4 @@
-"""benchmark.py, same_learning.py: their command lines, what is counted, that the plain path computes alike."""
+"""benchmark.py, same_learning.py: command lines, what is counted, and that the plain path computes alike."""
 
 import json
 import sys

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import stage1_idm_wm
+from build import make_idm, make_world_model
 from config import ProbeConfig, load_config
 from conftest import write_game
 from data_loader import Windows
@@ -153,8 +155,7 @@ def test_held_out_errors_equal_a_loop_over_windows_and_change_nothing(windows):
     world_model(torch.rand(4, 6, 64, 64) - 0.5, torch.randn(4, 16))
     before = copy.deepcopy((idm.state_dict(), world_model.state_dict()))
     ids = torch.tensor([3, 68, 20, 7, 41])
-    metrics, la = world_model_loss(idm, world_model, windows, ids, CPU)
-    assert torch.equal(la, label(idm, windows, ids, CPU))
+    metrics = world_model_loss(idm, world_model, windows, ids, label(idm, windows, ids, CPU), CPU)
     assert idm.training
     assert world_model.training
     torch.testing.assert_close((idm.state_dict(), world_model.state_dict()), before, rtol=0, atol=0)
@@ -171,9 +172,21 @@ def test_held_out_errors_equal_a_loop_over_windows_and_change_nothing(windows):
     assert metrics["copy_loss_test"].item() == pytest.approx(copy_error, rel=1e-5)
 
 
+def test_the_world_model_is_judged_on_every_few_of_the_probes_windows(windows, monkeypatch):
+    cfg = load_config(["--preset", "demo"])
+    monkeypatch.setattr(stage1_idm_wm, "JUDGED_WINDOWS", 30)
+    trainer = stage1_idm_wm.Trainer(cfg, CPU, windows, make_idm(cfg), make_world_model(cfg))
+    metrics = trainer.measure(windows)
+    ids = windows.all()
+    la = label(trainer.idm, windows, ids, CPU)
+    probe = train_probe(la, windows.actions(ids), cfg.probe, cfg.seed)
+    few = world_model_loss(trainer.idm, trainer.world_model, windows, ids[::3], la[::3], CPU)
+    assert metrics == few | probe
+
+
 def test_modes_of_networks_in_eval_mode_are_kept(windows):
     idm, world_model = small_idm().eval(), WorldModel(16, 2).eval()
-    label(idm, windows, windows.all()[:2], CPU)
-    world_model_loss(idm, world_model, windows, windows.all()[:2], CPU)
+    ids = windows.all()[:2]
+    world_model_loss(idm, world_model, windows, ids, label(idm, windows, ids, CPU), CPU)
     assert not idm.training
     assert not world_model.training

@@ -1,6 +1,9 @@
 """What every stage trains with: schedules, optimisers, seeds, devices and precision."""
 
+import platform
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +15,7 @@ from torch import nn
 import training
 from build import make_idm, make_world_model
 from config import Config, load_config
+from conftest import LAPO
 from errors import UserError
 from models import stack_frames
 from training import (
@@ -243,6 +247,35 @@ def test_one_step_of_stage_1_in_bf16_is_close_to_fp32():
 
 
 # ---------------------------------------------------------------- metrics
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_a_run_on_a_cpu_reuses_the_memory_of_freed_tensors():
+    """Fresh pages are made at the first touch, which the system counts; in a process of its own."""
+    script = f"""
+import resource, sys
+sys.path.insert(0, {str(LAPO)!r})
+import torch
+from config import load_config
+from training import Compute, keep_freed_memory
+
+def faults():
+    torch.ones(16 << 20)  # 64 MB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+Compute.from_config(load_config(["--device", "cpu"]))
+kept = faults()
+keep_freed_memory(False)
+print(usual, kept, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    usual, kept, given_back = map(int, done.stdout.split())
+    assert kept < 10
+    assert min(usual, given_back) >= 10 * 32  # 2 MB a page at most
 
 
 def test_metrics_become_numbers():
