@@ -1,11 +1,15 @@
-"""Files that are whole or absent: a crash or a full disk leaves no half file in the place of a good one."""
+"""Files that are whole or absent, and used by one process at a time.
 
+A crash or a full disk leaves no half file in the place of a good one.
+"""
+
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from errors import UserError
 
@@ -43,3 +47,30 @@ def writing(path: Path, kept: str) -> Iterator[None]:
         raise UserError(
             f"cannot write {path} ({error}); {kept}; once that is mended, the same command continues"
         ) from None
+
+
+def lock(path: Path, busy: str) -> IO:
+    """Make the file `path` and keep it locked as long as the returned file is open.
+
+    Raises `UserError` with the sentence `busy` if another process has it locked.
+    """
+    with writing(path, "nothing was changed"):
+        file = path.open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(busy) from None
+    except OSError:
+        pass  # a filesystem without locks
+    return file
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Like `lock`, until the context is left; then the file is gone."""
+    with lock(path, busy):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

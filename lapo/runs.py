@@ -11,7 +11,6 @@ The same command again continues from the checkpoint, and does nothing once the 
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from config import ROOT, Config, diff, to_dict
 from errors import UserError
-from files import atomic_write, writing
+from files import atomic_write, lock, writing
 from ranks import by_torchrun, expect_same, greatest, is_first
 from tracking import NoTracking, start_wandb
 from training import Compute, rng_state, set_rng_state, to_floats
@@ -162,16 +161,10 @@ class Run:
 
     def _keep_others_out(self) -> None:
         """Hold the run's lock as long as this process lives. Raises `UserError` if another process has it."""
-        with writing(self.dir / "lock", "nothing was changed"):
-            self._lock = (self.dir / "lock").open("w")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(
-                f"another process is at work on {self.dir}; wait for it, or choose another --exp"
-            ) from None
-        except OSError:
-            pass  # a filesystem without locks
+        self._lock = lock(
+            self.dir / "lock",
+            f"another process is at work on {self.dir}; wait for it, or choose another --exp",
+        )
 
     def _continue(self) -> None:
         checkpoint = load_checkpoint(self.checkpoint_path)

@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,11 +89,11 @@ def learn(cfg: Config, compute: Compute, networks: Networks, windows: Windows, h
     """Train stage 1 from `cfg.seed` on; returns what came of it, as plain data."""
     seed_everything(cfg.seed)
     trainer = Trainer(cfg, compute, windows, *networks(cfg, compute))
-    losses, start = [], time.perf_counter()
+    losses = []
     for step in tqdm(range(cfg.stage1.steps), mininterval=10):
         losses.append(trainer.update(step)["wm_loss"])
     metrics = {"wm_loss": torch.stack(losses[-LAST:]).mean()} | trainer.measure(held_out)
-    return to_floats(metrics) | {"seconds": time.perf_counter() - start}
+    return to_floats(metrics)
 
 
 def runs_table(runs: list[dict]) -> str:
@@ -102,8 +101,8 @@ def runs_table(runs: list[dict]) -> str:
     rows = []
     for run in runs:
         figures = (figure(run, key) for key in FIGURES)
-        rows.append([str(run["seed"]), run["path"], run["device"], *figures, f"{run['seconds']:.0f}"])
-    return table(["seed", "path", "device", *FIGURES, "s"], rows)
+        rows.append([str(run["seed"]), run["path"], run["device"], *figures])
+    return table(["seed", "path", "device", *FIGURES], rows)
 
 
 def figure(run: dict, key: str) -> str:

@@ -17,10 +17,12 @@ from acting import load_policy
 from build import make_acting_policy
 from chunks import find_chunks, read_header, write_chunk
 from conftest import INTERRUPTIONS, LAPO, Workplace, largest_file
+from dataset import Chunk, Dataset, PolicyFile, play_chunk
 from errors import UserError
+from files import lock
 from learned import make_player
 from procgen_env import GAMES, HELD_OUT_LEVELS, TRAIN_LEVELS
-from record_expert import Arguments, Chunk, Dataset, PolicyFile, find_policy, plan_chunks, play_chunk
+from record_expert import Arguments, find_policy, plan_chunks
 from runs import Run
 from training import Compute
 
@@ -418,6 +420,17 @@ def test_a_shipped_policy_is_the_default_where_it_knows_the_visuals(
     shutil.copy(policy.path, tmp_path / "coinrun.pt")
     with pytest.raises(UserError, match="is a policy for game maze, not coinrun"):
         find_policy(Arguments(env="coinrun"))
+
+
+def test_one_process_records_into_a_folder_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "maze"
+    folder.mkdir()
+    with lock(folder / "lock", "busy"):
+        message = refusal(tmp_path, "--env", "maze", *SMALL)
+        assert message.startswith(f"error: another process is recording into {folder}; wait for it")
+        assert contents(folder) == {"lock": b""}
+    assert run(tmp_path, "--env", "maze", *SMALL, "--workers", "1").returncode == 0
+    assert "lock" not in contents(folder)
 
 
 def test_planners_are_recorded_without_pytorch() -> None:
