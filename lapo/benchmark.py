@@ -9,7 +9,7 @@ Options of its own; every key of the config is an option too, as in the stages (
                          the IDM; stage 3 running the trunk forwards and backwards in every epoch of PPO and
                          labelling every step
     --repeats N          timed steps, of which the median one is shown (3)
-    --frames N           frames to train on or to load (8192)
+    --frames N           frames to train on or to load (8192; all 80 published chunks are 2621440)
     --json FILE          also write the numbers to this file
 
 No data and no earlier stage is needed: stages 1 and 2 see random frames, stage 3 and load play `--env`.

@@ -53,7 +53,9 @@ def read_splits(cfg: Config, device: torch.device) -> tuple[Windows, Windows]:
     return train, Windows.read(cfg, "test", device)
 
 
-def keeps_all(folder: Path, device: torch.device, limit: int, resident: str, share: Share = WHOLE) -> bool:
+def keeps_all(
+    folder: Path, device: torch.device, limit: int | None, resident: str, share: Share = WHOLE
+) -> bool:
     """Whether all chunks of a share of `folder` are to stay on the device; prints what speaks for it.
 
     They are if they fit there for every one of the processes. Raises `UserError` as `chunks_of` does.

@@ -5,6 +5,7 @@ weights are random.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -21,13 +22,15 @@ import stage2_bc
 import stage3_decode
 from acting import random_actor
 from build import make_decoder, make_idm, make_latent_policy, make_world_model
-from chunks import CHUNK_FRAMES, WINDOW, find_chunks, write_chunk
+from chunks import CHUNK_FRAMES, FRAME_SHAPE, WINDOW, find_chunks, write_chunk
 from config import Config
-from data_loader import Windows
+from data_loader import Windows, free_bytes
 from decoding import OnlineDecoder
+from errors import UserError
 from models import TwoPathPolicy, WorldModel, normalize, stack_frames
 from probe import JUDGED_WINDOWS, label, train_probe, world_model_loss
 from procgen_env import ACTIONS, VecEnv
+from rolling import RollingWindows, keeps_all
 from training import Compute
 
 PROBE_WINDOWS = 64
@@ -79,10 +82,10 @@ def prepared(stage: str, cfg: Config, frames: int, device: torch.device) -> Iter
             )
         else:
             folder = Path(stack.enter_context(TemporaryDirectory()))
-            record_random_play(cfg, frames, folder / "0.npz")
+            loaded = record_random_play(cfg, frames, folder)
             yield (
-                (lambda compute: load(folder, frames, compute)),
-                (lambda compute: plain_load(folder, frames)),
+                (lambda compute: load(cfg, compute, folder, loaded)),
+                (lambda compute: plain_load(folder, loaded)),
             )
 
 
@@ -304,10 +307,15 @@ def plain_stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
     return Workload(step, cfg.ppo.num_envs * cfg.ppo.rollout_steps)
 
 
-def record_random_play(cfg: Config, frames: int, path: Path) -> None:
-    """A chunk of `frames` frames as `record_expert.py` writes it, but of random play."""
-    envs = min(16, frames)
-    steps = -(-frames // envs)
+def record_random_play(cfg: Config, frames: int, folder: Path) -> int:
+    """Chunks of about `frames` frames in all as `record_expert.py` writes them, but of random play.
+
+    All of them are the same file. Returns how many frames there are.
+    """
+    count = -(-frames // CHUNK_FRAMES["train"])
+    size = -(-frames // count)
+    envs = min(16, size)
+    steps = -(-size // envs)
     obs, ta = np.empty((envs, steps, 64, 64, 3), np.uint8), np.empty((envs, steps), np.int64)
     done = np.empty((envs, steps), bool)
     act = random_actor(cfg.seed)
@@ -317,21 +325,40 @@ def record_random_play(cfg: Config, frames: int, path: Path) -> None:
             obs[:, t], ta[:, t] = frame, act(frame)
             frame, _, done[:, t] = env.step(ta[:, t])
     arrays = {"obs": obs, "ta": ta, "done": done}
-    write_chunk(path, {key: x.reshape(-1, *x.shape[2:])[:frames] for key, x in arrays.items()})
+    write_chunk(folder / "0.npz", {key: x.reshape(-1, *x.shape[2:])[:size] for key, x in arrays.items()})
+    for number in range(1, count):
+        (folder / f"{number}.npz").hardlink_to(folder / "0.npz")
+    return count * size
 
 
-def load(folder: Path, frames: int, compute: Compute) -> Workload:
-    """Reading the chunks of a folder; a step reads them all."""
+def load(cfg: Config, compute: Compute, folder: Path, frames: int) -> Workload:
+    """Bringing all frames of a folder to the device, as stage 1 does.
+
+    Where they do not all fit, a step serves every window once.
+    """
+    size, pool = cfg.stage1.batch_size, cfg.data.pool_chunks
+    resident = keeps_all(folder, compute.device, None, cfg.resident)
 
     def step(number: int) -> Iterator[Lap]:
-        Windows(folder, device=compute.device)
+        if resident:
+            Windows(folder, device=compute.device)
+        else:
+            windows = RollingWindows(folder, device=compute.device, pool_chunks=pool)
+            for batch in range(len(windows) // size):
+                windows.gather(windows.batch(batch, size, cfg.seed))
         yield Lap("load")
 
     return Workload(step, frames)
 
 
 def plain_load(folder: Path, frames: int) -> Workload:
-    """Reading all chunks into host memory, then joining them."""
+    """Reading all chunks into host memory, then joining them. Raises `UserError` where that is too small."""
+    needed, free = 2 * frames * math.prod(FRAME_SHAPE), free_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise UserError(
+            f"loading {frames:,} frames the plain way needs {needed / 1e9:.1f} GB of host memory,"
+            f" {free / 1e9:.1f} GB are free; choose fewer --frames, or leave out --compare"
+        )
 
     def step(number: int) -> Iterator[Lap]:
         chunks = [dict(np.load(path, allow_pickle=False)) for path in find_chunks(folder)]

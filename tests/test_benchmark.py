@@ -13,19 +13,25 @@ import same_learning
 import stage1_idm_wm
 from benchmark import count_gflop, lap_seconds
 from build import make_decoder, make_latent_policy
+from chunks import CHUNK_FRAMES, find_chunks, read_header
 from conftest import Workplace
-from errors import run_main
+from data_loader import Windows
+from errors import UserError, run_main
 from models import TwoPathPolicy
 from procgen_env import ACTIONS
+from rolling import RollingWindows
 from same_learning import summary_table
 from training import Compute
 from workloads import (
     Lap,
     PlainPolicy,
     TimedEnv,
+    load,
+    plain_load,
     plain_stage1_networks,
     published,
     random_windows,
+    record_random_play,
     stage1_networks,
 )
 
@@ -159,6 +165,36 @@ def test_the_environment_counts_the_waiting_in_both_calls(workplace):
     assert env.take_waited() > 0
     assert env.take_waited() == 0
     env.close()
+
+
+@pytest.mark.parametrize("resident", ["always", "never"])
+def test_loading_brings_every_frame_to_the_device(workplace, monkeypatch, resident):
+    """Five chunks of 12 frames; where they take turns, all windows are served."""
+    monkeypatch.setitem(CHUNK_FRAMES, "train", 14)
+    cfg, folder, served = workplace.config("--resident", resident), workplace.folder / "load", []
+    folder.mkdir()
+    assert record_random_play(cfg, 60, folder) == 60
+    assert [read_header(path) for path in find_chunks(folder)] == [12] * 5
+    gather = RollingWindows.gather
+
+    def watched(windows, ids):
+        served.append(ids)
+        return gather(windows, ids)
+
+    monkeypatch.setattr(RollingWindows, "gather", watched)
+    workload = load(cfg, Compute(CPU, bf16=False, compile=False), folder, 60)
+    (lap,) = workload.step(0)
+    assert (lap.name, lap.share, workload.samples) == ("load", 1, 60)
+    windows = Windows(folder, device=CPU)
+    expected = 0 if resident == "always" else len(windows) // cfg.stage1.batch_size * cfg.stage1.batch_size
+    assert len({int(x) for ids in served for x in ids}) == expected
+
+
+def test_frames_that_the_plain_loader_has_no_room_for_are_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"100,000,000,000 frames the plain way needs .* choose fewer --frames"
+    ):
+        plain_load(tmp_path, 10**11)
 
 
 # ---------------------------------------------------------------- the plain path computes the same
