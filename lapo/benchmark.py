@@ -9,7 +9,8 @@ Options of its own; every key of the config is an option too, as in the stages (
                          the IDM; stage 3 running the trunk forwards and backwards in every epoch of PPO and
                          labelling every step
     --repeats N          timed steps, of which the median one is shown (3)
-    --frames N           frames to train on or to load (8192; all 80 published chunks are 2621440)
+    --frames N           frames to train on or to load (8192; all 80 published chunks are 2621440); what is
+                         loaded are chunks that are all the same file: the disk's own speed plays no part
     --json FILE          also write the numbers to this file
 
 No data and no earlier stage is needed: stages 1 and 2 see random frames, stage 3 and load play `--env`.
@@ -24,7 +25,6 @@ rest, and then no number here is worth much.
 import argparse
 import contextlib
 import gc
-import json
 import resource
 import statistics
 import sys
@@ -40,12 +40,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from chunks import WINDOW
 from config import Config, load_config, to_dict
 from errors import UserError, run_main
-from files import atomic_write
+from files import check_json, write_json
 from procgen_env import check_game
 from runs import provenance
 from tables import table
 from training import Compute, keep_freed_memory, seed_everything
-from workloads import Lap, Make, prepared
+from workloads import Lap, Make, check_plain_load, prepared
 
 STAGES = ("1", "2", "3", "load")
 
@@ -82,12 +82,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, rest
 
 
-def check_json(path: Path | None) -> None:
-    """Raise `UserError` now if results could not be written to `path` later."""
-    if path and not path.parent.is_dir():
-        raise UserError(f"--json {path}: the folder {path.parent} does not exist; create it first")
-
-
 def benchmark(args: argparse.Namespace, cfg: Config) -> dict:
     """Measure, print tables and write the numbers where asked; returns them as plain data."""
     fast = Compute.from_config(cfg)
@@ -95,6 +89,8 @@ def benchmark(args: argparse.Namespace, cfg: Config) -> dict:
     stages = [args.stage] if args.stage else STAGES
     if {"3", "load"} & set(stages):
         check_game(cfg.env)
+    if args.compare and "load" in stages:
+        check_plain_load(args.frames)
     results = []
     for stage in stages:
         print(f"stage {stage}" if stage in "123" else stage, f"on {fast}", flush=True)
@@ -109,7 +105,7 @@ def benchmark(args: argparse.Namespace, cfg: Config) -> dict:
     print(f"\n{rates_table(results)}\n\n{parts_table(results)}")
     report = {"config": to_dict(cfg), "provenance": provenance(), "results": results}
     if args.json:
-        atomic_write(args.json, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+        write_json(args.json, report)
         print(f"\nwritten to {args.json}")
     return report
 

@@ -128,7 +128,7 @@ class ProbeConfig:
 
     __pydantic_config__ = STRICT
     windows: Annotated[int, Field(ge=4)]
-    """Windows used at most; half train the probe, half test it."""
+    """Windows used at most; half train the probe, half test it. The world model is judged on up to 16,384."""
     hidden: Count
     """Width of the probe's two hidden layers."""
     epochs: Count

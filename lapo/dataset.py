@@ -20,7 +20,7 @@ import numpy as np
 
 import experts
 from errors import UserError
-from files import atomic_write
+from files import write_json
 from procgen_env import (
     GAMES,
     HELD_OUT_LEVELS,
@@ -240,7 +240,7 @@ class Dataset:
             **({"policy": self.provenance} if self.provenance else {}),
             "chunks": {name: self.chunks[name] for name in in_order},
         }
-        atomic_write(self.file, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+        write_json(self.file, record)
 
     def summary(self, split: str) -> dict[str, float | None]:
         """Frames, complete episodes and their mean return and its standard error in one split."""

@@ -5,7 +5,6 @@ published expert's. Any checkpoint of stage 3 or of train_expert.py will do (`--
 unfinished one as well.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from acting import Act, checkpoint_actor, judge, load_policy, num_judged, random
 from config import Config, load_config, to_dict, validate
 from errors import UserError, run_main
 from experts import Expert, expert_name, make_expert
-from files import atomic_write
+from files import check_json, write_json
 from procgen_env import GAMES, Visuals, check_game, relative_return
 from training import Compute, seed_everything
 
@@ -75,8 +74,7 @@ def configure(args: Arguments, defaults: Config) -> Config:
         raise UserError(f"--policy {args.policy} and --checkpoint {args.checkpoint}: give one of the two")
     if args.env:
         check_game(args.env)
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist; create it first")
+    check_json(args.json)
     given = {key: getattr(args, key) for key in ("exp", "seed", "results_dir", "device")}
     judged = {key: getattr(args, key) for key in to_dict(defaults.eval)}
     given["visuals"] = args.visuals or defaults.visuals
@@ -110,7 +108,7 @@ def evaluate(args: Arguments, cfg: Config) -> dict:
     }
     print(describe(result))
     if args.json:
-        atomic_write(args.json, lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        write_json(args.json, result)
         print(f"written to {args.json}")
     return result
 

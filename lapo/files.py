@@ -3,7 +3,9 @@
 A crash or a full disk leaves no half file in the place of a good one.
 """
 
+import contextlib
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,6 +40,24 @@ def atomic_write(
         part.unlink(missing_ok=True)
 
 
+def write_json(path: Path, data: Any) -> None:
+    """Put plain data in place as `atomic_write` does."""
+    text = json.dumps(data, indent=2) + "\n"
+    atomic_write(path, lambda part: part.write_text(text))
+
+
+def check_json(path: Path | None) -> None:
+    """Raise `UserError` now if results for the option `--json` could not be written to `path` later."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise UserError(f"--json {path}: the folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise UserError(f"--json {path} is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--json {path}: the folder {path.parent} cannot be written to; name another")
+
+
 @contextmanager
 def writing(path: Path, kept: str) -> Iterator[None]:
     """A disk that refuses what is done to `path` raises `UserError`, which also says what is `kept`."""
@@ -54,16 +74,20 @@ def lock(path: Path, busy: str) -> IO:
 
     Raises `UserError` with the sentence `busy` if another process has it locked.
     """
-    with writing(path, "nothing was changed"):
-        file = path.open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise UserError(busy) from None
-    except OSError:
-        pass  # a filesystem without locks
-    return file
+    while True:
+        with writing(path, "nothing was changed"):
+            file = path.open("w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UserError(busy) from None
+        except OSError:
+            return file  # a filesystem without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # who had it locked has just removed it: this is no longer the file at `path`
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from chunks import CHUNK_FRAMES, write_chunk
 from config import ROOT, load_config
 from errors import UserError, run_main
-from files import atomic_write
+from files import write_json
 from procgen_env import GAMES
 from video import SIZE, Crop, find_files, probe, read_frames, shrink, to_rgb, versions
 
@@ -208,8 +208,7 @@ def main() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         summary = import_clips(args, partial)
-        record = json.dumps({**settings, **summary, "versions": versions()}, indent=2) + "\n"
-        atomic_write(partial / "dataset.json", lambda path: path.write_text(record))
+        write_json(partial / "dataset.json", {**settings, **summary, "versions": versions()})
         partial.rename(folder)
     except OSError as error:
         raise UserError(f"cannot make {folder} ({error})") from None

@@ -17,6 +17,11 @@ JUDGED_WINDOWS = 16384
 """On so many of the probe's windows, at most, the world model is judged: its mean error needs no more."""
 
 
+def judged(count: int) -> slice:
+    """Which of `count` windows the world model is judged on: every k-th."""
+    return slice(None, None, -(-count // JUDGED_WINDOWS))
+
+
 @torch.no_grad()
 def label(idm: IDM, windows: Windows, ids: Tensor, compute: Compute) -> Tensor:
     """Latent actions `la` of the windows numbered `ids` (M,), by the IDM in eval mode: (M, la_dim) fp32.
@@ -40,8 +45,8 @@ def world_model_loss(
 ) -> dict[str, Tensor]:
     """Mean squared error of predicting o[t+1] on the windows numbered `ids` (M,), all networks in eval mode.
 
-    `la` (M, la_dim): the windows' latent actions as `label` gives them. Returns `wm_loss_test`, the world
-    model's error, and `copy_loss_test`, that of predicting o[t] again.
+    `ids` must ascend as for `label`; `la` (M, la_dim) are the windows' latent actions as it gives them.
+    Returns `wm_loss_test`, the world model's error, and `copy_loss_test`, that of predicting o[t] again.
     """
     training = idm.training, world_model.training
     idm.eval(), world_model.eval()

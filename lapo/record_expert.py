@@ -188,19 +188,24 @@ def main() -> None:
     policy = find_policy(args)
     chunks = plan_chunks(args, policy)
     folder = args.data_dir.expanduser().resolve() / args.env
-    busy = f"another process is recording into {folder}; wait for it, or choose another --data-dir"
+
+    def open_dataset() -> tuple[Dataset, list[Chunk]]:
+        dataset = Dataset(folder, args.env, args.seed, args.noise, args.visuals, policy)
+        return dataset, dataset.unfinished(chunks)
+
+    dataset, rest = open_dataset()
+    kept = f"{len(chunks) - len(rest)} of {len(chunks)} chunks are there already"
+    print(f"{folder}: recording {dataset.settings['expert']}, {kept}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock", busy):
-            dataset = Dataset(folder, args.env, args.seed, args.noise, args.visuals, policy)
-            rest = dataset.unfinished(chunks)
-            kept = f"{len(chunks) - len(rest)} of {len(chunks)} chunks are there already"
-            print(f"{folder}: recording {dataset.settings['expert']}, {kept}")
-            if rest:
-                for split in LEVELS:
-                    (folder / split).mkdir(exist_ok=True)
+        if rest:
+            for split in LEVELS:
+                (folder / split).mkdir(parents=True, exist_ok=True)
+            busy = f"another process is recording into {folder}; wait for it, or choose another --data-dir"
+            with locked(folder / "lock", busy):
+                dataset, rest = open_dataset()  # as whoever held the lock before has left it
                 dataset.save()
-                record(dataset, rest, args.workers)
+                if rest:
+                    record(dataset, rest, args.workers)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; the finished chunks are kept") from None
     except BrokenProcessPool:

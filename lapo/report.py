@@ -13,7 +13,6 @@ Reads `<results_dir>/<exp>/<env>/seed<k>/` and adds to it
 Stages that have not run are shown as missing; run again, it takes in what is new.
 """
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +22,7 @@ import figures
 from build import inherit
 from config import Config, load_config
 from errors import UserError, run_main
-from files import atomic_write
+from files import atomic_write, write_json
 from inspection import Inspection
 from procgen_env import check_data, check_frames
 from summary import Record, read_records, summarize
@@ -56,9 +55,9 @@ def report(cfg: Config) -> dict:
     records = read_records(cfg)
     cfg = replace(cfg, visuals=next(iter(records.values())).checkpoint["config"]["visuals"])
     summary = summarize(cfg, records)
-    text, data = to_markdown(summary), json.dumps(summary, indent=2) + "\n"
+    text = to_markdown(summary)
     atomic_write(cfg.run_dir / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
-    atomic_write(cfg.run_dir / "summary.json", lambda path: path.write_text(data))
+    write_json(cfg.run_dir / "summary.json", summary)
     for name, figure in draw(cfg, compute, records, summary).items():
         atomic_write(cfg.run_dir / name, lambda path, figure=figure: figure.savefig(path, format="png"))
     print(f"\n{text}\nsummary and figures: {cfg.run_dir}")

@@ -7,13 +7,16 @@ constant channels. Fast is what `stage1.py` does with this configuration. No run
 Options of its own; every key of the config is an option too, as in the stages (`--stage1.steps 1000`):
 
     --seeds N      how many seeds, from `--seed` on (3)
-    --json FILE    also write the numbers to this file
+    --json FILE    also write the numbers to this file, after every run; the same command again goes on there
 """
 
 import argparse
+import gc
 import json
+import math
 import statistics
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +25,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmark import Parser, check_json
-from config import Config, load_config, to_dict
+from benchmark import Parser
+from config import Config, diff, load_config, to_dict
 from data_loader import Windows
 from errors import UserError, run_main
-from files import atomic_write
+from files import check_json, write_json
 from procgen_env import check_data, check_frames
 from rolling import read_splits
 from runs import provenance
@@ -65,35 +68,69 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def compare(args: argparse.Namespace, cfg: Config) -> dict:
-    """Train all runs, print the table and write the numbers where asked; returns them as plain data."""
+    """Train all runs, print the tables and write the numbers where asked; returns them as plain data.
+
+    Finished runs in the file are not made again. Raises `UserError` if it is of another configuration, or if
+    a figure is not finite.
+    """
     fast = Compute.from_config(cfg)
     computes = {"plain": Compute(fast.device, bf16=False, compile=False), "fast": fast}
     check_data(cfg.env, cfg.game_data)
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
+    report = read(args.json, cfg)
     splits = read_splits(cfg, fast.device)
-    runs = []
+    finished = {(run["seed"], run["path"]): run for run in report["runs"]}
+    report["runs"] = []
     for seed in range(cfg.seed, cfg.seed + args.seeds):
         for path, compute in computes.items():
-            print(f"{path}, seed {seed}, on {compute}", flush=True)
-            learnt = learn(replace(cfg, seed=seed), compute, NETWORKS[path], *splits)
-            runs.append({"path": path, "seed": seed, "device": str(compute)} | learnt)
-    print(f"\n{runs_table(runs)}\n\n{summary_table(runs)}")
-    report = {"config": to_dict(cfg), "provenance": provenance(), "runs": runs}
+            run = finished.get((seed, path))
+            if run is None:
+                print(f"{path}, seed {seed}, on {compute}", flush=True)
+                learnt = learn(replace(cfg, seed=seed), compute, NETWORKS[path], *splits)
+                run = {"seed": seed, "path": path, "device": str(compute)} | learnt
+            report["runs"].append(run)
+            if args.json:
+                write_json(args.json, report)
+    print(f"\n{runs_table(report['runs'])}\n\n{summary_table(report['runs'])}")
     if args.json:
-        atomic_write(args.json, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
         print(f"\nwritten to {args.json}")
     return report
 
 
+def read(path: Path | None, cfg: Config) -> dict:
+    """What the file holds, or a report without runs. Raises `UserError` for a file not of this comparison."""
+    config = json.loads(json.dumps(to_dict(cfg)))  # lists for tuples, as in a file
+    if not (path and path.exists()):
+        return {"config": config, "provenance": provenance(), "runs": []}
+    try:
+        report = json.loads(path.read_text())
+        changes = diff(report["config"], config)
+        report["runs"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"--json {path} holds no results of this script; name another file") from None
+    if changes:
+        raise UserError(f"--json {path} has other settings ({'; '.join(changes)}); name another file")
+    return report
+
+
 def learn(cfg: Config, compute: Compute, networks: Networks, windows: Windows, held_out: Windows) -> dict:
-    """Train stage 1 from `cfg.seed` on; returns what came of it, as plain data."""
+    """Train stage 1 from `cfg.seed` on; returns what came of it, as plain data.
+
+    Raises `UserError` if a figure is not finite.
+    """
+    gc.collect()  # the trainer before this one refers to itself by way of its compiled functions
+    if compute.compile:
+        torch.compiler.reset()  # it would give up compiling after a few trainers
     seed_everything(cfg.seed)
     trainer = Trainer(cfg, compute, windows, *networks(cfg, compute))
-    losses = []
+    losses = deque(maxlen=LAST)
     for step in tqdm(range(cfg.stage1.steps), mininterval=10):
         losses.append(trainer.update(step)["wm_loss"])
-    metrics = {"wm_loss": torch.stack(losses[-LAST:]).mean()} | trainer.measure(held_out)
-    return to_floats(metrics)
+    learnt = to_floats({"wm_loss": torch.stack(list(losses)).mean()} | trainer.measure(held_out))
+    for key, value in learnt.items():
+        if not math.isfinite(value):
+            raise UserError(f"{key} is {value} with seed {cfg.seed} on {compute}; try a lower --stage1.lr")
+    return learnt
 
 
 def runs_table(runs: list[dict]) -> str:
@@ -117,7 +154,7 @@ def summary_table(runs: list[dict]) -> str:
         plain, fast = ([run[key] for run in runs if run["path"] == path and key in run] for path in NETWORKS)
         if plain:
             mean, low, high = statistics.mean(fast), min(plain), max(plain)
-            inside = "yes" if low <= mean <= high else "no"
+            inside = "" if len(plain) < 2 else "yes" if low <= mean <= high else "no"
             rows.append(
                 [key, f"{statistics.mean(plain):.4g}", f"{low:.4g} to {high:.4g}", f"{mean:.4g}", inside]
             )

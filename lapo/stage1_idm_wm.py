@@ -14,7 +14,7 @@ from config import Config, load_config
 from data_loader import Windows
 from errors import run_main
 from models import IDM, WorldModel, stack_frames
-from probe import JUDGED_WINDOWS, label, train_probe, world_model_loss
+from probe import judged, label, train_probe, world_model_loss
 from procgen_env import check_data, check_frames
 from ranks import average, joined, part_of_batch
 from rolling import read_splits
@@ -111,10 +111,8 @@ class Trainer:
         """The world model's error on held-out windows and, where they have true actions, the probe's."""
         ids = held_out.spread(self.cfg.probe.windows)
         la = label(self.idm, held_out, ids, self.compute)
-        judged = slice(None, None, -(-len(ids) // JUDGED_WINDOWS))
-        metrics = world_model_loss(
-            self.idm, self.world_model, held_out, ids[judged], la[judged], self.compute
-        )
+        few = judged(len(ids))
+        metrics = world_model_loss(self.idm, self.world_model, held_out, ids[few], la[few], self.compute)
         if held_out.ta is not None:
             metrics |= train_probe(la, held_out.actions(ids), self.cfg.probe, self.cfg.seed)
         return metrics

@@ -84,16 +84,15 @@ def keep_freed_memory(keep: bool = True) -> None:
 
     Usually glibc hands blocks of more than 32 MB back to the system as soon as they are freed. Every large
     activation then lies on fresh pages, and to have them made takes longer than most operations on them.
-    Blocks the size of a published chunk of frames (400 MB) still go back. Other C libraries are left as they
-    are.
+    Kept are up to 2 GB; blocks the size of a published chunk of frames (400 MB) still go back. Other C
+    libraries are left as they are.
     """
-    sizes = {M_MMAP_THRESHOLD: 300 << 20, M_TRIM_THRESHOLD: 2**31 - 1}
-    if not keep:
-        sizes = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}  # the most that glibc grows them to
     with contextlib.suppress(AttributeError, OSError):  # no such function
         libc = ctypes.CDLL(None)
-        for option, size in sizes.items():
-            libc.mallopt(option, size)
+        # Older versions refuse more than 32 MB, to which the size grows by itself as long as it is not set.
+        if not keep or not libc.mallopt(M_MMAP_THRESHOLD, 300 << 20):
+            libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 64 << 20)
         if not keep:
             libc.malloc_trim(0)
 

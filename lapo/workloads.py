@@ -28,7 +28,7 @@ from data_loader import Windows, free_bytes
 from decoding import OnlineDecoder
 from errors import UserError
 from models import TwoPathPolicy, WorldModel, normalize, stack_frames
-from probe import JUDGED_WINDOWS, label, train_probe, world_model_loss
+from probe import judged, label, train_probe, world_model_loss
 from procgen_env import ACTIONS, VecEnv
 from rolling import RollingWindows, keeps_all
 from training import Compute
@@ -83,8 +83,9 @@ def prepared(stage: str, cfg: Config, frames: int, device: torch.device) -> Iter
         else:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             loaded = record_random_play(cfg, frames, folder)
+            resident = keeps_all(folder, device, None, cfg.resident)
             yield (
-                (lambda compute: load(cfg, compute, folder, loaded)),
+                (lambda compute: load(cfg, compute, folder, loaded, resident)),
                 (lambda compute: plain_load(folder, loaded)),
             )
 
@@ -131,7 +132,7 @@ def plain_stage1(cfg: Config, compute: Compute, windows: Windows) -> Workload:
 def _stage1(cfg: Config, compute: Compute, windows: Windows, *networks: nn.Module) -> Workload:
     ids = windows.spread(min(cfg.probe.windows, PROBE_WINDOWS))
     ta, probed = windows.actions(ids), min(cfg.probe.windows, cfg.data.test_chunks * CHUNK_FRAMES["test"])
-    judged, per_window = min(probed, JUDGED_WINDOWS), 1 / len(ids) / cfg.stage1.probe_every
+    per_window = 1 / len(ids) / cfg.stage1.probe_every
     trainer = stage1_idm_wm.Trainer(cfg, compute, windows, *networks)
 
     def step(number: int) -> Iterator[Lap]:
@@ -145,7 +146,7 @@ def _stage1(cfg: Config, compute: Compute, windows: Windows, *networks: nn.Modul
         train_probe(la, ta, cfg.probe, cfg.seed)
         yield Lap("probe", share=probed * per_window)
         world_model_loss(*networks, windows, ids, la, compute)
-        yield Lap("probe", share=judged * per_window)
+        yield Lap("probe", share=len(range(probed)[judged(probed)]) * per_window)
 
     return Workload(step, cfg.stage1.batch_size)
 
@@ -331,34 +332,23 @@ def record_random_play(cfg: Config, frames: int, folder: Path) -> int:
     return count * size
 
 
-def load(cfg: Config, compute: Compute, folder: Path, frames: int) -> Workload:
-    """Bringing all frames of a folder to the device, as stage 1 does.
-
-    Where they do not all fit, a step serves every window once.
-    """
-    size, pool = cfg.stage1.batch_size, cfg.data.pool_chunks
-    resident = keeps_all(folder, compute.device, None, cfg.resident)
+def load(cfg: Config, compute: Compute, folder: Path, frames: int, resident: bool) -> Workload:
+    """Bringing all frames to the device; where they cannot all be resident, gathering every window once."""
 
     def step(number: int) -> Iterator[Lap]:
         if resident:
             Windows(folder, device=compute.device)
         else:
-            windows = RollingWindows(folder, device=compute.device, pool_chunks=pool)
-            for batch in range(len(windows) // size):
-                windows.gather(windows.batch(batch, size, cfg.seed))
+            windows = RollingWindows(folder, device=compute.device, pool_chunks=cfg.data.pool_chunks)
+            for part in windows.parts(windows.all(), cfg.stage1.batch_size):
+                windows.gather(part)
         yield Lap("load")
 
     return Workload(step, frames)
 
 
 def plain_load(folder: Path, frames: int) -> Workload:
-    """Reading all chunks into host memory, then joining them. Raises `UserError` where that is too small."""
-    needed, free = 2 * frames * math.prod(FRAME_SHAPE), free_bytes(torch.device("cpu"))
-    if free is not None and needed > free:
-        raise UserError(
-            f"loading {frames:,} frames the plain way needs {needed / 1e9:.1f} GB of host memory,"
-            f" {free / 1e9:.1f} GB are free; choose fewer --frames, or leave out --compare"
-        )
+    """Reading all chunks into host memory, then joining them."""
 
     def step(number: int) -> Iterator[Lap]:
         chunks = [dict(np.load(path, allow_pickle=False)) for path in find_chunks(folder)]
@@ -366,3 +356,13 @@ def plain_load(folder: Path, frames: int) -> Workload:
         yield Lap("load")
 
     return Workload(step, frames)
+
+
+def check_plain_load(frames: int) -> None:
+    """Raise `UserError` if host memory is too small for `plain_load`."""
+    needed, free = 2 * frames * math.prod(FRAME_SHAPE), free_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise UserError(
+            f"loading {frames:,} frames the plain way needs {needed / 1e9:.1f} GB of host memory,"
+            f" {free / 1e9:.1f} GB are free; choose fewer --frames, or leave out --compare"
+        )

@@ -2,24 +2,28 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import benchmark
+import data_loader
+import rolling
 import same_learning
 import stage1_idm_wm
+import workloads
 from benchmark import count_gflop, lap_seconds
 from build import make_decoder, make_latent_policy
 from chunks import CHUNK_FRAMES, find_chunks, read_header
-from conftest import Workplace
+from conftest import Workplace, write_game
 from data_loader import Windows
-from errors import UserError, run_main
+from errors import run_main
 from models import TwoPathPolicy
 from procgen_env import ACTIONS
-from rolling import RollingWindows
 from same_learning import summary_table
 from training import Compute
 from workloads import (
@@ -27,7 +31,6 @@ from workloads import (
     PlainPolicy,
     TimedEnv,
     load,
-    plain_load,
     plain_stage1_networks,
     published,
     random_windows,
@@ -167,34 +170,44 @@ def test_the_environment_counts_the_waiting_in_both_calls(workplace):
     env.close()
 
 
-@pytest.mark.parametrize("resident", ["always", "never"])
+def watching(function: Callable, watch: Callable) -> Callable:
+    """`function`, which also tells `watch` its positional arguments."""
+
+    def watched(*args, **options):
+        watch(*args)
+        return function(*args, **options)
+
+    return watched
+
+
+@pytest.mark.parametrize("resident", [True, False])
 def test_loading_brings_every_frame_to_the_device(workplace, monkeypatch, resident):
     """Five chunks of 12 frames; where they take turns, all windows are served."""
     monkeypatch.setitem(CHUNK_FRAMES, "train", 14)
-    cfg, folder, served = workplace.config("--resident", resident), workplace.folder / "load", []
+    cfg, folder, served = workplace.config(), workplace.folder / "load", []
     folder.mkdir()
     assert record_random_play(cfg, 60, folder) == 60
     assert [read_header(path) for path in find_chunks(folder)] == [12] * 5
-    gather = RollingWindows.gather
-
-    def watched(windows, ids):
-        served.append(ids)
-        return gather(windows, ids)
-
-    monkeypatch.setattr(RollingWindows, "gather", watched)
-    workload = load(cfg, Compute(CPU, bf16=False, compile=False), folder, 60)
+    read = []
+    for module in (data_loader, rolling):
+        read_chunk = watching(module.read_chunk, lambda path, *_: read.append(path))
+        monkeypatch.setattr(module, "read_chunk", read_chunk)
+    monkeypatch.setattr(
+        Windows, "gather", watching(Windows.gather, lambda _, ids: served.extend(ids.tolist()))
+    )
+    workload = load(cfg, Compute(CPU, bf16=False, compile=False), folder, 60, resident)
     (lap,) = workload.step(0)
     assert (lap.name, lap.share, workload.samples) == ("load", 1, 60)
-    windows = Windows(folder, device=CPU)
-    expected = 0 if resident == "always" else len(windows) // cfg.stage1.batch_size * cfg.stage1.batch_size
-    assert len({int(x) for ids in served for x in ids}) == expected
+    assert set(read) == set(find_chunks(folder))
+    assert served == ([] if resident else Windows(folder, device=CPU).all().tolist())
 
 
-def test_frames_that_the_plain_loader_has_no_room_for_are_refused(tmp_path):
-    with pytest.raises(
-        UserError, match=r"100,000,000,000 frames the plain way needs .* choose fewer --frames"
-    ):
-        plain_load(tmp_path, 10**11)
+def test_frames_that_the_plain_loader_has_no_room_for_are_refused_at_once(monkeypatch, call_main):
+    monkeypatch.setattr(workloads, "free_bytes", lambda device: 10**9)
+    arguments = ["--stage", "load", "--frames", "50000", "--compare", "plain"]
+    status, stdout, stderr = call_main(benchmark.main, *arguments)
+    assert (status, stdout) == (2, "")
+    assert "50,000 frames the plain way needs 1.2 GB of host memory, 1.0 GB are free" in stderr
 
 
 # ---------------------------------------------------------------- the plain path computes the same
@@ -219,9 +232,17 @@ def test_plain_stage_1_equals_ours(workplace):
 
 
 def test_both_paths_learn_and_are_compared_figure_by_figure(workplace):
-    options = ["--seeds", "2", "--seed", "3", "--stage1.steps", "2", "--json", "out.json"]
-    done = workplace.run("same_learning.py", *options)
+    """A second seed is added to the first one's results."""
+    options = ["--seed", "3", "--stage1.steps", "2", "--json", "out.json"]
+    done = workplace.run("same_learning.py", "--seeds", "1", *options)
     assert done.returncode == 0, done.stderr
+    first = json.loads((workplace.folder / "out.json").read_text())["runs"]
+    refused = workplace.run("same_learning.py", *options, "--stage1.lr", "1e-4")
+    assert refused.returncode == 2
+    assert "has other settings (stage1.lr: " in refused.stderr
+    done = workplace.run("same_learning.py", "--seeds", "2", *options)
+    assert done.returncode == 0, done.stderr
+    assert "seed 3" not in done.stdout
     runs = json.loads((workplace.folder / "out.json").read_text())["runs"]
     assert [(run["seed"], run["path"]) for run in runs] == [
         (3, "plain"),
@@ -229,6 +250,7 @@ def test_both_paths_learn_and_are_compared_figure_by_figure(workplace):
         (4, "plain"),
         (4, "fast"),
     ]
+    assert runs[:2] == first
     for plain, fast in (runs[:2], runs[2:]):
         for key in ("wm_loss", "wm_loss_test"):  # in fp32 the paths differ by rounding alone
             assert fast[key] == pytest.approx(plain[key], rel=1e-4)
@@ -256,6 +278,11 @@ def test_the_fast_mean_is_held_against_the_spread_of_the_plain_runs(fast, inside
     [
         (["--seeds", "0"], "--seeds is 0; there must be at least 1"),
         (["--json", "nowhere/out.json"], "--json nowhere/out.json: the folder nowhere does not exist"),
+        (["--json", "."], "--json . is a folder; name a file in it"),
+        (
+            ["--json", "other.json", "--env", "mine"],
+            "--json other.json holds no results of this script; name",
+        ),
         (["--env", "bigfsh"], "'bigfsh' is"),
     ],
 )
@@ -263,6 +290,8 @@ def test_mistakes_in_a_comparison_are_told_in_a_sentence(
     call_main, tmp_path, monkeypatch, arguments, sentence
 ):
     monkeypatch.chdir(tmp_path)
+    Path("other.json").write_text("[1]")
+    write_game(tmp_path / "mine")
     status, _, stderr = call_main(same_learning.main, "--data_dir", str(tmp_path), *arguments)
     assert status == 2
     (line,) = stderr.splitlines()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import probe
 import stage1_idm_wm
 from build import make_idm, make_world_model
 from config import ProbeConfig, load_config
@@ -174,14 +175,14 @@ def test_held_out_errors_equal_a_loop_over_windows_and_change_nothing(windows):
 
 def test_the_world_model_is_judged_on_every_few_of_the_probes_windows(windows, monkeypatch):
     cfg = load_config(["--preset", "demo"])
-    monkeypatch.setattr(stage1_idm_wm, "JUDGED_WINDOWS", 30)
+    monkeypatch.setattr(probe, "JUDGED_WINDOWS", 30)
     trainer = stage1_idm_wm.Trainer(cfg, CPU, windows, make_idm(cfg), make_world_model(cfg))
     metrics = trainer.measure(windows)
     ids = windows.all()
     la = label(trainer.idm, windows, ids, CPU)
-    probe = train_probe(la, windows.actions(ids), cfg.probe, cfg.seed)
+    probed = train_probe(la, windows.actions(ids), cfg.probe, cfg.seed)
     few = world_model_loss(trainer.idm, trainer.world_model, windows, ids[::3], la[::3], CPU)
-    assert metrics == few | probe
+    assert metrics == few | probed
 
 
 def test_modes_of_networks_in_eval_mode_are_kept(windows):
