@@ -79,19 +79,19 @@ def compare(args: argparse.Namespace, cfg: Config) -> dict:
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
     report = read(args.json, cfg)
     splits = read_splits(cfg, fast.device)
-    finished = {(run["seed"], run["path"]): run for run in report["runs"]}
-    report["runs"] = []
-    for seed in range(cfg.seed, cfg.seed + args.seeds):
-        for path, compute in computes.items():
-            run = finished.get((seed, path))
-            if run is None:
-                print(f"{path}, seed {seed}, on {compute}", flush=True)
-                learnt = learn(replace(cfg, seed=seed), compute, NETWORKS[path], *splits)
-                run = {"seed": seed, "path": path, "device": str(compute)} | learnt
+    runs = {(run["seed"], run["path"]): run for run in report["runs"]}
+    compared = [(seed, path) for seed in range(cfg.seed, cfg.seed + args.seeds) for path in computes]
+    for seed, path in compared:
+        if (seed, path) not in runs:
+            print(f"{path}, seed {seed}, on {computes[path]}", flush=True)
+            learnt = learn(replace(cfg, seed=seed), computes[path], NETWORKS[path], *splits)
+            run = {"seed": seed, "path": path, "device": str(computes[path])} | learnt
+            runs[seed, path] = run
             report["runs"].append(run)
             if args.json:
                 write_json(args.json, report)
-    print(f"\n{runs_table(report['runs'])}\n\n{summary_table(report['runs'])}")
+    shown = [runs[key] for key in compared]
+    print(f"\n{runs_table(shown)}\n\n{summary_table(shown)}")
     if args.json:
         print(f"\nwritten to {args.json}")
     return report
