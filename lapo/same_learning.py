@@ -40,6 +40,8 @@ from workloads import plain_stage1_networks, stage1_networks
 
 LAST = 100
 """Steps at the end whose training loss is averaged."""
+READS = "env", "visuals", "precision", "data", "model", "vq", "stage1", "probe"
+"""Of the configuration, what all runs in a file must share."""
 FIGURES = "wm_loss", "wm_loss_test", "probe_acc_test"
 
 Networks = Callable[[Config, Compute], tuple[nn.Module, nn.Module]]
@@ -99,7 +101,8 @@ def compare(args: argparse.Namespace, cfg: Config) -> dict:
 
 def read(path: Path | None, cfg: Config) -> dict:
     """What the file holds, or a report without runs. Raises `UserError` for a file not of this comparison."""
-    config = json.loads(json.dumps(to_dict(cfg)))  # lists for tuples, as in a file
+    config = {key: value for key, value in to_dict(cfg).items() if key in READS}
+    config = json.loads(json.dumps(config))  # lists for tuples, as in a file
     if not (path and path.exists()):
         return {"config": config, "provenance": provenance(), "runs": []}
     try:
