@@ -231,18 +231,19 @@ def test_plain_stage_1_equals_ours(workplace):
         assert found[key].item() == pytest.approx(value.item(), rel=1e-5), key
 
 
-def test_both_paths_learn_and_are_compared_figure_by_figure(workplace):
+def test_both_paths_learn_and_are_compared_figure_by_figure(workplace, call_main):
     """A second seed is added to the first one's results."""
-    options = ["--seed", "3", "--stage1.steps", "2", "--json", "out.json"]
+    options = ["--seed", "3", "--stage1.steps", "2", "--json", str(workplace.folder / "out.json")]
     done = workplace.run("same_learning.py", "--seeds", "1", *options)
     assert done.returncode == 0, done.stderr
     first = json.loads((workplace.folder / "out.json").read_text())["runs"]
-    refused = workplace.run("same_learning.py", *options, "--stage1.lr", "1e-4")
-    assert refused.returncode == 2
-    assert "has other settings (stage1.lr: " in refused.stderr
-    done = workplace.run("same_learning.py", "--seeds", "2", *options)
-    assert done.returncode == 0, done.stderr
-    assert "seed 3" not in done.stdout
+    options += ["--config", str(workplace.config_file)]
+    status, _, stderr = call_main(same_learning.main, *options, "--stage1.lr", "1e-4")
+    assert status == 2
+    assert "has other settings (stage1.lr: " in stderr
+    status, stdout, stderr = call_main(same_learning.main, "--seeds", "2", *options)
+    assert status == 0, stderr
+    assert "seed 3" not in stdout
     runs = json.loads((workplace.folder / "out.json").read_text())["runs"]
     assert [(run["seed"], run["path"]) for run in runs] == [
         (3, "plain"),
@@ -256,9 +257,7 @@ def test_both_paths_learn_and_are_compared_figure_by_figure(workplace):
             assert fast[key] == pytest.approx(plain[key], rel=1e-4)
     assert runs[0]["wm_loss"] != runs[2]["wm_loss"]
     assert not workplace.results.exists()
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line
-    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in stdout.splitlines() if "|" in line]
     assert [row[:2] for row in rows[2:6]] == [["3", "plain"], ["3", "fast"], ["4", "plain"], ["4", "fast"]]
     assert [row[0] for row in rows[8:]] == ["wm_loss", "wm_loss_test", "probe_acc_test"]
 
