@@ -95,7 +95,7 @@ def compare(args: argparse.Namespace, cfg: Config) -> dict:
     shown = [runs[key] for key in compared]
     print(f"\n{runs_table(shown)}\n\n{summary_table(shown)}")
     if args.json:
-        print(f"\nwritten to {args.json}")
+        print(f"\nthe numbers are in {args.json}")
     return report
 
 
