@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chunks import WINDOW
 from config import Config, load_config, to_dict
-from errors import UserError, run_main
+from errors import Parser, UserError, run_main
 from files import check_json, write_json
 from procgen_env import check_game
 from runs import provenance
@@ -54,13 +54,6 @@ def main() -> None:
     """Measure what the command line asks for."""
     args, rest = parse(sys.argv[1:])
     benchmark(args, load_config(rest, description=__doc__))
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises `UserError` for a mistake on the command line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"the command line: {message}")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

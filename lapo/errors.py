@@ -1,15 +1,24 @@
 """The one way a user's mistake is reported: a sentence on stderr and a non-zero exit code."""
 
+import argparse
 import os
 import select
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 
 class UserError(Exception):
     """Something the user can mend; the message names the thing, what was found and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UserError` for a mistake on the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"the command line: {message}")
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -72,7 +72,7 @@ def writing(path: Path, kept: str) -> Iterator[None]:
 def lock(path: Path, busy: str) -> IO:
     """Make the file `path` and keep it locked as long as the returned file is open.
 
-    Raises `UserError` with the sentence `busy` if another process has it locked.
+    Raises `UserError` with the sentence `busy` if another process has it locked, and if the disk refuses.
     """
     while True:
         with writing(path, "nothing was changed"):

@@ -25,10 +25,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmark import Parser
 from config import Config, diff, load_config, to_dict
 from data_loader import Windows
-from errors import UserError, run_main
+from errors import Parser, UserError, run_main
 from files import check_json, write_json
 from procgen_env import check_data, check_frames
 from rolling import read_splits
