@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAPO = ROOT / "lapo"
 INTERRUPTIONS = int(os.environ.get("LAPO_INTERRUPTIONS", "5"))
 """How often a run is stopped by SIGKILL; by SIGTERM, half as often. `make soak` asks for more."""
+PATIENCE = 600
+"""Seconds after which a process is taken to hang: far more than it needs, as other work may hold it up."""
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("suite")
@@ -78,6 +81,17 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def save_half(main: Callable[[], None]) -> None:
+    """Run `main` in a process of its own, which stands still in the middle of its first save."""
+
+    def save(checkpoint: dict, path: Path) -> None:
+        path.write_bytes(b"half a checkpoint")
+        time.sleep(3600)
+
+    torch.save = save
+    main()
+
+
 class Trap:
     """Leaves a folder `mark` behind when it is unpickled."""
 
@@ -111,7 +125,7 @@ class Workplace:
     def run(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         """A script's real command line on the tiny configuration, from another working directory."""
         process = self.start(script, *arguments, **env)
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def start(self, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:

@@ -2,15 +2,15 @@
 
 import threading
 
-import torch._dynamo  # what every first optimiser imports
 from tqdm import tqdm
 
+import conftest
 import stage1_idm_wm
 import stage2_bc
 import stage3_decode
 from procgen_env import VecEnv
 
-__all__ = ["stage1_idm_wm", "stage2_bc", "stage3_decode", "torch"]
+__all__ = ["conftest", "stage1_idm_wm", "stage2_bc", "stage3_decode"]
 
 VecEnv("bossfight", 1, seed=0, num_threads=0).close()
 tqdm.set_lock(threading.RLock())  # the usual one is shared by processes, and a killed one leaves it behind

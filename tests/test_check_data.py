@@ -9,14 +9,14 @@ import pytest
 
 import config
 from check_data import check, find
-from conftest import LAPO, ROOT, numbered_frames, write_chunk, write_game
+from conftest import LAPO, PATIENCE, ROOT, numbered_frames, write_chunk, write_game
 from errors import UserError
 
 
 def run_check(*folders: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """The real command line."""
     command = [sys.executable, str(LAPO / "data_loader.py"), "--check", *map(str, folders)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def cells(result: subprocess.CompletedProcess[str]) -> list[list[str]]:

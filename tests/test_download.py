@@ -16,6 +16,7 @@ import gdown
 import pytest
 
 import download_data
+from conftest import PATIENCE
 from errors import UserError
 from procgen_env import GAMES
 
@@ -52,7 +53,7 @@ class Drive:
         if self.archive:
             env["ARCHIVE"] = str(self.archive)
         command = ["bash", str(ROOT / "setup_data.sh"), *games, "--data-dir", str(self.data)]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
 
     def calls(self) -> list[dict]:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []

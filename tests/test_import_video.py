@@ -19,7 +19,7 @@ import import_video
 import stage2_bc
 import stage3_decode
 from chunks import find_chunks, read_header
-from conftest import LAPO, Workplace, numbered_frames, read_numbers
+from conftest import LAPO, PATIENCE, Workplace, numbered_frames, read_numbers
 from data_loader import window_starts
 from errors import UserError
 from import_video import Split
@@ -65,7 +65,11 @@ def run(data_dir: Path, *arguments: str | Path) -> subprocess.CompletedProcess[s
     """The real command line, from another working directory; the name is mygame."""
     command = [sys.executable, str(LAPO / "import_video.py"), "--env", "mygame", "--data-dir", str(data_dir)]
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=data_dir.parent, capture_output=True, text=True, timeout=60
+        [*command, *map(str, arguments)],
+        cwd=data_dir.parent,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import PATIENCE
 from procgen_env import GAMES
 
 LAPO = Path(__file__).resolve().parent.parent / "lapo"
@@ -23,7 +24,7 @@ call = " ".join([Path(__file__).stem, *sys.argv[1:]])
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(call + "\\n")
 if call.startswith(os.environ.get("SLOW", "none")):
-    time.sleep(60)
+    time.sleep(3600)
 sys.exit(7 if call.startswith(os.environ.get("FAILING", "none")) else 0)
 """
 
@@ -40,7 +41,7 @@ def save(number, frame):
 
 signal.signal(signal.SIGTERM, save)
 print("trains", flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 
@@ -69,7 +70,7 @@ class Repo:
     def launch(self, *arguments: str, script: str = "launch.sh", **env: str) -> tuple[int, str, str]:
         """Run launch.sh; its exit status, stdout and stderr."""
         process = self.start(*arguments, script=script, **env)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
         return process.returncode, out, err
 
     def calls(self) -> list[str]:
@@ -193,12 +194,11 @@ def test_interpreter_without_the_packages_is_one_sentence(repo, tmp_path):
 )
 def test_signal_stops_the_stage_and_everything_after_it(repo, number, send, status):
     process = repo.start("maze", "ninja", SLOW="stage2_bc")
-    deadline = time.monotonic() + 30
     while not repo.log.exists() or "stage2_bc" not in repo.log.read_text():
-        assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.02)
     send(process.pid, number)
-    out, err = process.communicate(timeout=10)  # ends once no stage holds the pipes any more
+    out, err = process.communicate(timeout=PATIENCE)  # ends once no stage holds the pipes any more
     assert process.returncode == status
     assert err.endswith(f"launch.sh: stopped by {number.name}; the same command continues\n")
     assert "summary" not in out
@@ -214,7 +214,7 @@ def test_a_stage_has_time_to_save_though_all_processes_are_told_to_stop_and_told
     os.killpg(process.pid, signal.SIGTERM)
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (143, "saved\n")
     assert err == "launch.sh: stopped by SIGTERM; the same command continues\n"
 
@@ -298,7 +298,7 @@ def start_task(cluster: Repo, script: str) -> subprocess.Popen[str]:
 def test_a_task_told_to_stop_waits_for_its_stage_and_leaves_the_queue_to_slurm(cluster):
     process = start_task(cluster, SAVING)
     os.killpg(process.pid, signal.SIGTERM)  # as Slurm preempts and cancels: all processes of the job
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (143, "saved\n")
     assert err == "launch.sh: stopped by SIGTERM; the same command continues\n"
     assert called(cluster, "scontrol") == []
@@ -312,7 +312,7 @@ def test_a_task_whose_time_is_up_saves_and_goes_back_into_the_queue_if_it_had_ti
     path.write_text(path.read_text().replace("set -euo pipefail", f"set -euo pipefail; SECONDS={age}", 1))
     process = start_task(cluster, SAVING)
     process.send_signal(signal.SIGUSR1)  # as --signal=B:USR1: the script alone
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (status, "saved\n")
     if age:
         assert "the time is up, so this task goes back into the queue" in err

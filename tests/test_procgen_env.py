@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import LAPO
+from conftest import LAPO, PATIENCE
 from errors import UserError
 from procgen_env import (
     ALL_LEVELS,
@@ -172,7 +172,7 @@ print(bool(collected))
 
 def test_environment_can_be_freed_while_another_is_made() -> None:
     command = [sys.executable, "-c", FREED_DURING_ANOTHERS_LOOKUP]
-    result = subprocess.run(command, cwd=LAPO, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=LAPO, capture_output=True, text=True, timeout=PATIENCE)
     assert result.stdout == "True\n", result.stderr
 
 

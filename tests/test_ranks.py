@@ -24,7 +24,7 @@ import stage2_bc
 import stage3_decode
 from build import make_idm, make_latent_policy, make_world_model
 from config import Config
-from conftest import LAPO, Workplace, numbered_frames, read_numbers, write_chunk, write_game
+from conftest import LAPO, PATIENCE, Workplace, numbered_frames, read_numbers, write_chunk, write_game
 from data_loader import Windows
 from errors import UserError
 from models import VectorQuantizer
@@ -121,7 +121,7 @@ def on_two_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) ->
     """What `function` returns in each of two processes that have met."""
     ranks = start_ranks(function, folder, *arguments)
     for process in ranks:
-        process.join(60)
+        process.join(PATIENCE)
     assert [process.exitcode for process in ranks] == [0, 0]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
@@ -260,7 +260,7 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, capfd):
     for rank in ranks * 2:
         os.kill(rank.pid, signal.SIGTERM)
     for rank in ranks:
-        rank.join(60)
+        rank.join(PATIENCE)
     assert [rank.exitcode for rank in ranks] == [143, 143]
     step = load_checkpoint(folders["stopped"] / "checkpoint.pt")["step"]
     assert 0 < step < 60
@@ -286,7 +286,7 @@ def torchrun(place: Workplace, script: str, *arguments: str) -> subprocess.Compl
         cwd=place.folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

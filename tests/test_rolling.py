@@ -18,7 +18,7 @@ import stage1_idm_wm
 import stage2_bc
 import stage3_decode
 from build import make_idm, make_latent_policy
-from conftest import Workplace, numbered_frames, write_chunk, write_game
+from conftest import PATIENCE, Workplace, numbered_frames, write_chunk, write_game
 from data_loader import Windows
 from errors import UserError
 from models import normalize
@@ -165,7 +165,7 @@ def test_the_next_pool_is_read_while_this_one_is_served(folder, monkeypatch):
     monkeypatch.setattr(rolling, "read_chunk", read)
     windows = roll(folder, 2)
     windows.batch(0, 1, 0)
-    assert reading.wait(timeout=10)
+    assert reading.wait(timeout=PATIENCE)
 
 
 def test_damaged_frames_are_named_when_they_are_read(tmp_path):

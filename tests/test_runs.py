@@ -30,7 +30,7 @@ import stage1_idm_wm
 import stage2_bc
 import stage3_decode
 from config import diff, to_dict
-from conftest import INTERRUPTIONS, LAPO, Trap, Workplace, largest_file
+from conftest import INTERRUPTIONS, LAPO, PATIENCE, Trap, Workplace, largest_file, save_half
 from errors import UserError, run_main
 from files import atomic_write
 from runs import EXPLODED, FIELDS, FORMAT, Run, load_checkpoint, load_stage
@@ -644,23 +644,25 @@ class Command:
         """Run again and again; the first `times` processes are stopped by `kill` or `terminate`: during a
         save, soon after one, or soon after the start of a run that takes `duration` seconds.
 
-        Returns the exit codes, and how many saves were broken off.
+        A process that is killed during a save waits for it; any other may have finished before it is stopped,
+        where the machine is busy. Returns the exit codes, and how many saves were broken off.
         """
         moments = random.Random(self.folder.name)
         files = [SAVE, "config.yaml", SAVE, "checkpoint.pt"]  # every start writes the configuration
         codes, broken = [], 0
         while 0 not in codes:
             before = self.written()
-            process = server.Process(target=run_main, args=(self.main,))
+            file = files[len(codes) % len(files)] if len(codes) < times else None
+            main = partial(save_half, self.main) if file == SAVE and stop == "kill" else self.main
+            process = server.Process(target=run_main, args=(main,))
             process.start()
-            if len(codes) < times:
-                file = files[len(codes) % len(files)]
+            if file:
                 while process.is_alive() and self.written().get(file) in (None, before.get(file)):
                     time.sleep(0.001)
                 if file != SAVE:
                     process.join(moments.uniform(0, duration / (2 * INTERRUPTIONS)))
                 getattr(process, stop)()
-            process.join(60 * max(1, INTERRUPTIONS // 5))
+            process.join(PATIENCE)
             assert process.exitcode is not None, "it takes too long"
             codes.append(process.exitcode)
             broken += self.written().get(SAVE) not in (None, before.get(SAVE))
@@ -692,7 +694,7 @@ def test_a_stage_stopped_at_random_moments_ends_as_an_uninterrupted_one(trained,
         command = Command(trained, stage, f"{stage}-{stop}")
         codes, broken = command.run(server, stop, times, duration)
         print(f"{stage}: {len(codes) - 1} times {stop}, {broken} of them during a save")
-        assert codes == [code] * times + [0]
+        assert set(codes[:-1]) == {code}
         assert (broken > 0) == (stop == "kill")
         assert command.result() == whole.result()
 

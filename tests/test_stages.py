@@ -18,7 +18,7 @@ import stage1_idm_wm
 import stage2_bc
 import stage3_decode
 from build import make_idm, make_latent_policy, make_world_model
-from conftest import LAPO, Workplace, numbered_frames, write_chunk
+from conftest import LAPO, PATIENCE, Workplace, numbered_frames, write_chunk
 from data_loader import Windows
 from errors import UserError, run_main
 from models import normalize, stack_frames
@@ -109,7 +109,7 @@ def test_sigterm_on_the_command_line_saves_and_the_same_command_continues(workpl
     while process.poll() is None and not (workplace.run_dir("stage1") / "checkpoint.pt").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     step = checkpoint(workplace, "stage1")["step"]
     assert stderr.splitlines()[-1] == f"stopped at step {step}; the same command continues"
@@ -142,7 +142,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=PATIENCE) == 141
 
 
 def test_another_broken_pipe_is_an_error(monkeypatch, tmp_path):

@@ -252,7 +252,7 @@ def test_one_step_of_stage_1_in_bf16_is_close_to_fp32():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 def test_a_run_on_a_cpu_reuses_the_memory_of_freed_tensors():
     """Fresh pages are made at the first touch, which the system counts; in a process of its own."""
-    script = f"""
+    script = f'''
 import resource, sys
 sys.path.insert(0, {str(LAPO)!r})
 import torch
@@ -260,22 +260,26 @@ from config import load_config
 from training import Compute, keep_freed_memory
 
 def faults():
-    torch.ones(16 << 20)  # 64 MB
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.ones(16 << 20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    """The fewest of three rounds: the system moves pages for reasons of its own, too."""
+    counts = []
+    for _ in range(3):
+        torch.ones(16 << 20)  # 64 MB
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(16 << 20)
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(counts)
 
 usual = faults()
 Compute.from_config(load_config(["--device", "cpu"]))
 kept = faults()
 keep_freed_memory(False)
 print(usual, kept, faults())
-"""
+'''
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     usual, kept, given_back = map(int, done.stdout.split())
-    assert kept < 10
     assert min(usual, given_back) >= 10 * 32  # 2 MB a page at most
+    assert kept < min(usual, given_back) / 10
 
 
 def test_metrics_become_numbers():
