@@ -4,7 +4,7 @@
 #     bash setup_data.sh all
 # Several gigabytes per game. `bash setup_data.sh --help` shows the options.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 python=${PYTHON:-$here/.venv/bin/python}
 if ! command -v "$python" >/dev/null; then
     echo "error: there is no $python; run 'make venv' in $here first" >&2

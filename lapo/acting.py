@@ -3,20 +3,25 @@
 Dimensions: N environments · H, W, C frame · A actions
 """
 
+import math
+import time
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from build import make_acting_policy
-from config import EvalConfig, load_config, to_dict, validate
-from errors import UserError
-from experts import Expert
-from ppo import sample
-from procgen_env import ACTIONS, HELD_OUT_LEVELS, Evaluation, VecEnv, Visuals, play
-from runs import load_checkpoint
-from training import Compute
+from lapo.config import Config, EvalConfig, load_config, to_dict, validate
+from lapo.errors import UserError
+from lapo.games.table import ACTIONS, GAMES, Visuals, relative_return
+from lapo.games.vec_env import HELD_OUT_LEVELS, EpisodeTracker, VecEnv
+from lapo.models import make_acting_policy
+from lapo.ppo import sample
+from lapo.runs.checkpoints import load_checkpoint
+from lapo.runs.compute import Compute
 
 Act = Callable[[np.ndarray], np.ndarray]
 
@@ -62,7 +67,7 @@ def restore_network(checkpoint: dict) -> torch.nn.Module:
     values = to_dict(load_config([]))
     values |= {group: values[group] | saved[group] for group in ("model", "vq", "decoder")}
     cfg = validate(values, source="the checkpoint's config")
-    network = make_acting_policy(cfg, saved["stage3"]["mode"])
+    network = make_acting_policy(cfg, saved["stage3"]["mode"], len(ACTIONS))
     network.load_state_dict(checkpoint["state"]["policy"])
     return network.eval()
 
@@ -84,20 +89,105 @@ def steps_played(checkpoint: dict) -> int | None:
     return checkpoint["step"] * group["num_envs"] * group["rollout_steps"]
 
 
-def judge(player: Act | Expert, game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> Evaluation:
-    """Play `cfg.episodes` episodes of `game` on levels that no recorded data shows.
+@dataclass(frozen=True)
+class Evaluation:
+    """Raw returns and lengths (in steps) of complete episodes."""
 
-    An expert must be one for `num_judged(cfg)` environments.
+    returns: np.ndarray
+    lengths: np.ndarray
+    speed: float = math.nan
+    """Steps played, over all environments, per second of CPU time of all threads."""
+
+    @property
+    def episodes(self) -> int:
+        """How many episodes were counted."""
+        return self.returns.size
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(self.returns.mean())
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean return; NaN for a single episode."""
+        if self.episodes < 2:
+            return math.nan
+        return float(self.returns.std(ddof=1)) / math.sqrt(self.episodes)
+
+
+class SteppableEnv(Protocol):
+    """What `play` needs of an environment; `VecEnv` is one."""
+
+    num_envs: int
+
+    def observe(self) -> np.ndarray:
+        """Current frames (N, ...)."""
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Frames, rewards and dones after `actions`."""
+
+
+def play(
+    act: Callable[[np.ndarray], np.ndarray], env: SteppableEnv, episodes: int, *, sparing: bool = False
+) -> Evaluation:
+    """Play a new `env` and measure `episodes` complete episodes, rounded up to a multiple of N.
+
+    `act` maps frames, uint8 (N, 64, 64, 3), to actions (N,). Every environment contributes its first
+    `episodes / N` episodes: counting whichever end first would favour short ones. With `sparing`, for an
+    `act` that knows nothing but the frames it is given, only those of environments that still contribute are
+    given to it; the others idle. A few long episodes then cost what they take themselves.
     """
-    env = VecEnv(game, num_judged(cfg), seed=seed, levels=HELD_OUT_LEVELS, visuals=visuals)
-    try:
-        if isinstance(player, Expert):
-            return play(lambda frames: player.act(env.get_state()), env, cfg.episodes)
-        return play(player, env, cfg.episodes, sparing=True)
-    finally:
-        env.close()
+    per_env = -(-episodes // env.num_envs)
+    returns = np.zeros((env.num_envs, per_env))
+    lengths = np.zeros((env.num_envs, per_env), dtype=np.int64)
+    counts = np.zeros(env.num_envs, dtype=np.int64)
+    tracker = EpisodeTracker(env.num_envs)
+    steps, start = 0, time.process_time()
+    obs = env.observe()
+    while (playing := counts < per_env).any():
+        if sparing:
+            actions = np.zeros(env.num_envs, np.int64)
+            actions[playing] = act(obs[playing])
+        else:
+            actions = act(obs)
+        obs, rewards, dones = env.step(actions)
+        finished_returns, finished_lengths = tracker.update(rewards, dones)
+        wanted = counts[dones] < per_env
+        envs = np.flatnonzero(dones)[wanted]
+        returns[envs, counts[envs]] = finished_returns[wanted]
+        lengths[envs, counts[envs]] = finished_lengths[wanted]
+        counts[envs] += 1
+        steps += env.num_envs
+    # The clock may stand still for the shortest of plays.
+    return Evaluation(returns.ravel(), lengths.ravel(), steps / max(time.process_time() - start, 1e-6))
+
+
+def held_out_env(game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> VecEnv:
+    """Environments on levels that no recorded data shows; `num_judged(cfg)` of them."""
+    return VecEnv(game, num_judged(cfg), seed=seed, levels=HELD_OUT_LEVELS, visuals=visuals)
 
 
 def num_judged(cfg: EvalConfig) -> int:
-    """Environments that `judge` plays in."""
+    """Environments that policies are judged in."""
     return min(cfg.num_envs, cfg.episodes)
+
+
+def judge(act: Act, game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> Evaluation:
+    """Play `cfg.episodes` episodes of `game` on held-out levels."""
+    with closing(held_out_env(game, visuals, cfg, seed)) as env:
+        return play(act, env, cfg.episodes, sparing=True)
+
+
+def score(policy: torch.nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
+    """Play on held-out levels; nothing to play for a name that is no Procgen game."""
+    if cfg.env not in GAMES:
+        return {}
+    act = network_actor(policy.eval(), compute, cfg.eval.greedy)
+    played = judge(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
+    return {
+        "return_mean": played.mean,
+        "return_stderr": played.stderr,
+        "relative_return": relative_return(cfg.env, played.mean),
+        "episodes": played.episodes,
+    }

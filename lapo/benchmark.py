@@ -37,15 +37,15 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from chunks import WINDOW
-from config import Config, load_config, to_dict
-from errors import Parser, UserError, run_main
-from files import check_json, write_json
-from procgen_env import check_game
-from runs import provenance
-from tables import table
-from training import Compute, keep_freed_memory, seed_everything
-from workloads import Lap, Make, check_plain_load, prepared
+from lapo.benchmarks.workloads import Lap, Make, check_plain_load, prepared
+from lapo.config import Config, load_config, to_dict
+from lapo.data.chunks import WINDOW
+from lapo.errors import Parser, UserError, run_main
+from lapo.games.table import check_game
+from lapo.reporting.tables import table
+from lapo.runs.checkpoints import provenance
+from lapo.runs.compute import Compute, keep_freed_memory, seed_everything
+from lapo.runs.files import check_json, write_json
 
 STAGES = ("1", "2", "3", "load")
 

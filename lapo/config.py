@@ -14,7 +14,7 @@ import tyro
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from errors import UserError
+from lapo.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = Path(__file__).resolve().parent / "config.yaml"

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chunks import WINDOW
-from config import DecoderConfig
-from models import IDM, Decoder, stack_frames
-from training import Compute, make_optimizer
+from lapo.config import DecoderConfig
+from lapo.data.chunks import WINDOW
+from lapo.models import IDM, Decoder, infer_latents
+from lapo.runs.compute import Compute
+from lapo.runs.optim import make_optimizer
 
 LABEL_BATCH = 512
 
@@ -116,9 +117,7 @@ class OnlineDecoder:
         windows = seen.unfold(0, WINDOW, 1).movedim(-1, 2)  # (S-1, N, T, H, W, C)
         valid = ~(dones[:-1] | dones[1:])
         windows, ta = windows[valid], actions[1:][valid]
-        with self.compute.autocast():
-            la = [self.idm.label(stack_frames(part)).float() for part in windows.split(LABEL_BATCH)]
-        self.la += la
+        self.la.append(infer_latents(self.idm, windows.split(LABEL_BATCH), self.compute))
         self.ta.append(ta)
         self.steps = self.steps[-1:]
 

@@ -19,8 +19,8 @@ import tyro
 from gdown.exceptions import DownloadError
 from tqdm import tqdm
 
-from config import ROOT
-from errors import UserError, run_main
+from lapo.config import ROOT
+from lapo.errors import UserError, run_main
 
 ARCHIVES = {
     "bigfish": "10xwWejz1ZwccxV7O4fqbDTP_260OsBU5",

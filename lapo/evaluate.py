@@ -6,19 +6,32 @@ unfinished one as well.
 """
 
 import math
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from acting import Act, checkpoint_actor, judge, load_policy, num_judged, random_actor, steps_played
-from config import Config, load_config, to_dict, validate
-from errors import UserError, run_main
-from experts import Expert, expert_name, make_expert
-from files import check_json, write_json
-from procgen_env import GAMES, Visuals, check_game, relative_return
-from training import Compute, seed_everything
+from lapo.acting import (
+    Act,
+    Evaluation,
+    checkpoint_actor,
+    held_out_env,
+    judge,
+    load_policy,
+    num_judged,
+    play,
+    random_actor,
+    steps_played,
+)
+from lapo.config import Config, load_config, to_dict, validate
+from lapo.errors import UserError, run_main
+from lapo.experts.expert import Expert
+from lapo.experts.registry import expert_name, make_expert
+from lapo.games.table import GAMES, Visuals, check_game, relative_return
+from lapo.runs.compute import Compute, seed_everything
+from lapo.runs.files import check_json, write_json
 
 
 @dataclass
@@ -92,7 +105,7 @@ def evaluate(args: Arguments, cfg: Config) -> dict:
         f" on {compute}"
     )
     seed_everything(cfg.seed)
-    played = judge(player.act, player.game, player.visuals, cfg.eval, cfg.seed)
+    played = player.play(cfg)
     result = {
         "game": player.game,
         "policy": player.policy,
@@ -126,6 +139,13 @@ class Player:
     checkpoint: Path | None = None
     unfinished_at: int | None = None
     """Environment steps so far of a policy whose training has not ended."""
+
+    def play(self, cfg: Config) -> Evaluation:
+        """Play as `cfg.eval` and the seed say."""
+        if not isinstance(self.act, Expert):
+            return judge(self.act, self.game, self.visuals, cfg.eval, cfg.seed)
+        with closing(held_out_env(self.game, self.visuals, cfg.eval, cfg.seed)) as env:
+            return play(lambda frames: self.act.act(env.get_state()), env, cfg.eval.episodes)
 
     def describe(self) -> str:
         """The player in words."""

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import tyro
 
-from config import ROOT
-from errors import UserError, run_main
-from files import atomic_write
-from procgen_env import GAMES, check_game
-from tables import table
+from lapo.config import ROOT
+from lapo.errors import UserError, run_main
+from lapo.games.table import GAMES, check_game
+from lapo.reporting.tables import table
+from lapo.runs.files import atomic_write
 
 HEAD = ["game", "random", "planner", "learned expert", "published expert", "relative return", "frames/s"]
 KEPT = "episodes", "return_mean", "return_stderr", "relative_return", "mean_length", "steps_per_cpu_second"

@@ -25,12 +25,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from chunks import CHUNK_FRAMES, write_chunk
-from config import ROOT, load_config
-from errors import UserError, run_main
-from files import write_json
-from procgen_env import GAMES
-from video import SIZE, Crop, find_files, probe, read_frames, shrink, to_rgb, versions
+from lapo.config import ROOT, load_config
+from lapo.data.chunks import CHUNK_FRAMES, write_chunk
+from lapo.data.video import SIZE, Crop, find_files, probe, read_frames, shrink, to_rgb, versions
+from lapo.errors import UserError, run_main
+from lapo.games.table import GAMES
+from lapo.runs.files import write_json
 
 MIN_SHOT = 4
 """Frames of the shortest shot: a window is three frames, none of them the last one of a shot."""

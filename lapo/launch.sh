@@ -17,7 +17,7 @@
 # PYTHON=... names the interpreter; otherwise it is the repository's .venv, or python3 where there is none.
 
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # the folder of this file, not of a link to it
 
 die() {
     echo "error: $1" >&2
@@ -70,15 +70,17 @@ command -v "$python" >/dev/null || die "there is no interpreter $python; run 'ma
 # seed per line.
 selected=$(
     "$python" - "$here" "${games[*]-}" "${seeds//,/ }" "${modes//,/ }" "$@" <<'EOF'
+import os
 import sys
 
 here, games, seeds, modes, *arguments = sys.argv[1:]
 sys.argv[0] = "stage1.py"
-sys.path[0] = here
+sys.path[0] = os.path.dirname(here)
 try:
-    from config import load_config
-    from errors import run_main
-    from procgen_env import GAMES, check_data
+    from lapo.config import load_config
+    from lapo.data.checks import check_data
+    from lapo.errors import run_main
+    from lapo.games.table import GAMES
 except ModuleNotFoundError as error:
     sys.exit(f"error: {sys.executable} has no module '{error.name}'; run 'make venv', or set PYTHON")
 

@@ -9,6 +9,7 @@ A window holds the frames o[t-1], o[t], o[t+1]. `la` is the latent action of o[t
 """
 
 import copy
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from lapo.config import Config, to_dict
+from lapo.runs.compute import Compute
 
 HIDDEN = 256
 IMAGE = 64
@@ -211,6 +215,20 @@ class IDM(nn.Module):
         """Window (B, 9, H, W) → `la` (B, la_dim) and its quantisation."""
         la = self.label(window)
         return la, self.quantize(la)
+
+
+@torch.no_grad()
+def infer_latents(idm: IDM, batches: Iterable[Tensor], compute: Compute) -> Tensor:
+    """Latent actions `la` of M windows, by the IDM in eval mode: (M, la_dim) fp32.
+
+    `batches` hold the windows' frames, (B, T, H, W, C) uint8.
+    """
+    training = idm.training
+    idm.eval()
+    with compute.autocast():
+        la = [idm.label(stack_frames(frames)).float() for frames in batches]
+    idm.train(training)
+    return torch.cat(la)
 
 
 # ---------------------------------------------------------------- world model
@@ -418,3 +436,47 @@ class TwoPathPolicy(nn.Module):
     def logits(self, frames: Tensor) -> Tensor:
         """Frames (B, H, W, C) uint8 → logits (B, A)."""
         return self(*self.encode(frames))[0]
+
+
+# ---------------------------------------------------------------- made from a config
+
+
+def make_idm(cfg: Config) -> IDM:
+    """The inverse dynamics model, with the bottleneck that `cfg.vq` asks for."""
+    vq = to_dict(cfg.vq)
+    enabled = vq.pop("enabled")
+    return IDM(cfg.model.idm_scale, cfg.vq.la_dim, VectorQuantizer(**vq) if enabled else None)
+
+
+def make_world_model(cfg: Config) -> WorldModel:
+    """The world model."""
+    return WorldModel(cfg.vq.la_dim, cfg.model.wm_width)
+
+
+def make_latent_policy(cfg: Config) -> Policy:
+    """The latent policy: frame → latent action."""
+    return Policy(cfg.vq.la_dim, cfg.model.policy_scale)
+
+
+def make_decoder(cfg: Config, num_actions: int) -> Decoder:
+    """The decoder: latent action → logits of `num_actions` true actions."""
+    return Decoder(cfg.vq.la_dim, num_actions, tuple(cfg.decoder.hidden))
+
+
+def make_acting_policy(
+    cfg: Config, mode: str, num_actions: int, latent_policy: dict | None = None
+) -> Policy | DecodedPolicy | TwoPathPolicy:
+    """The network that acts after stage 3 in `mode`; its `logits` maps frames to the logits of true actions.
+
+    `latent_policy` are the weights to start from, in the modes that build on one.
+    """
+    if mode == "bc":
+        return Policy(num_actions, cfg.model.policy_scale)
+    if mode == "scratch":
+        return ActorCritic(num_actions, cfg.model.policy_scale)
+    policy, decoder = make_latent_policy(cfg), make_decoder(cfg, num_actions)
+    if latent_policy:
+        policy.load_state_dict(latent_policy)
+    return (
+        DecodedPolicy(policy, decoder) if mode == "offline" else TwoPathPolicy(policy, decoder, num_actions)
+    )

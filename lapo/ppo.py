@@ -1,19 +1,30 @@
-"""Proximal policy optimisation (Schulman et al. 2017): tensors in, tensors out.
+"""Proximal policy optimisation (Schulman et al. 2017): the loss, the playing, the training.
 
 Dimensions
-    S rollout steps · N environments · B minibatch · A actions
+    S rollout steps · N environments · B minibatch · H, W, C frame · A actions
 
 The policy is any module with `encode(obs) -> tuple of tensors (N, ...)`, what a rollout keeps of the
 observations, and `forward(*encoded) -> logits (N, A), value (N,)`.
 """
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import PPOConfig
+from lapo.config import Config, PPOConfig
+from lapo.decoding import OnlineDecoder
+from lapo.errors import UserError
+from lapo.games.table import ACTIONS
+from lapo.games.vec_env import EpisodeTracker, VecEnv
+from lapo.models import make_acting_policy
+from lapo.runs.compute import Compute
+from lapo.runs.optim import make_optimizer
+from lapo.runs.run import Run
 
 
 class Rollout:
@@ -147,3 +158,217 @@ def ppo_update(
     # Before the first reward the returns hardly vary; the tiny term keeps the share finite.
     unexplained = (returns - rollout.values).var() / (returns.var() + 1e-8)
     return {key: x / count for key, x in sums.items()} | {"unexplained_variance": unexplained}
+
+
+# ---------------------------------------------------------------- playing
+
+
+class ReturnNormalizer:
+    """Divides rewards by the running standard deviation of the discounted return, and clips them.
+
+    As NormalizeReward of gym 0.23, which the published code uses, followed by a clip.
+    """
+
+    def __init__(self, num_envs: int, *, gamma: float, clip: float = 10.0):
+        """For `num_envs` environments, discount `gamma`; results lie within ±`clip`."""
+        self.gamma, self.clip = gamma, clip
+        self.returns = np.zeros(num_envs)
+        # Moments of all returns seen so far; the small count keeps the first variance from being 0/0.
+        self.mean, self.var, self.count = 0.0, 1.0, 1e-4
+
+    def __call__(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
+        """Take in one step's raw `rewards` (N,) and `dones` (N,); return scaled rewards, float32 (N,)."""
+        self.returns = self.returns * self.gamma + rewards
+        self._update_moments(self.returns)
+        self.returns[dones] = 0.0
+        scaled = rewards / math.sqrt(self.var + 1e-8)
+        return np.clip(scaled, -self.clip, self.clip).astype(np.float32)
+
+    def state_dict(self) -> dict[str, float | list[float]]:
+        """All that changes, as plain numbers."""
+        moments = {"mean": self.mean, "var": self.var, "count": self.count}
+        return {"returns": self.returns.tolist(), **moments}
+
+    def load_state_dict(self, state: dict[str, float | list[float]]) -> None:
+        """Continue from what `state_dict` gave."""
+        self.returns = np.array(state["returns"])
+        self.mean, self.var, self.count = state["mean"], state["var"], state["count"]
+
+    def _update_moments(self, values: np.ndarray) -> None:
+        # Chan et al.'s rule for merging the moments of two samples.
+        total = self.count + len(values)
+        delta = float(values.mean()) - self.mean
+        squares = self.var * self.count + float(values.var()) * len(values)
+        self.mean += delta * len(values) / total
+        self.var = (squares + delta**2 * self.count * len(values) / total) / total
+        self.count = total
+
+
+RECENT_EPISODES = 100
+
+Watch = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class Collector:
+    """Plays N environments of a game with a policy that learns meanwhile.
+
+    Attributes
+        frames   (N, H, W, C) uint8 on the device: what the policy sees next
+        recent   raw returns of the last 100 finished episodes
+    """
+
+    def __init__(self, env: VecEnv, gamma: float, compute: Compute):
+        self.env, self.compute = env, compute
+        self.normalize = ReturnNormalizer(env.num_envs, gamma=gamma)
+        self.tracker = EpisodeTracker(env.num_envs)
+        self.recent: deque[float] = deque(maxlen=RECENT_EPISODES)
+        self.frames = self._upload(env.observe())
+
+    @torch.no_grad()
+    def collect(self, policy: nn.Module, rollout: Rollout, watch: Watch | None = None) -> Tensor:
+        """Fill `rollout`; `watch` sees each step's frames, actions (N,) and dones (N,).
+
+        Returns the value (N,) of the observation after the last step.
+        """
+        rewards, dones = [], []
+        for step in range(len(rollout.actions)):
+            with self.compute.autocast():
+                encoded = policy.encode(self.frames)
+                logits, value = policy(*encoded)
+            action, logprob = sample(logits)
+            self.env.act(action.cpu().numpy())
+            rollout.record(step, encoded, action, logprob, value)
+            obs, reward, done = self.env.result()
+            self.recent.extend(self.tracker.update(reward, done)[0].tolist())
+            rewards.append(self.normalize(reward, done))
+            dones.append(done)
+            if watch:
+                watch(self.frames, action, torch.from_numpy(done).to(action.device))
+            self.frames = self._upload(obs)
+        rollout.rewards.copy_(torch.from_numpy(np.stack(rewards)))
+        rollout.dones.copy_(torch.from_numpy(np.stack(dones)))
+        with self.compute.autocast():
+            return policy(*policy.encode(self.frames))[1]
+
+    def _upload(self, obs: np.ndarray) -> Tensor:
+        return torch.from_numpy(obs).to(self.compute.device)
+
+    def state_dict(self) -> dict:
+        """Everything the next rollout depends on, the simulator's state included, as plain data."""
+        states = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self.env.get_state()]
+        return {
+            "env": states,
+            "frames": self.frames,
+            "normalize": self.normalize.state_dict(),
+            "tracker": self.tracker.state_dict(),
+            "recent": list(self.recent),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` gave."""
+        self.env.set_state([part.numpy().tobytes() for part in state["env"]])
+        self.frames = state["frames"].to(self.compute.device)
+        self.normalize.load_state_dict(state["normalize"])
+        self.tracker.load_state_dict(state["tracker"])
+        self.recent = deque(state["recent"], maxlen=RECENT_EPISODES)
+
+
+# ---------------------------------------------------------------- training
+
+
+def num_updates(cfg: Config) -> tuple[int, int]:
+    """PPO updates of a run, and env steps of each; the last one is complete, so a run may be a bit longer.
+
+    Raises `UserError` when a minibatch would be too small to normalise its advantages.
+    """
+    steps_per_update = cfg.ppo.num_envs * cfg.ppo.rollout_steps
+    if steps_per_update < 2 * cfg.ppo.minibatches:
+        raise UserError(
+            f"ppo.minibatches is {cfg.ppo.minibatches}, too many for an update's {steps_per_update} steps"
+            " (ppo.num_envs · ppo.rollout_steps); a minibatch needs at least 2"
+        )
+    return math.ceil(cfg.stage3.steps / steps_per_update), steps_per_update
+
+
+class PPOTrainer:
+    """A policy that plays and learns from it. An update is `collect`, `improve`, `decode`."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        compute: Compute,
+        env: VecEnv,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        set_lrs: Callable[[int], None] = lambda env_steps: None,
+        decoder: OnlineDecoder | None = None,
+    ):
+        self.cfg, self.compute, self.policy, self.optimizer = cfg.ppo, compute, policy, optimizer
+        self.set_lrs, self.decoder = set_lrs, decoder
+        self.collector = Collector(env, cfg.ppo.gamma, compute)
+        self.rollout = Rollout(cfg.ppo.rollout_steps, cfg.ppo.num_envs, compute.device)
+        self.forward = compute.compiled(policy)
+
+    def collect(self) -> Tensor:
+        """Play a rollout; returns the value (N,) of the observation after its last step."""
+        return self.collector.collect(self.policy, self.rollout, self.decoder.watch if self.decoder else None)
+
+    def improve(self, env_steps: int, last_value: Tensor) -> dict[str, Tensor]:
+        """Learn from the rollout that ended at `env_steps` with values `last_value` (N,); returns metrics."""
+        self.set_lrs(env_steps)
+        return ppo_update(
+            self.forward, self.optimizer, self.rollout, last_value, self.cfg, self.compute.autocast
+        )
+
+    def decode(self, update: int) -> dict[str, Tensor]:
+        """Let the decoder, if there is one, learn from the rollout of `update` (from 1); returns metrics."""
+        return self.decoder.learn(self.collector.frames, update) if self.decoder else {}
+
+    def _parts(self) -> dict:
+        parts = {"policy": self.policy, "optimizer": self.optimizer, "collector": self.collector}
+        return parts | ({"decoder": self.decoder} if self.decoder else {})
+
+    def state_dict(self) -> dict:
+        """Everything the next update depends on, as plain data."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` gave."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+
+def make_env(cfg: Config) -> VecEnv:
+    """The environments that a policy learns in."""
+    return VecEnv(cfg.env, cfg.ppo.num_envs, seed=cfg.seed, visuals=cfg.visuals)
+
+
+def train_ppo(cfg: Config, run: Run, trainer: PPOTrainer) -> None:
+    """Train for `cfg.stage3.steps` env steps."""
+    updates, steps_per_update = num_updates(cfg)
+    if run.state:
+        trainer.load_state_dict(run.state)
+    recent = trainer.collector.recent
+    options = {"save_every": cfg.stage3.save_every, "unit": "step", "scale": steps_per_update}
+    for update in run.loop(updates, trainer.state_dict, **options):
+        env_steps = (update + 1) * steps_per_update
+        run.track(trainer.improve(env_steps, trainer.collect()))
+        learned = trainer.decode(update + 1)
+        if recent:
+            learned["train_return"] = sum(recent) / len(recent)
+        if (
+            learned.keys() - {"train_return"}
+            or (update + 1) % cfg.stage3.log_every == 0
+            or update + 1 == updates
+        ):
+            run.log(env_steps, learned)
+    trainer.collector.env.close()
+
+
+def train_from_scratch(cfg: Config, compute: Compute, run: Run) -> nn.Module:
+    """PPO with the acting policy's network from random weights, end to end; returns the policy."""
+    policy = compute.place(make_acting_policy(cfg, "scratch", len(ACTIONS)))
+    groups = [{"params": list(policy.parameters()), "lr": cfg.ppo.scratch_lr}]
+    optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
+    train_ppo(cfg, run, PPOTrainer(cfg, compute, make_env(cfg), policy, optimizer))
+    return policy

@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ProbeConfig
-from data_loader import Windows
-from models import IDM, WorldModel, stack_frames
-from training import Compute
+from lapo.config import ProbeConfig
+from lapo.data_loader import Windows
+from lapo.models import IDM, WorldModel, stack_frames
+from lapo.runs.compute import Compute
 
-INFERENCE_BATCH = 512
 JUDGED_WINDOWS = 16384
 """On so many of the probe's windows, at most, the world model is judged: its mean error needs no more."""
 
@@ -23,35 +22,18 @@ def judged(count: int) -> slice:
 
 
 @torch.no_grad()
-def label(idm: IDM, windows: Windows, ids: Tensor, compute: Compute) -> Tensor:
-    """Latent actions `la` of the windows numbered `ids` (M,), by the IDM in eval mode: (M, la_dim) fp32.
-
-    `ids` must ascend where not all windows are on the device, see `Windows.parts`.
-    """
-    training = idm.training
-    idm.eval()
-    with compute.autocast():
-        la = [
-            idm.label(stack_frames(windows.gather(part))).float()
-            for part in windows.parts(ids, INFERENCE_BATCH)
-        ]
-    idm.train(training)
-    return torch.cat(la)
-
-
-@torch.no_grad()
 def world_model_loss(
     idm: IDM, world_model: WorldModel, windows: Windows, ids: Tensor, la: Tensor, compute: Compute
 ) -> dict[str, Tensor]:
     """Mean squared error of predicting o[t+1] on the windows numbered `ids` (M,), all networks in eval mode.
 
-    `ids` must ascend as for `label`; `la` (M, la_dim) are the windows' latent actions as it gives them.
+    `ids` must ascend, see `Windows.parts`; `la` (M, la_dim) are the windows' latent actions.
     Returns `wm_loss_test`, the world model's error, and `copy_loss_test`, that of predicting o[t] again.
     """
     training = idm.training, world_model.training
     idm.eval(), world_model.eval()
     model_error, copy_error, start = 0.0, 0.0, 0
-    for part in windows.parts(ids, INFERENCE_BATCH):
+    for part in windows.parts(ids):
         frames = stack_frames(windows.gather(part))
         with compute.autocast():
             la_q = idm.quantize(la[start : start + len(part)]).la_q

@@ -25,12 +25,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from chunks import CHUNK_FRAMES, write_chunk
-from config import ROOT
-from dataset import LEVELS, Chunk, Dataset, PolicyFile, play_chunk
-from errors import UserError, run_main
-from files import locked
-from procgen_env import Visuals, check_game, num_cores
+from lapo.config import ROOT
+from lapo.data.chunks import CHUNK_FRAMES, write_chunk
+from lapo.errors import UserError, run_main
+from lapo.experts.recording import LEVELS, Chunk, Dataset, PolicyFile, play_chunk
+from lapo.games.table import Visuals, check_game
+from lapo.games.vec_env import num_cores
+from lapo.runs.files import locked
 
 SHIPPED = ROOT / "expert_data" / "experts"
 """Where the learned experts of the games lie that have one, as <game>.pt."""
@@ -71,7 +72,7 @@ def find_policy(args: Arguments) -> PolicyFile | None:
     path = Path(args.expert).expanduser().resolve() if args.expert else SHIPPED / f"{args.env}.pt"
     if args.expert == "planner" or not (args.expert or path.exists()):
         return None
-    import learned  # and with it PyTorch, which planners do without
+    from lapo.experts import learned
 
     provenance = learned.provenance(path)
     for key, wanted in (("game", args.env), ("visuals", args.visuals)):

@@ -18,16 +18,16 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.figure import Figure
 
-import figures
-from build import inherit
-from config import Config, load_config
-from errors import UserError, run_main
-from files import atomic_write, write_json
-from inspection import Inspection
-from procgen_env import check_data, check_frames
-from summary import Record, read_records, summarize
-from tables import table
-from training import Compute
+from lapo.config import Config, load_config
+from lapo.data.checks import check_data, check_frames
+from lapo.errors import UserError, run_main
+from lapo.reporting import figures
+from lapo.reporting.inspection import Inspection
+from lapo.reporting.summary import Record, read_records, summarize
+from lapo.reporting.tables import table
+from lapo.runs.checkpoints import inherit
+from lapo.runs.compute import Compute
+from lapo.runs.files import atomic_write, write_json
 
 NAMES = {
     "random": "random",

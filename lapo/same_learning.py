@@ -25,17 +25,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import Config, diff, load_config, to_dict
-from data_loader import Windows
-from errors import Parser, UserError, run_main
-from files import check_json, write_json
-from procgen_env import check_data, check_frames
-from rolling import read_splits
-from runs import provenance
-from stage1_idm_wm import Trainer
-from tables import table
-from training import Compute, seed_everything, to_floats
-from workloads import plain_stage1_networks, stage1_networks
+from lapo.benchmarks.workloads import plain_stage1_networks, stage1_networks
+from lapo.config import Config, diff, load_config, to_dict
+from lapo.data.checks import check_data, check_frames
+from lapo.data_loader import Windows, read_splits
+from lapo.errors import Parser, UserError, run_main
+from lapo.reporting.tables import table
+from lapo.runs.checkpoints import provenance
+from lapo.runs.compute import Compute, seed_everything, to_floats
+from lapo.runs.files import check_json, write_json
+from lapo.stage1_idm_wm import Trainer
 
 LAST = 100
 """Steps at the end whose training loss is averaged."""

@@ -9,7 +9,7 @@
 # the same command again submits all tasks, of which the finished ones return at once.
 
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # the folder of this file, not of a link to it
 
 die() {
     echo "error: $1" >&2

@@ -9,17 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from build import make_idm, make_world_model
-from config import Config, load_config
-from data_loader import Windows
-from errors import run_main
-from models import IDM, WorldModel, stack_frames
-from probe import judged, label, train_probe, world_model_loss
-from procgen_env import check_data, check_frames
-from ranks import average, joined, part_of_batch
-from rolling import read_splits
-from runs import Run
-from training import Compute, make_optimizer, piecewise_linear, seed_everything, set_lr, warmup_schedule
+from lapo.config import Config, load_config
+from lapo.data.checks import check_data, check_frames
+from lapo.data_loader import Windows, read_splits
+from lapo.errors import run_main
+from lapo.models import IDM, WorldModel, infer_latents, make_idm, make_world_model, stack_frames
+from lapo.probe import judged, train_probe, world_model_loss
+from lapo.runs.compute import Compute, seed_everything
+from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr, warmup_schedule
+from lapo.runs.ranks import average, joined, part_of_batch
+from lapo.runs.run import Run
 
 STAGE = "stage1"
 PUBLISHED_STEPS = 50_000
@@ -110,7 +109,7 @@ class Trainer:
     def measure(self, held_out: Windows) -> dict[str, Tensor]:
         """The world model's error on held-out windows and, where they have true actions, the probe's."""
         ids = held_out.spread(self.cfg.probe.windows)
-        la = label(self.idm, held_out, ids, self.compute)
+        la = infer_latents(self.idm, held_out.iter_frames(ids), self.compute)
         few = judged(len(ids))
         metrics = world_model_loss(self.idm, self.world_model, held_out, ids[few], la[few], self.compute)
         if held_out.ta is not None:

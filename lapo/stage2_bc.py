@@ -8,17 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from build import inherit, make_idm, make_latent_policy
-from config import Config, load_config
-from data_loader import Windows
-from errors import run_main
-from models import Policy, normalize
-from probe import INFERENCE_BATCH, label
-from procgen_env import check_data, check_frames
-from ranks import average, joined, part_of_batch
-from rolling import read_splits
-from runs import Run, load_stage
-from training import Compute, make_optimizer, piecewise_linear, seed_everything, set_lr, warmup_schedule
+from lapo.config import Config, load_config
+from lapo.data.checks import check_data, check_frames
+from lapo.data_loader import Windows, read_splits
+from lapo.errors import run_main
+from lapo.models import Policy, infer_latents, make_idm, make_latent_policy, normalize
+from lapo.runs.checkpoints import inherit, load_stage
+from lapo.runs.compute import Compute, seed_everything
+from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr, warmup_schedule
+from lapo.runs.ranks import average, joined, part_of_batch
+from lapo.runs.run import Run
 
 STAGE = "stage2"
 PUBLISHED_STEPS = 60_000
@@ -48,8 +47,8 @@ def train(cfg: Config) -> None:
     idm.eval().requires_grad_(False)
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
     windows, held_out = read_splits(cfg, compute.device)
-    la = label(idm, windows, windows.all(), compute)
-    la_test = label(idm, held_out, held_out.all(), compute)
+    la = infer_latents(idm, windows.iter_frames(windows.all()), compute)
+    la_test = infer_latents(idm, held_out.iter_frames(held_out.all()), compute)
 
     # ---- model and optimiser
     trainer = Trainer(cfg, compute, windows, la, compute.place(make_latent_policy(cfg)))
@@ -111,7 +110,7 @@ class Trainer:
     @torch.no_grad()
     def measure(self, held_out: Windows, la_test: Tensor) -> dict[str, Tensor]:
         """The error on held-out windows, whose latent actions are `la_test` (M, la_dim)."""
-        parts = held_out.parts(held_out.all(), INFERENCE_BATCH)
+        parts = held_out.parts(held_out.all())
         errors = [self.loss_of(held_out.middle_frames(ids), la_test[ids]) * len(ids) for ids in parts]
         constant = self.la.mean(0)
         average([constant])

@@ -8,27 +8,28 @@ Modes (`--stage3.mode`)
     bc        yardstick: behaviour cloning of the same few labelled frames, without latents
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from acting import judge, network_actor
-from build import inherit, make_acting_policy, make_idm
-from chunks import chunks_holding
-from collector import Collector
-from config import Config, load_config
-from data_loader import Windows
-from decoding import OnlineDecoder, fit, training_updates
-from errors import UserError, run_main
-from ppo import Rollout, ppo_update
-from probe import INFERENCE_BATCH, label
-from procgen_env import ACTIONS, GAMES, VecEnv, check_data, check_frames, relative_return
-from ranks import joined, share
-from runs import Run, load_stage
-from training import Compute, make_optimizer, piecewise_linear, ramp_schedule, seed_everything, set_lr
+from lapo.acting import score
+from lapo.config import Config, load_config
+from lapo.data.checks import check_data, check_frames
+from lapo.data.chunks import chunks_holding
+from lapo.data_loader import INFERENCE_BATCH, Windows
+from lapo.decoding import OnlineDecoder, fit, training_updates
+from lapo.errors import UserError, run_main
+from lapo.games.table import ACTIONS, GAMES
+from lapo.games.vec_env import VecEnv
+from lapo.models import infer_latents, make_acting_policy, make_idm
+from lapo.ppo import PPOTrainer, make_env, num_updates, train_from_scratch, train_ppo
+from lapo.runs.checkpoints import inherit, load_stage
+from lapo.runs.compute import Compute, seed_everything
+from lapo.runs.optim import make_optimizer, piecewise_linear, ramp_schedule, set_lr
+from lapo.runs.ranks import joined, share
+from lapo.runs.run import Run
 
 PUBLISHED_STEPS = 4_000_000
 """Env steps of a published run: the length that schedules are given for."""
@@ -61,33 +62,19 @@ def train(cfg: Config) -> None:
     run.finish({"policy": policy.state_dict()}, score(policy, cfg, compute))
 
 
-def score(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
-    """Play on held-out levels; nothing to play for a name that is no Procgen game."""
-    if cfg.env not in GAMES:
-        return {}
-    act = network_actor(policy.eval(), compute, cfg.eval.greedy)
-    played = judge(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
-    return {
-        "return_mean": played.mean,
-        "return_stderr": played.stderr,
-        "relative_return": relative_return(cfg.env, played.mean),
-        "episodes": played.episodes,
-    }
-
-
 # ---------------------------------------------------------------- with rewards: online, scratch
 
 
 def online(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
     """RL + SL over a frozen trunk, see `models.TwoPathPolicy`."""
     trainer = online_trainer(cfg, compute, earlier, make_env(cfg))
-    ppo(cfg, run, trainer)
+    train_ppo(cfg, run, trainer)
     return trainer.policy
 
 
-def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: VecEnv) -> "PPOTrainer":
+def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: VecEnv) -> PPOTrainer:
     """What trains in online mode; `earlier` holds the states of stages 1 and 2."""
-    policy = compute.place(make_acting_policy(cfg, "online", earlier["stage2"]["policy"]))
+    policy = compute.place(make_acting_policy(cfg, "online", len(ACTIONS), earlier["stage2"]["policy"]))
     groups = [
         {"params": list(getattr(policy, name).parameters()), "lr": 0.0}
         for name in ("policy_head", "value_head", "fc")
@@ -111,106 +98,13 @@ def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: VecEnv) ->
 
 def scratch(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
     """PPO with the same network from random weights."""
-    policy = compute.place(make_acting_policy(cfg, "scratch"))
-    groups = [{"params": list(policy.parameters()), "lr": cfg.ppo.scratch_lr}]
-    optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
-    ppo(cfg, run, PPOTrainer(cfg, compute, make_env(cfg), policy, optimizer))
-    return policy
-
-
-def make_env(cfg: Config) -> VecEnv:
-    """The environments that the policy learns in."""
-    return VecEnv(cfg.env, cfg.ppo.num_envs, seed=cfg.seed, visuals=cfg.visuals)
+    return train_from_scratch(cfg, compute, run)
 
 
 def decoder_updates(cfg: Config) -> list[int]:
     """The PPO updates (from 1) after which the decoder is trained."""
     scale = min(1.0, cfg.stage3.steps / PUBLISHED_STEPS)
     return training_updates(cfg.decoder, *num_updates(cfg), scale)
-
-
-def num_updates(cfg: Config) -> tuple[int, int]:
-    """PPO updates of a run, and env steps of each; the last one is complete, so a run may be a bit longer.
-
-    Raises `UserError` when a minibatch would be too small to normalise its advantages.
-    """
-    steps_per_update = cfg.ppo.num_envs * cfg.ppo.rollout_steps
-    if steps_per_update < 2 * cfg.ppo.minibatches:
-        raise UserError(
-            f"ppo.minibatches is {cfg.ppo.minibatches}, too many for an update's {steps_per_update} steps"
-            " (ppo.num_envs · ppo.rollout_steps); a minibatch needs at least 2"
-        )
-    return math.ceil(cfg.stage3.steps / steps_per_update), steps_per_update
-
-
-class PPOTrainer:
-    """A policy that plays and learns from it. An update is `collect`, `improve`, `decode`."""
-
-    def __init__(
-        self,
-        cfg: Config,
-        compute: Compute,
-        env: VecEnv,
-        policy: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        set_lrs: Callable[[int], None] = lambda env_steps: None,
-        decoder: OnlineDecoder | None = None,
-    ):
-        self.cfg, self.compute, self.policy, self.optimizer = cfg.ppo, compute, policy, optimizer
-        self.set_lrs, self.decoder = set_lrs, decoder
-        self.collector = Collector(env, cfg.ppo.gamma, compute)
-        self.rollout = Rollout(cfg.ppo.rollout_steps, cfg.ppo.num_envs, compute.device)
-        self.forward = compute.compiled(policy)
-
-    def collect(self) -> Tensor:
-        """Play a rollout; returns the value (N,) of the observation after its last step."""
-        return self.collector.collect(self.policy, self.rollout, self.decoder.watch if self.decoder else None)
-
-    def improve(self, env_steps: int, last_value: Tensor) -> dict[str, Tensor]:
-        """Learn from the rollout that ended at `env_steps` with values `last_value` (N,); returns metrics."""
-        self.set_lrs(env_steps)
-        return ppo_update(
-            self.forward, self.optimizer, self.rollout, last_value, self.cfg, self.compute.autocast
-        )
-
-    def decode(self, update: int) -> dict[str, Tensor]:
-        """Let the decoder, if there is one, learn from the rollout of `update` (from 1); returns metrics."""
-        return self.decoder.learn(self.collector.frames, update) if self.decoder else {}
-
-    def _parts(self) -> dict:
-        parts = {"policy": self.policy, "optimizer": self.optimizer, "collector": self.collector}
-        return parts | ({"decoder": self.decoder} if self.decoder else {})
-
-    def state_dict(self) -> dict:
-        """Everything the next update depends on, as plain data."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` gave."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-
-
-def ppo(cfg: Config, run: Run, trainer: PPOTrainer) -> None:
-    """Train for `cfg.stage3.steps` env steps."""
-    updates, steps_per_update = num_updates(cfg)
-    if run.state:
-        trainer.load_state_dict(run.state)
-    recent = trainer.collector.recent
-    options = {"save_every": cfg.stage3.save_every, "unit": "step", "scale": steps_per_update}
-    for update in run.loop(updates, trainer.state_dict, **options):
-        env_steps = (update + 1) * steps_per_update
-        run.track(trainer.improve(env_steps, trainer.collect()))
-        learned = trainer.decode(update + 1)
-        if recent:
-            learned["train_return"] = sum(recent) / len(recent)
-        if (
-            learned.keys() - {"train_return"}
-            or (update + 1) % cfg.stage3.log_every == 0
-            or update + 1 == updates
-        ):
-            run.log(env_steps, learned)
-    trainer.collector.env.close()
 
 
 # ---------------------------------------------------------------- with labels: offline, bc
@@ -221,8 +115,8 @@ def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
     windows, ids, ta = labelled(cfg, compute)
     idm = compute.place(make_idm(cfg))
     idm.load_state_dict(earlier["stage1"]["idm"])
-    la = label(idm, windows, ids, compute)
-    policy = compute.place(make_acting_policy(cfg, "offline", earlier["stage2"]["policy"]))
+    la = infer_latents(idm, windows.iter_frames(ids), compute)
+    policy = compute.place(make_acting_policy(cfg, "offline", len(ACTIONS), earlier["stage2"]["policy"]))
     loss = fit_labels(lambda batch: policy.decoder(la[batch]), policy.decoder, ta, cfg)
     run.step = cfg.offline.steps
     run.log(run.step, {"loss": loss} | accuracy(policy, cfg, compute))
@@ -232,7 +126,7 @@ def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
 def bc(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
     """The policy's network from random weights, fitted to (frame, ta) of the labelled frames."""
     windows, ids, ta = labelled(cfg, compute)
-    policy = compute.place(make_acting_policy(cfg, "bc"))
+    policy = compute.place(make_acting_policy(cfg, "bc", len(ACTIONS)))
 
     def predict(batch: Tensor) -> Tensor:
         with compute.autocast():

@@ -1,7 +1,7 @@
 """Train an expert to record from: `python train_expert.py --env bigfish`, then `record_expert.py --expert`.
 
 `--teacher none`     PPO from scratch: what stage 3 does in mode scratch, for longer
-`--teacher planner`  DAgger: a policy that sees one frame at a time learns what the planner of `experts.py`
+`--teacher planner`  DAgger: a policy that sees one frame at a time learns what the planner of `experts/`
                      does, which sees the simulator's state; what it plays can be imitated from frames
 
 The finished run's checkpoint is the expert: a small file that says what it is, how it was made and how well
@@ -13,15 +13,17 @@ from functools import partial
 
 from torch import nn
 
-import experts
-from build import make_acting_policy
-from config import Config, load_config
-from dagger import Dagger
-from errors import run_main
-from procgen_env import VecEnv, check_game, simulator_version
-from runs import Run
-from stage3_decode import num_updates, score, scratch
-from training import Compute, seed_everything
+from lapo.acting import score
+from lapo.config import Config, load_config
+from lapo.errors import run_main
+from lapo.experts import registry as experts
+from lapo.experts.dagger import Dagger
+from lapo.games.table import ACTIONS, check_game
+from lapo.games.vec_env import VecEnv, simulator_version
+from lapo.models import make_acting_policy
+from lapo.ppo import num_updates, train_from_scratch
+from lapo.runs.compute import Compute, seed_everything
+from lapo.runs.run import Run
 
 STAGE = "expert"
 
@@ -57,7 +59,7 @@ def train(cfg: Config) -> None:
         policy, env_steps = distil(cfg, compute, run), cfg.dagger.rounds * cfg.dagger.round_steps
     else:
         updates, steps_per_update = num_updates(cfg)
-        policy, env_steps = scratch(cfg, compute, run, {}), updates * steps_per_update
+        policy, env_steps = train_from_scratch(cfg, compute, run), updates * steps_per_update
     result = {"env_steps": env_steps} | score(policy, cfg, compute)
     run.finish({"policy": policy.state_dict(), "origin": origin(cfg)}, result)
     print(f"record it with `python record_expert.py --env {cfg.env} --expert {run.checkpoint_path}`")
@@ -65,7 +67,7 @@ def train(cfg: Config) -> None:
 
 def distil(cfg: Config, compute: Compute, run: Run) -> nn.Module:
     """A policy that has learnt from the game's planner."""
-    policy = compute.place(make_acting_policy(cfg, "bc"))
+    policy = compute.place(make_acting_policy(cfg, "bc", len(ACTIONS)))
     env = VecEnv(cfg.env, cfg.dagger.num_envs, seed=cfg.seed, visuals=cfg.visuals)
     dagger = Dagger(cfg.dagger, compute, env, partial(experts.make_expert, cfg.env), policy)
     if run.state:

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-import stage1
-import stage2
-import stage3
-from conftest import Workplace, write_chunk
+from lapo import stage1_idm_wm, stage2_bc, stage3_decode
+from support import Workplace, write_chunk
 
 SHOWN = [1, 4, 7]
 """The actions in the data: LEFT, NOOP, RIGHT."""
@@ -33,8 +31,8 @@ def finished_run(folder: Path) -> Workplace:
     place = Workplace(folder)
     shutil.rmtree(place.data)
     write_strips(place.data / place.GAME)
-    stage1.train(place.config())
-    stage2.train(place.config())
+    stage1_idm_wm.train(place.config())
+    stage2_bc.train(place.config())
     for mode in ("online", "offline", "scratch", "bc"):
-        stage3.train(place.config("--stage3.mode", mode, "--eval.greedy", "true"))
+        stage3_decode.train(place.config("--stage3.mode", mode, "--eval.greedy", "true"))
     return place

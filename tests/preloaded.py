@@ -4,13 +4,11 @@ import threading
 
 from tqdm import tqdm
 
-import conftest
-import stage1_idm_wm
-import stage2_bc
-import stage3_decode
-from procgen_env import VecEnv
+import support
+from lapo import stage1_idm_wm, stage2_bc, stage3_decode
+from lapo.games.vec_env import VecEnv
 
-__all__ = ["conftest", "stage1_idm_wm", "stage2_bc", "stage3_decode"]
+__all__ = ["stage1_idm_wm", "stage2_bc", "stage3_decode", "support"]
 
 VecEnv("bossfight", 1, seed=0, num_threads=0).close()
 tqdm.set_lock(threading.RLock())  # the usual one is shared by processes, and a killed one leaves it behind

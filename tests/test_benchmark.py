@@ -10,23 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-import benchmark
-import data_loader
-import rolling
-import same_learning
-import stage1_idm_wm
-import workloads
-from benchmark import count_gflop, lap_seconds
-from build import make_decoder, make_latent_policy
-from chunks import CHUNK_FRAMES, find_chunks, read_header
-from conftest import Workplace, write_game
-from data_loader import Windows
-from errors import run_main
-from models import TwoPathPolicy
-from procgen_env import ACTIONS
-from same_learning import summary_table
-from training import Compute
-from workloads import (
+from lapo import benchmark, data_loader, same_learning, stage1_idm_wm
+from lapo import data_loader as rolling
+from lapo.benchmark import count_gflop, lap_seconds
+from lapo.benchmarks import workloads
+from lapo.benchmarks.workloads import (
     Lap,
     PlainPolicy,
     TimedEnv,
@@ -37,6 +25,14 @@ from workloads import (
     record_random_play,
     stage1_networks,
 )
+from lapo.data.chunks import CHUNK_FRAMES, find_chunks, read_header
+from lapo.data_loader import Windows
+from lapo.errors import run_main
+from lapo.games.table import ACTIONS
+from lapo.models import TwoPathPolicy, make_decoder, make_latent_policy
+from lapo.runs.compute import Compute
+from lapo.same_learning import summary_table
+from support import Workplace, write_game
 
 CPU = torch.device("cpu")
 PARTS = {

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config import Config, load_config, to_dict, validate
-from conftest import LAPO, ROOT
-from errors import UserError
+from lapo.config import Config, load_config, to_dict, validate
+from lapo.errors import UserError
+from support import LAPO, ROOT
 
 YAML = yaml.safe_load((LAPO / "config.yaml").read_text())
 KEYS = YAML.keys() - {"presets"}

@@ -16,13 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data_loader
-from check_data import check
-from chunks import chunks_holding, find_chunks, read_chunk, read_header
-from conftest import Trap, numbered_frames, read_numbers, write_chunk
-from data_loader import Windows, window_starts
-from errors import UserError
-from rolling import read_splits
+from lapo import data_loader
+from lapo.data.checks import check
+from lapo.data.chunks import chunks_holding, find_chunks, read_chunk, read_header
+from lapo.data_loader import Windows, read_splits, window_starts
+from lapo.errors import UserError
+from support import Trap, numbered_frames, read_numbers, write_chunk
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from config import DecoderConfig, load_config
-from conftest import numbered_frames
-from decoding import OnlineDecoder, epochs, fit, training_updates
-from models import Decoder
-from training import Compute
+from lapo.config import DecoderConfig, load_config
+from lapo.decoding import OnlineDecoder, epochs, fit, training_updates
+from lapo.models import Decoder
+from lapo.runs.compute import Compute
+from support import numbered_frames
 
 CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import gdown
 import pytest
 
-import download_data
-from conftest import PATIENCE
-from errors import UserError
-from procgen_env import GAMES
+from lapo import download_data
+from lapo.errors import UserError
+from lapo.games.table import GAMES
+from support import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 CHUNKS = {f"bigfish/{name}.npz": name.encode() * 500 for name in ("train/0", "train/1", "train/10", "test/0")}

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-from acting import judge, random_actor
-from conftest import LAPO, Workplace
 from finished_run import finished_run
-from procgen_env import GAMES, Evaluation, relative_return
-from runs import load_checkpoint
+from lapo import evaluate
+from lapo.acting import Evaluation, judge, random_actor
+from lapo.games.table import GAMES, relative_return
+from lapo.runs.checkpoints import load_checkpoint
+from support import LAPO, Workplace
 
 GAME = Workplace.GAME
 PLAYED = Evaluation(np.array([1.0, 2.0]), np.array([3, 4]))

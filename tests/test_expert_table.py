@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import expert_table
-from procgen_env import GAMES
+from lapo import expert_table
+from lapo.games.table import GAMES
 
 RESULT = {
     "game": "maze",

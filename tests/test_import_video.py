@@ -15,16 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import import_video
-import stage2_bc
-import stage3_decode
-from chunks import find_chunks, read_header
-from conftest import LAPO, PATIENCE, Workplace, numbered_frames, read_numbers
-from data_loader import window_starts
-from errors import UserError
-from import_video import Split
-from runs import load_checkpoint
-from video import shrink
+from lapo import import_video, stage2_bc, stage3_decode
+from lapo.data.chunks import find_chunks, read_header
+from lapo.data.video import shrink
+from lapo.data_loader import window_starts
+from lapo.errors import UserError
+from lapo.import_video import Split
+from lapo.runs.checkpoints import load_checkpoint
+from support import LAPO, PATIENCE, Workplace, numbered_frames, read_numbers
 
 
 def write_video(path: Path, frames: np.ndarray, codec: str, pix_fmt: str, rotation: int = 0) -> Path:

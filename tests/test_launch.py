@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PATIENCE
-from procgen_env import GAMES
+from lapo.games.table import GAMES
+from support import PATIENCE
 
 LAPO = Path(__file__).resolve().parent.parent / "lapo"
 SCRIPTS = ("stage1_idm_wm", "stage2_bc", "stage3_decode")
@@ -360,7 +360,7 @@ def test_a_machine_without_slurm_is_one_sentence(repo, monkeypatch):
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     tools = repo.folder / "tools"
     tools.mkdir()
-    for name in ("bash", "dirname"):
+    for name in ("bash", "dirname", "readlink"):
         (tools / name).symlink_to(shutil.which(name))
     status, _, err = repo.launch("--", "maze", script="slurm.sh", PATH=str(tools))
     assert status == 2

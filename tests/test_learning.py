@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-import stage1_idm_wm
-from build import make_idm
-from config import load_config
-from conftest import write_chunk
-from data_loader import Windows
-from probe import label, train_probe
-from runs import load_checkpoint
-from training import Compute
+from lapo import stage1_idm_wm
+from lapo.config import load_config
+from lapo.data_loader import Windows
+from lapo.models import infer_latents, make_idm
+from lapo.probe import train_probe
+from lapo.runs.checkpoints import load_checkpoint
+from lapo.runs.compute import Compute
+from support import write_chunk
 
 SHIFTS = np.array([(0, 0), (4, 0), (-4, 0), (0, 4), (0, -4)])
 EPISODE = 16
@@ -64,7 +64,7 @@ def test_latent_actions_tell_true_actions_after_a_short_stage_1(tmp_path: Path):
     windows = Windows.read(cfg, "test", compute.device)
     idm = make_idm(cfg)
     idm.load_state_dict(checkpoint["state"]["idm"])
-    la, ta = label(idm, windows, windows.all(), compute), windows.actions(windows.all())
+    la, ta = infer_latents(idm, windows.iter_frames(windows.all()), compute), windows.actions(windows.all())
     assert train_probe(la, ta, cfg.probe, cfg.seed)["probe_acc_test"] >= 0.95
     shuffled = ta[torch.randperm(len(ta), generator=torch.Generator().manual_seed(0))]
     assert train_probe(la, shuffled, cfg.probe, cfg.seed)["probe_acc_test"] <= 0.3

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models import (
+from lapo.models import (
     IDM,
     ActorCritic,
     DecodedPolicy,

@@ -12,13 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from collector import RECENT_EPISODES, Collector
-from config import PPOConfig, load_config
-from conftest import numbered_frames, read_numbers
-from models import Decoder, Policy, TwoPathPolicy
-from ppo import Rollout, compute_gae, minibatches, ppo_loss, ppo_update, sample
-from procgen_env import ReturnNormalizer
-from training import Compute
+from lapo.config import PPOConfig, load_config
+from lapo.models import Decoder, Policy, TwoPathPolicy
+from lapo.ppo import (
+    RECENT_EPISODES,
+    Collector,
+    ReturnNormalizer,
+    Rollout,
+    compute_gae,
+    minibatches,
+    ppo_loss,
+    ppo_update,
+    sample,
+)
+from lapo.runs.compute import Compute
+from support import numbered_frames, read_numbers
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import probe
-import stage1_idm_wm
-from build import make_idm, make_world_model
-from config import ProbeConfig, load_config
-from conftest import write_game
-from data_loader import Windows
-from models import IDM, VectorQuantizer, WorldModel, normalize
-from probe import label, train_probe, world_model_loss
-from training import Compute
+from lapo import probe, stage1_idm_wm
+from lapo.config import ProbeConfig, load_config
+from lapo.data_loader import Windows
+from lapo.models import IDM, VectorQuantizer, WorldModel, infer_latents, make_idm, make_world_model, normalize
+from lapo.probe import train_probe, world_model_loss
+from lapo.runs.compute import Compute
+from support import write_game
 
 CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
 
@@ -143,7 +141,7 @@ def test_labels_are_latents_before_quantisation_in_the_order_asked_for(windows):
     idm = small_idm()
     before = copy.deepcopy(idm.state_dict())
     ids = torch.tensor([5, 0, 33, 69])
-    la = label(idm, windows, ids, CPU)
+    la = infer_latents(idm, windows.iter_frames(ids), CPU)
     expected = torch.cat([idm.label(images(windows, int(number))) for number in ids])
     torch.testing.assert_close(la, expected.detach(), rtol=1e-5, atol=1e-5)
     assert not la.requires_grad
@@ -156,7 +154,9 @@ def test_held_out_errors_equal_a_loop_over_windows_and_change_nothing(windows):
     world_model(torch.rand(4, 6, 64, 64) - 0.5, torch.randn(4, 16))
     before = copy.deepcopy((idm.state_dict(), world_model.state_dict()))
     ids = torch.tensor([3, 68, 20, 7, 41])
-    metrics = world_model_loss(idm, world_model, windows, ids, label(idm, windows, ids, CPU), CPU)
+    metrics = world_model_loss(
+        idm, world_model, windows, ids, infer_latents(idm, windows.iter_frames(ids), CPU), CPU
+    )
     assert idm.training
     assert world_model.training
     torch.testing.assert_close((idm.state_dict(), world_model.state_dict()), before, rtol=0, atol=0)
@@ -179,7 +179,7 @@ def test_the_world_model_is_judged_on_every_few_of_the_probes_windows(windows, m
     trainer = stage1_idm_wm.Trainer(cfg, CPU, windows, make_idm(cfg), make_world_model(cfg))
     metrics = trainer.measure(windows)
     ids = windows.all()
-    la = label(trainer.idm, windows, ids, CPU)
+    la = infer_latents(trainer.idm, windows.iter_frames(ids), CPU)
     probed = train_probe(la, windows.actions(ids), cfg.probe, cfg.seed)
     few = world_model_loss(trainer.idm, trainer.world_model, windows, ids[::3], la[::3], CPU)
     assert metrics == few | probed
@@ -188,6 +188,6 @@ def test_the_world_model_is_judged_on_every_few_of_the_probes_windows(windows, m
 def test_modes_of_networks_in_eval_mode_are_kept(windows):
     idm, world_model = small_idm().eval(), WorldModel(16, 2).eval()
     ids = windows.all()[:2]
-    world_model_loss(idm, world_model, windows, ids, label(idm, windows, ids, CPU), CPU)
+    world_model_loss(idm, world_model, windows, ids, infer_latents(idm, windows.iter_frames(ids), CPU), CPU)
     assert not idm.training
     assert not world_model.training

@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-import record_expert
-from acting import load_policy
-from build import make_acting_policy
-from chunks import find_chunks, read_header, write_chunk
-from conftest import INTERRUPTIONS, LAPO, PATIENCE, Workplace, largest_file
-from dataset import Chunk, Dataset, PolicyFile, play_chunk
-from errors import UserError
-from files import lock
-from learned import make_player
-from procgen_env import GAMES, HELD_OUT_LEVELS, TRAIN_LEVELS
-from record_expert import Arguments, find_policy, plan_chunks
-from runs import Run
-from training import Compute
+from lapo import record_expert
+from lapo.acting import load_policy
+from lapo.data.chunks import find_chunks, read_header, write_chunk
+from lapo.errors import UserError
+from lapo.experts.learned import make_player
+from lapo.experts.recording import Chunk, Dataset, PolicyFile, play_chunk
+from lapo.games.table import ACTIONS, GAMES
+from lapo.games.vec_env import HELD_OUT_LEVELS, TRAIN_LEVELS
+from lapo.models import make_acting_policy
+from lapo.record_expert import Arguments, find_policy, plan_chunks
+from lapo.runs.compute import Compute
+from lapo.runs.files import lock
+from lapo.runs.run import Run
+from support import INTERRUPTIONS, LAPO, PATIENCE, ROOT, Workplace, largest_file
 
 SMALL = ("--frames", "300", "--test-frames", "4100")  # three chunks, of 300, 4,096 and 4 frames
 
@@ -327,7 +328,10 @@ def make_policy(folder: Path, *arguments: str) -> Path:
     cfg = workplace.config("--env", "maze", "--stage3.mode", "bc", *arguments)
     torch.manual_seed(cfg.seed)
     run = Run(cfg, "stage3_bc", (), Compute(torch.device("cpu"), bf16=False, compile=False))
-    run.finish({"policy": make_acting_policy(cfg, "bc").state_dict()}, {"return_mean": 4.5, "episodes": 2})
+    run.finish(
+        {"policy": make_acting_policy(cfg, "bc", len(ACTIONS)).state_dict()},
+        {"return_mean": 4.5, "episodes": 2},
+    )
     return run.checkpoint_path
 
 
@@ -344,7 +348,7 @@ def test_a_policy_is_recorded_with_the_probabilities_of_its_actions(policy: Poli
     arrays = play_chunk(chunk)
     check_replay(chunk, arrays)
     checkpoint = load_policy(policy.path)
-    network = make_acting_policy(Workplace(policy.path.parents[5]).config(), "bc")
+    network = make_acting_policy(Workplace(policy.path.parents[5]).config(), "bc", len(ACTIONS))
     network.load_state_dict(checkpoint["state"]["policy"])
     with torch.no_grad():
         probs = network.logits(torch.from_numpy(arrays["obs"])).softmax(-1).numpy()
@@ -436,10 +440,10 @@ def test_one_process_records_into_a_folder_at_a_time(tmp_path: Path) -> None:
 def test_planners_are_recorded_without_pytorch() -> None:
     code = """if True:
         import sys
-        from record_expert import *
+        from lapo.record_expert import *
         policy = find_policy(Arguments("maze", expert="planner"))
         dataset = Dataset(Path("/nowhere"), "maze", 0, policy=policy)
         play_chunk(Chunk("maze", 0, "train", 0, 30, noise=0.5))
         sys.exit("torch" in sys.modules)
     """
-    assert subprocess.run([sys.executable, "-c", code], cwd=LAPO).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-import report
-import stage1
-import summary
-from acting import judge, random_actor
-from config import Config
-from conftest import Workplace
-from errors import UserError
 from finished_run import finished_run, write_strips
-from inspection import discriminate
-from procgen_env import GAMES
-from runs import load_checkpoint
+from lapo import report, stage1_idm_wm
+from lapo.acting import judge, random_actor
+from lapo.config import Config
+from lapo.errors import UserError
+from lapo.games.table import GAMES
+from lapo.reporting import summary
+from lapo.reporting.inspection import discriminate
+from lapo.runs.checkpoints import load_checkpoint
+from support import Workplace
 
 GAME = Workplace.GAME
 STAGE1_FIGURES = {"learning.png", "latents.png", "predictions.png"}
@@ -172,7 +171,7 @@ def test_frames_without_actions(tmp_path):
     place = Workplace(tmp_path)
     write_strips(place.data / "holiday", actions=False)
     cfg = place.config("--env", "holiday")
-    stage1.train(cfg)
+    stage1_idm_wm.train(cfg)
     found = report.report(cfg)
     assert found["learnt"]["probe_acc"] is None
     assert found["returns"] == {}

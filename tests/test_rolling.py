@@ -12,20 +12,16 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-import chunks
-import rolling
-import stage1_idm_wm
-import stage2_bc
-import stage3_decode
-from build import make_idm, make_latent_policy
-from conftest import PATIENCE, Workplace, numbered_frames, write_chunk, write_game
-from data_loader import Windows
-from errors import UserError
-from models import normalize
-from probe import label
-from rolling import RollingWindows, read_splits
-from runs import Run, load_checkpoint
-from training import Compute
+from lapo import data_loader as rolling
+from lapo import stage1_idm_wm, stage2_bc, stage3_decode
+from lapo.data import chunks
+from lapo.data_loader import RollingWindows, Windows, read_splits
+from lapo.errors import UserError
+from lapo.models import infer_latents, make_idm, make_latent_policy, normalize
+from lapo.runs.checkpoints import load_checkpoint
+from lapo.runs.compute import Compute
+from lapo.runs.run import Run
+from support import PATIENCE, Workplace, numbered_frames, write_chunk, write_game
 
 CPU = torch.device("cpu")
 SIZES = (9, 4, 14, 7, 11, 5, 8)
@@ -243,7 +239,7 @@ def test_stages_on_rolling_data_without_a_test_folder(tmp_path):
     stage1 = load_checkpoint(place.run_dir("stage1", "once") / "checkpoint.pt")
     idm.load_state_dict(stage1["state"]["idm"])
     policy.load_state_dict(measured[0]["state"]["policy"])
-    la = label(idm, windows, windows.all(), compute)
+    la = infer_latents(idm, windows.iter_frames(windows.all()), compute)
     loss = F.mse_loss(policy(normalize(windows.middle_frames(windows.all()))), la)
     assert measured[0]["metrics"]["loss_test"] == pytest.approx(loss.item(), rel=1e-4)
 

@@ -1,5 +1,6 @@
 """The stages as they are used: real command lines on tiny networks, and what each leaves behind."""
 
+import importlib
 import json
 import math
 import signal
@@ -14,16 +15,13 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-import stage1_idm_wm
-import stage2_bc
-import stage3_decode
-from build import make_idm, make_latent_policy, make_world_model
-from conftest import LAPO, PATIENCE, Workplace, numbered_frames, write_chunk
-from data_loader import Windows
-from errors import UserError, run_main
-from models import normalize, stack_frames
-from procgen_env import GAMES
-from runs import load_checkpoint
+from lapo import stage1_idm_wm, stage2_bc, stage3_decode
+from lapo.data_loader import Windows
+from lapo.errors import UserError, run_main
+from lapo.games.table import GAMES
+from lapo.models import make_idm, make_latent_policy, make_world_model, normalize, stack_frames
+from lapo.runs.checkpoints import load_checkpoint
+from support import LAPO, PATIENCE, Workplace, numbered_frames, write_chunk
 
 TRAIN = {"stage1": stage1_idm_wm.train, "stage2": stage2_bc.train, "stage3": stage3_decode.train}
 
@@ -51,7 +49,8 @@ def assert_equal_weights(found: dict, expected: dict) -> None:
     [("stage1", "stage1_idm_wm"), ("stage2", "stage2_bc"), ("stage3", "stage3_decode")],
 )
 def test_each_stage_has_two_names(short, script):
-    assert (LAPO / f"{short}.py").samefile(LAPO / f"{script}.py")
+    names = [importlib.import_module(f"lapo.{name}") for name in (short, script)]
+    assert names[0].main is names[1].main
 
 
 def test_the_three_stages_from_another_folder(workplace):

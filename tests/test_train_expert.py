@@ -12,19 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import stage3_decode
-import train_expert
-from acting import checkpoint_actor, load_policy, steps_played
-from config import Config, DaggerConfig, to_dict, validate
-from conftest import TINY, Workplace, numbered_frames, read_numbers
-from dagger import Dagger, Panel
-from errors import UserError
-from experts import expert_name, make_expert
-from models import Policy
-from planners import LEFT, RIGHT, Expert
-from procgen_env import VecEnv
-from runs import load_checkpoint
-from training import Compute
+from lapo import stage3_decode, train_expert
+from lapo.acting import checkpoint_actor, load_policy, steps_played
+from lapo.config import Config, DaggerConfig, to_dict, validate
+from lapo.errors import UserError
+from lapo.experts.dagger import Dagger, Panel
+from lapo.experts.expert import LEFT, RIGHT, Expert
+from lapo.experts.registry import expert_name, make_expert
+from lapo.games.vec_env import VecEnv
+from lapo.models import Policy
+from lapo.runs.checkpoints import load_checkpoint
+from lapo.runs.compute import Compute
+from support import TINY, Workplace, numbered_frames, read_numbers
 
 GAME = "bigfish"  # its episodes are short, and its planner is fast
 PLANNER = ["--env", GAME, "--teacher", "planner"]

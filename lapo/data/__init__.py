@@ -1,0 +1,4 @@
+"""Chunks of frames on disk: their format, checks of it, and the decoding of videos.
+
+Windows on the device are data_loader's; recorders and downloads are scripts.
+"""

@@ -1,0 +1,165 @@
+"""Check chunks of frames and print a table: `python data_loader.py --check expert_data/bigfish`.
+
+More is checked than training reads: the checksums of all arrays, and that rewards, returns, values and
+log-probabilities are finite numbers, one per frame.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from lapo.config import resolve
+from lapo.data.chunks import KEYS, list_chunks, open_chunk, read_chunk, read_header, read_npy, read_npy_header
+from lapo.errors import UserError
+from lapo.games.table import GAMES, Visuals
+
+FLOATS = ("rewards", "ep_returns", "values", "logprobs")
+READ_SIZE = 1 << 20
+
+
+def check_data(name: str, folder: Path) -> None:
+    """Raise UserError unless `name` is a Procgen game or, for other frames, `folder` holds its data."""
+    if name not in GAMES and not folder.is_dir():
+        raise UserError(
+            f"'{name}' is neither a Procgen game nor a folder {folder}; the games are {', '.join(GAMES)},"
+            f" and `python import_video.py --env {name}` makes such a folder from videos"
+        )
+
+
+def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
+    """Raise UserError unless `folder` holds data of `name` that show it, a Procgen game, with `visuals`."""
+    check_data(name, folder)
+    if name not in GAMES:
+        return
+    if not folder.is_dir():
+        record = f"python record_expert.py --env {name} --visuals {visuals} --data-dir {folder.parent}"
+        download = f" or download it with `bash setup_data.sh {name}`" if visuals == "full" else ""
+        raise UserError(f"the data folder {folder} does not exist; make it with `{record}`{download}")
+    path = folder / "dataset.json"
+    try:
+        recorded = json.loads(path.read_text()).get("visuals", "full")
+    except FileNotFoundError:
+        recorded = "full"  # downloaded: the published frames
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{path} is damaged; record the data again, or delete this file") from None
+    if recorded != visuals:
+        raise UserError(
+            f"{folder} shows the game with visuals {recorded}, but visuals is {visuals};"
+            f" choose --visuals {recorded} or another --data_dir"
+        )
+
+
+# ---------------------------------------------------------------- chunks
+
+
+@dataclass
+class Arguments:
+    """Check chunks of frames and print a table; exit with 2 if one is bad."""
+
+    check: Annotated[list[Path], tyro.conf.arg(metavar="FOLDER ...")]
+    """Folders of games (with train and test) or of chunks, as seen from here or from the repository."""
+
+
+@dataclass
+class Checked:
+    """What a chunk file was found to hold; None where it could not be told, or is not there."""
+
+    size: int
+    """Bytes on disk."""
+    frames: int | None = None
+    cuts: int | None = None
+    """Frames marked `done`."""
+    actions: int | None = None
+    """Different true actions."""
+    fault: str | None = None
+    """What is wrong with it, if anything is."""
+
+
+def main() -> None:
+    """Check the folders that the command line names; exit with 2 if a chunk is bad."""
+    folders = tyro.cli(Arguments).check
+    if not folders:
+        raise UserError("--check needs a folder, as in: python data_loader.py --check expert_data/bigfish")
+    chunks = {folder: find(folder) for folder in folders}
+    found = [result for folder, paths in chunks.items() for result in report(folder, paths)]
+    bad = sum(result.fault is not None for result in found)
+    frames = sum(result.frames for result in found if result.fault is None)
+    size = sum(result.size for result in found) / 1e6
+    verdict = f"{bad} bad" if bad else "all good"
+    print(f"{len(found)} chunks, {size:,.1f} MB, {frames:,} frames in good ones: {verdict}")
+    if bad:
+        sys.exit(2)
+
+
+def find(folder: Path) -> list[Path]:
+    """The chunks of a game's folder, training ones first, or of a folder of chunks.
+
+    Raises `UserError` if the folder, or a split in it, is missing or holds none.
+    """
+    place = folder.expanduser()
+    if not place.is_dir():
+        place = resolve(str(folder))
+    if not place.is_dir():
+        raise UserError(f"there is no folder {folder}, neither here nor in {resolve('.')}; name another")
+    splits = [place / split for split in ("train", "test") if (place / split).is_dir()] or [place]
+    chunks = {split: list_chunks(split) for split in splits}
+    empty = next((split for split, paths in chunks.items() if not paths), None)
+    if empty:
+        raise UserError(f"{empty} holds no chunk (<number>.npz); expert_data/README.md says how to get some")
+    return [path for paths in chunks.values() for path in paths]
+
+
+def report(folder: Path, paths: list[Path]) -> list[Checked]:
+    """Check the chunks of a folder, printing a line for each as soon as it is checked."""
+    names = ["/".join(path.parts[-2:]) for path in paths]
+    width = max(len(name) for name in names)
+    print(f"{folder}\n{'file':<{width}}  {'frames':>9}  {'cuts':>7}  {'actions':>7}  {'MB':>8}")
+    results = []
+    for path, name in zip(paths, names, strict=True):
+        result = check(path)
+        frames, cuts, actions = (
+            "-" if count is None else f"{count:,}" for count in (result.frames, result.cuts, result.actions)
+        )
+        line = f"{name:<{width}}  {frames:>9}  {cuts:>7}  {actions:>7}  {result.size / 1e6:>8,.1f}"
+        print(f"{line}  {result.fault or 'ok'}", flush=True)
+        results.append(result)
+    return results
+
+
+def check(path: Path) -> Checked:
+    """All about one chunk file, from reading all of it. Raises nothing: what is wrong is the `fault`."""
+    result = Checked(path.stat().st_size if path.exists() else 0)
+    try:
+        result.frames = read_header(path)
+        chunk = read_chunk(path)
+        if "done" in chunk:
+            result.cuts = int(np.count_nonzero(chunk["done"]))
+        if "ta" in chunk:
+            result.actions = len(np.unique(chunk["ta"]))
+        _check_others(path, result.frames)
+    except UserError as error:
+        result.fault = str(error).removeprefix(str(path)).lstrip(": ")
+    return result
+
+
+def _check_others(path: Path, frames: int) -> None:
+    """Check what training does not read; of arrays that we do not know, the checksums. Raises `UserError`."""
+    with open_chunk(path) as archive:
+        for name in archive.namelist():
+            key = name.removesuffix(".npy")
+            if key in FLOATS:
+                shape, dtype = read_npy_header(archive, key)
+                if shape != (frames,) or dtype.kind not in "fiu":
+                    raise UserError(f"{path}: `{key}` must be numbers ({frames},), found {dtype} {shape}")
+                bad = np.count_nonzero(~np.isfinite(read_npy(archive, key)))
+                if bad:
+                    raise UserError(f"{path}: {bad:,} of the {frames:,} `{key}` are not finite")
+            elif key not in KEYS:
+                with archive.open(name) as member:
+                    while member.read(READ_SIZE):  # to the end, where the checksum is compared
+                        pass

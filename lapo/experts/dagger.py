@@ -1,0 +1,175 @@
+"""DAgger (Ross et al. 2011): a policy that sees pixels learns from an expert that sees the simulator's state.
+
+Round by round the policy plays, the expert names its action at every frame on the way, and the policy learns
+from the latest of these frames. Unlike in behaviour cloning, it is taught where its own mistakes lead.
+
+Dimensions: R rounds kept · S steps of a round · N environments · B batch · H, W, C frame · A actions
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lapo.config import DaggerConfig
+from lapo.data.chunks import FRAME_SHAPE
+from lapo.experts.expert import Expert
+from lapo.games.vec_env import EpisodeTracker, VecEnv, num_cores
+from lapo.models import Policy
+from lapo.ppo import RECENT_EPISODES, sample
+from lapo.runs.compute import Compute
+from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr
+
+
+class Panel(Expert):
+    """Experts for a few of N environments each, who plan side by side.
+
+    Most of a search is spent in simulators, outside Python's lock, so that threads use all cores. How many
+    experts there are must not depend on the machine: sums over more environments may be rounded otherwise.
+    """
+
+    SIZE = 16
+
+    def __init__(self, make_expert: Callable[[int], Expert], num_envs: int):
+        """For `num_envs` environments; `make_expert` makes an expert for a number of them."""
+        bounds = np.linspace(0, num_envs, min(self.SIZE, num_envs) + 1).astype(int)
+        self.parts = [slice(*bound) for bound in itertools.pairwise(bounds)]
+        self.experts = [make_expert(part.stop - part.start) for part in self.parts]
+        self.pool = ThreadPoolExecutor(num_cores())
+
+    def act(self, states: list[bytes]) -> np.ndarray:
+        """See `Expert`."""
+        shares = [states[part] for part in self.parts]
+        actions = self.pool.map(lambda expert, share: expert.act(share), self.experts, shares)
+        return np.concatenate(list(actions))
+
+    def forget(self) -> None:
+        """See `Expert`."""
+        for expert in self.experts:
+            expert.forget()
+
+
+class Dagger:
+    """Trains `policy` in rounds of `collect` and `fit`.
+
+    Attributes
+        count    rounds played; round k lies at k mod R
+        frames   (R, S, N, H, W, C) uint8 on the device, what was seen
+        labels   (R, S, N) uint8 on the device, what the expert would have done there
+        actions  (R, S, N) uint8, what was done
+        recent   raw returns of the last 100 finished episodes
+    """
+
+    def __init__(
+        self,
+        cfg: DaggerConfig,
+        compute: Compute,
+        env: VecEnv,
+        make_expert: Callable[[int], Expert],
+        policy: Policy,
+    ):
+        """`make_expert` makes a teacher for a number of environments."""
+        self.cfg, self.compute, self.env, self.policy = cfg, compute, env, policy
+        self.teacher = Panel(make_expert, env.num_envs)
+        groups = [{"params": list(policy.parameters()), "lr": cfg.lr}]
+        self.optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
+        self.loss_of = compute.compiled(self._loss_of)
+        size = cfg.rounds_kept, cfg.rollout_steps, cfg.num_envs
+        self.frames = torch.empty(*size, *FRAME_SHAPE, dtype=torch.uint8, device=compute.device)
+        self.labels = torch.empty(*size, dtype=torch.uint8, device=compute.device)
+        self.actions = torch.empty(*size, dtype=torch.uint8)
+        self.starts: deque[list[bytes]] = deque(maxlen=cfg.rounds_kept)  # states before the rounds kept
+        self.tracker = EpisodeTracker(env.num_envs)
+        self.recent: deque[float] = deque(maxlen=RECENT_EPISODES)
+        self.count = 0
+
+    @torch.no_grad()
+    def collect(self) -> dict[str, Tensor]:
+        """Play a round and keep it; returns how often the policy agreed with the expert beforehand.
+
+        In a share of the steps, which falls from 1 to 0, the expert's action is taken in place of the
+        policy's. The expert decides anew at every frame: what follows from a plan that was made some steps
+        ago, a frame does not show.
+        """
+        share = piecewise_linear(self.count / self.cfg.rounds, [(0.0, 1.0), (self.cfg.teacher_until, 0.0)])
+        slot, agreed = self.count % self.cfg.rounds_kept, []
+        states = self.env.get_state()
+        self.starts.append(states)
+        for step in range(self.cfg.rollout_steps):
+            frames = self.frames[slot, step]
+            frames.copy_(torch.from_numpy(self.env.observe()))
+            with self.compute.autocast():
+                logits = self.policy.logits(frames)
+            self.teacher.forget()
+            label = self.teacher.act(states)  # meanwhile, where the policy runs on a GPU
+            instead = torch.rand(len(label)).numpy() < share
+            action = np.where(instead, label, sample(logits)[0].cpu().numpy()).astype(np.int32)
+            self.actions[slot, step] = torch.from_numpy(action)
+            self.labels[slot, step] = torch.from_numpy(label)
+            agreed.append((logits.argmax(-1) == self.labels[slot, step]).float().mean())
+            _, rewards, dones = self.env.step(action)
+            self.recent.extend(self.tracker.update(rewards, dones)[0].tolist())
+            states = self.env.get_state()
+        self.count += 1
+        return {"agreement": torch.stack(agreed).mean()}
+
+    def fit(self) -> dict[str, Tensor]:
+        """Make the round's optimisation steps on random frames of those kept; returns the mean loss."""
+        done = (self.count - 1) / self.cfg.rounds
+        set_lr(self.optimizer.param_groups[0], self.cfg.lr * (1 - done))
+        filled = min(self.count, self.cfg.rounds_kept)
+        frames, labels = self.frames[:filled].flatten(0, 2), self.labels[:filled].flatten()
+        total = torch.zeros((), device=self.compute.device)
+        for _ in range(self.cfg.updates):
+            ids = torch.randint(len(labels), (self.cfg.batch_size,), device=self.compute.device)
+            loss = self.loss_of(frames[ids], labels[ids].long())
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            total += loss.detach()
+        return {"loss": total / self.cfg.updates}
+
+    def _loss_of(self, frames: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the policy's actions at `frames` (B, H, W, C) to `labels` (B,)."""
+        with self.compute.autocast():
+            logits = self.policy.logits(frames)
+        return F.cross_entropy(logits, labels)
+
+    def state_dict(self) -> dict:
+        """Everything the next round depends on, as plain data.
+
+        The frames are left out: from the state before the first round kept, the actions lead to them again.
+        """
+        filled = min(self.count, self.cfg.rounds_kept)
+        start = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self.starts[0]]
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "count": self.count,
+            "start": start,
+            "actions": self.actions[:filled].clone(),
+            "labels": self.labels[:filled].clone(),
+            "tracker": self.tracker.state_dict(),
+            "recent": list(self.recent),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` gave."""
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.tracker.load_state_dict(state["tracker"])
+        self.recent = deque(state["recent"], maxlen=RECENT_EPISODES)
+        self.count, filled = state["count"], len(state["actions"])
+        self.actions[:filled], self.labels[:filled] = state["actions"], state["labels"]
+        self.env.set_state([part.numpy().tobytes() for part in state["start"]])
+        for number in range(self.count - filled, self.count):
+            slot = number % self.cfg.rounds_kept
+            self.starts.append(self.env.get_state())
+            for frames, action in zip(self.frames[slot], self.actions[slot], strict=True):
+                frames.copy_(torch.from_numpy(self.env.observe()))
+                self.env.step(action.numpy().astype(np.int32))

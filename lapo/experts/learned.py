@@ -1,0 +1,87 @@
+"""Learned experts, as `record_expert.py` plays them: policies from checkpoints.
+
+Apart from the recorder, which does without PyTorch while planners play.
+Dimensions: N environments · H, W, C frame · A actions
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lapo import models
+from lapo.acting import load_policy, restore_network, steps_played
+from lapo.errors import UserError
+from lapo.games.table import ACTIONS
+from lapo.ppo import sample
+from lapo.runs.compute import Compute
+
+CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
+
+Player = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Frames (N, H, W, C) → actions (N,) and their log-probabilities (N,)."""
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def provenance(path: Path) -> dict:
+    """What a policy is, how it was made and how well it plays, from its checkpoint, as plain data.
+
+    Raises `UserError` as `load_policy`.
+    """
+    checkpoint = load_policy(path, "python train_expert.py")
+    saved, metrics = checkpoint["config"], checkpoint["metrics"]
+    judged = {key: metrics.get(key) for key in ("return_mean", "return_stderr", "episodes")}
+    made = {"method": f"stage 3, mode {saved['stage3']['mode']}"} | checkpoint["state"].get("origin", {})
+    return {
+        "game": saved["env"],
+        "visuals": saved["visuals"],
+        "made": made | checkpoint["provenance"],
+        "env_steps": steps_played(checkpoint),
+        "finished": checkpoint["finished"],
+        **{key: None if value is None or math.isnan(value) else value for key, value in judged.items()},
+        "config": saved,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The code that turns a policy's weights into actions."""
+    return {"torch": str(torch.__version__), "models.py": fingerprint(Path(models.__file__))[:12]}
+
+
+def make_player(path: Path, expected: str, noise: float, seed: int) -> Player:
+    """A player whose actions are drawn by `seed` from the policy in `path`, whose fingerprint is `expected`.
+
+    In a share `noise` of the steps it takes any of the actions instead; the log-probabilities are those of
+    the mixture. What it does is a function of the arguments and the frames: fp32 on one thread, as sums on
+    several may differ in their last bit from run to run.
+    """
+    torch.set_num_threads(1)
+    network = _read(path, expected)
+    torch.manual_seed(seed)  # after the network was made, which draws too
+    log_keep, log_other = torch.tensor([1 - noise, noise / len(ACTIONS)]).log()
+
+    @torch.inference_mode()
+    def act(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logprobs = network.logits(torch.from_numpy(frames)).log_softmax(-1)
+        action, _ = sample(logprobs)
+        other, instead = torch.randint(len(ACTIONS), action.shape), torch.rand(action.shape) < noise
+        action = torch.where(instead, other, action)
+        chosen = logprobs.gather(-1, action[:, None]).squeeze(-1)
+        return action.numpy(), torch.logaddexp(log_keep + chosen, log_other).numpy()
+
+    return act
+
+
+@functools.lru_cache(maxsize=1)
+def _read(path: Path, expected: str) -> torch.nn.Module:
+    if fingerprint(path) != expected:
+        raise UserError(f"{path} has changed since the recording began; put it back, or record its new state")
+    return CPU.place(restore_network(load_policy(path)))

@@ -1,0 +1,251 @@
+"""A recorded data set: what its chunks are, what is played into them, and which are there.
+
+A chunk holds E environments one after another, T frames of each:
+    obs         (E·T, 64, 64, 3) uint8, what was seen
+    ta          (E·T,) int64, the action taken there
+    done        (E·T,) bool, whether the action ended the episode, or the recording stops here
+    rewards     (E·T,) float32, what the action earned
+    ep_returns  (E·T,) float32, return of the episode that the action ended, else 0
+    values      (E·T,) float32, discounted rewards up to the end of the episode or of the recording
+    logprobs    (E·T,) float32, of the action; 0: planners are deterministic (but for `--noise`)
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lapo.errors import UserError
+from lapo.experts import registry as experts
+from lapo.experts.expert import Explorer
+from lapo.games.table import GAMES, Visuals
+from lapo.games.vec_env import HELD_OUT_LEVELS, TRAIN_LEVELS, EpisodeTracker, VecEnv, simulator_version
+from lapo.runs.files import write_json
+
+LEVELS = {"train": TRAIN_LEVELS, "test": HELD_OUT_LEVELS}
+DISCOUNT = 0.999
+
+
+@dataclass(frozen=True)
+class PolicyFile:
+    """A learned expert."""
+
+    path: Path
+    fingerprint: str
+    provenance: dict = field(compare=False)
+    """What its checkpoint says of it."""
+    versions: dict[str, str] = field(compare=False)
+    """Of the code that makes it act."""
+
+    def __str__(self) -> str:
+        return f"{self.path.name}, sha256 {self.fingerprint[:12]}"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One file of a data set."""
+
+    game: str
+    seed: int
+    split: str
+    number: int
+    frames: int
+    noise: float = 0.0
+    visuals: Visuals = "full"
+    policy: PolicyFile | None = None
+    """Who plays; None: the planner."""
+
+    @property
+    def name(self) -> str:
+        """Path within the game's folder."""
+        return f"{self.split}/{self.number}.npz"
+
+    @property
+    def num_envs(self) -> int:
+        """Environments recorded; few, so that most episodes are seen to their end."""
+        return min(max(self.frames // 1024, 1), 16)
+
+    @property
+    def simulator_seed(self) -> int:
+        """Seed of the environments, a different one for every chunk."""
+        key = (self.seed, list(GAMES).index(self.game), list(LEVELS).index(self.split), self.number)
+        return int(np.random.SeedSequence(key).generate_state(1)[0]) % 2**31
+
+    def make_env(self) -> VecEnv:
+        """New environments, in which the recorded actions lead to the recorded frames."""
+        return VecEnv(
+            self.game,
+            self.num_envs,
+            seed=self.simulator_seed,
+            levels=LEVELS[self.split],
+            visuals=self.visuals,
+            num_threads=0,
+        )
+
+    def make_player(self, env: VecEnv) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """The expert at `env`: frames (E, 64, 64, 3) → actions (E,) and their log-probabilities (E,)."""
+        if self.policy:
+            from lapo.experts.learned import make_player
+
+            return make_player(self.policy.path, self.policy.fingerprint, self.noise, self.simulator_seed)
+        expert = experts.make_expert(self.game, self.num_envs)
+        if self.noise:
+            expert = Explorer(expert, self.noise, self.simulator_seed)
+        certain = np.zeros(self.num_envs, np.float32)
+        return lambda frames: (expert.act(env.get_state()), certain)
+
+
+def play_chunk(
+    chunk: Chunk, report: Callable[[np.ndarray], None] = lambda returns: None
+) -> dict[str, np.ndarray]:
+    """Let the expert play `chunk`, and return its arrays by name.
+
+    `report` is called after every step with the returns of the episodes that ended with it.
+    """
+    shape = chunk.num_envs, math.ceil(chunk.frames / chunk.num_envs)
+    obs = np.empty((*shape, 64, 64, 3), np.uint8)
+    ta = np.zeros(shape, np.int64)
+    done = np.zeros(shape, bool)
+    rewards, ep_returns, values, logprobs = (np.zeros(shape, np.float32) for _ in range(4))
+
+    env = chunk.make_env()
+    act = chunk.make_player(env)
+    tracker = EpisodeTracker(chunk.num_envs)
+    frame = env.observe()
+    for t in range(shape[1]):
+        obs[:, t] = frame
+        ta[:, t], logprobs[:, t] = act(frame)
+        frame, rewards[:, t], done[:, t] = env.step(ta[:, t])
+        returns, _ = tracker.update(rewards[:, t], done[:, t])
+        ep_returns[done[:, t], t] = returns
+        report(returns)
+    env.close()
+
+    done[:, -1] = True
+    value = np.zeros(chunk.num_envs)
+    for t in reversed(range(shape[1])):
+        value = rewards[:, t] + DISCOUNT * value * ~done[:, t]
+        values[:, t] = value
+    arrays = {
+        "obs": obs,
+        "ta": ta,
+        "done": done,
+        "rewards": rewards,
+        "ep_returns": ep_returns,
+        "values": values,
+        "logprobs": logprobs,
+    }
+    arrays = {name: array.reshape(-1, *array.shape[2:])[: chunk.frames] for name, array in arrays.items()}
+    arrays["done"][-1] = True
+    return arrays
+
+
+class Dataset:
+    """The folder of a game with its `dataset.json`: how the chunks were made, and which are finished."""
+
+    def __init__(
+        self,
+        folder: Path,
+        game: str,
+        seed: int,
+        noise: float = 0.0,
+        visuals: Visuals = "full",
+        policy: PolicyFile | None = None,
+    ):
+        """Open the data set in `folder`, or begin one.
+
+        Raises UserError if there is no such game, or if the folder holds chunks made otherwise.
+        """
+        self.folder, self.file = folder, folder / "dataset.json"
+        self.settings = {
+            "game": game,
+            "expert": str(policy) if policy else experts.expert_name(game),
+            "seed": seed,
+            "noise": noise,
+            "visuals": visuals,
+            "levels": {split: list(levels) for split, levels in LEVELS.items()},
+        }
+        self.provenance = policy.provenance if policy else None
+        code = policy.versions if policy else {"experts": experts.source_hash()}
+        self.versions = {"procgen": simulator_version(), **code}
+        self.way_out = f"delete {folder} or choose another --data-dir"
+        self.chunks: dict[str, dict[str, float]] = {}
+        if self.file.exists():
+            self._read()
+        elif any(folder.glob("*/*.npz")):
+            raise UserError(f"{folder} holds chunks that were not recorded here; {self.way_out}")
+
+    def _read(self) -> None:
+        try:
+            record = {"noise": 0.0, "visuals": "full"} | json.loads(self.file.read_text())
+            found = {key: record[key] for key in self.settings}
+            self.recorded_versions, self.chunks = record["versions"], record["chunks"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.file} is damaged; {self.way_out}") from None
+        for key, value in self.settings.items():
+            if found[key] != value:
+                raise UserError(
+                    f"{self.folder} was recorded with {key} {found[key]}, not {value}; {self.way_out}"
+                )
+
+    def unfinished(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Those of `chunks` still to be recorded.
+
+        Raises UserError if a finished one has another length, or if the rest would come from other code.
+        """
+        rest = []
+        for chunk in chunks:
+            finished = self.chunks.get(chunk.name)
+            if finished is None or not (self.folder / chunk.name).exists():
+                rest.append(chunk)
+            elif finished["frames"] != chunk.frames:
+                raise UserError(
+                    f"{self.folder / chunk.name} has {finished['frames']:,} frames where {chunk.frames:,} "
+                    f"are asked for; {self.way_out}"
+                )
+        if rest and self.chunks and self.recorded_versions != self.versions:
+            raise UserError(
+                f"{self.folder} was begun with another version of the expert or of Procgen; {self.way_out}"
+            )
+        return rest
+
+    def add(self, chunk: Chunk, returns: np.ndarray) -> None:
+        """Note that `chunk` is finished; `returns` are those of its complete episodes."""
+        self.chunks[chunk.name] = {
+            "frames": chunk.frames,
+            "environments": chunk.num_envs,
+            "simulator_seed": chunk.simulator_seed,
+            "episodes": returns.size,
+            "return_sum": float(returns.sum()),
+            "return_square_sum": float(np.square(returns).sum()),
+        }
+        self.save()
+
+    def save(self) -> None:
+        """Write `dataset.json`. It must be there before the first chunk, as the mark that chunks are ours."""
+        in_order = sorted(self.chunks, key=lambda name: (name.startswith("test"), int(Path(name).stem)))
+        record = {
+            **self.settings,
+            "versions": self.versions,
+            **{split: self.summary(split) for split in LEVELS},
+            **({"policy": self.provenance} if self.provenance else {}),
+            "chunks": {name: self.chunks[name] for name in in_order},
+        }
+        write_json(self.file, record)
+
+    def summary(self, split: str) -> dict[str, float | None]:
+        """Frames, complete episodes and their mean return and its standard error in one split."""
+        chunks = [chunk for name, chunk in self.chunks.items() if name.startswith(split)]
+        frames, episodes, total, squares = (
+            sum(chunk[key] for chunk in chunks)
+            for key in ("frames", "episodes", "return_sum", "return_square_sum")
+        )
+        mean = total / episodes if episodes else None
+        error = None
+        if episodes > 1:
+            variance = max(squares - total**2 / episodes, 0.0) / (episodes - 1)
+            error = math.sqrt(variance / episodes)
+        return {"frames": frames, "episodes": episodes, "mean_return": mean, "standard_error": error}

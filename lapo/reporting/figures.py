@@ -1,0 +1,215 @@
+"""The figures of a report: numbers in, `matplotlib` figures out. Nothing is computed or read here.
+
+Dimensions: M windows · T frames of a window (3) · H, W, C frame · K latent actions tried · A true actions
+"""
+
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from lapo.reporting.inspection import LatentView, Predictions, WhatIf
+
+COLORS = {
+    "random": "#9a9a9a",
+    "bc": "#e0a03c",
+    "scratch": "#c8553d",
+    "offline": "#7fb2e5",
+    "online": "#1f5fa8",
+    "expert": "#3d3d3d",
+}
+"""A colour for each policy, the same in every figure; LAPO's are blue."""
+LAPO, BASELINE, CONTROL = COLORS["online"], COLORS["scratch"], COLORS["random"]
+WIDTH = 10.5
+"""Inches, of a figure made of frames."""
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure, `width` × `height` inches, its title broken into lines that fit."""
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    lines = (textwrap.fill(line, round(9 * width)) for line in title.splitlines())
+    figure.suptitle("\n".join(lines), fontsize=13, fontweight="bold")
+    return figure
+
+
+def draw(ax: Axes, lines: list[dict], *keys: str, **style) -> None:
+    """Add the curve of the values that lines of metrics have under any of `keys`, if there are some."""
+    curve = [(line["step"], line[key]) for line in lines for key in keys if key in line]
+    if curve:
+        ax.plot(*zip(*curve, strict=True), **style)
+
+
+# ---------------------------------------------------------------- stage 1
+
+
+def learning(lines: list[dict], metrics: dict[str, float], title: str) -> Figure:
+    """World-model error and, where the data has true actions, probe accuracy over the steps of stage 1.
+
+    `lines` of metrics.jsonl, and the latest value of each metric.
+    """
+    probed = "untrained_probe_acc_test" in metrics
+    figure = new_figure(11 if probed else 6, 4.2, title)
+    axes = figure.subplots(1, 2 if probed else 1, squeeze=False)[0]
+
+    copying = metrics.get("copy_loss_test", metrics["untrained_copy_loss_test"])
+    held_out = ("untrained_wm_loss_test", "wm_loss_test")
+    axes[0].axhline(copying, color=BASELINE, linestyle="--", label="repeating the last frame")
+    draw(axes[0], lines, "wm_loss", color=COLORS["offline"], label="world model, training frames")
+    draw(axes[0], lines, *held_out, color=LAPO, marker="o", label="world model, held-out frames")
+    axes[0].set(yscale="log", ylabel="mean squared error (log scale)")
+    axes[0].set_title("Error of predicting the next frame")
+
+    if probed:
+        accuracy = ("untrained_probe_acc_test", "probe_acc_test")
+        untrained, majority = (metrics[f"untrained_{key}_acc_test"] for key in ("probe", "majority"))
+        draw(axes[1], lines, *accuracy, color=LAPO, marker="o", label="probe of the latent action")
+        axes[1].axhline(untrained, color=CONTROL, linestyle=":", label="probe of the untrained IDM's")
+        axes[1].axhline(majority, color=BASELINE, linestyle="--", label="always the commonest action")
+        axes[1].set(ylim=(0, 1.02), ylabel="accuracy on held-out frames")
+        axes[1].set_title("How often a probe names the true action")
+    for ax in axes:
+        ax.set_xlabel("steps of stage 1")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=9)
+    return figure
+
+
+def latents(views: list[LatentView], ta: np.ndarray, names: list[str], title: str) -> Figure:
+    """Latent actions of windows with true actions `ta` (M,), indices of `names`, and how they are read."""
+    figure = new_figure(11, 4.5 * len(views), title)
+    palette = colormaps["tab10" if len(names) <= 10 else "tab20"].colors
+    # The commonest actions get the most distinct colours, the rarest lie on top.
+    rank = np.argsort(np.argsort(-np.bincount(ta, minlength=len(names))))
+    for view, (left, right) in zip(views, figure.subplots(len(views), 2, width_ratios=(5, 4)), strict=True):
+        for action, name in enumerate(names):
+            xy = view.xy[ta == action]
+            style = {"color": palette[rank[action]], "zorder": rank[action] + 2, "label": name}
+            left.scatter(*xy.T, s=9, alpha=0.7, linewidths=0, **style)
+        low, high = np.percentile(view.xy, [0.5, 99.5], axis=0)  # a few outliers may lie outside
+        margin = (high - low) / 9 + 1e-9
+        left.set(**dict(zip(("xlim", "ylim"), zip(low - margin, high + margin, strict=True), strict=True)))
+        left.set(xticks=[], yticks=[], xlabel="each dot: the latent action of one step of the expert")
+        left.set_title(view.title)
+        left.legend(title="true action", fontsize=9, markerscale=2)
+
+        image = right.imshow(view.confusion, cmap="Blues", vmin=0, vmax=1)
+        right.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=9)
+        right.set_yticks(range(len(names)), names, fontsize=9)
+        right.set(xlabel="action read from the latent action", ylabel="true action")
+        for row, column in np.ndindex(view.confusion.shape):
+            share = view.confusion[row, column]
+            if share >= 0.005:
+                color = "white" if share > 0.6 else "black"
+                right.text(column, row, f"{share:.0%}", ha="center", va="center", color=color, fontsize=8)
+        figure.colorbar(image, ax=right, shrink=0.8, format="{x:.0%}", label="share of the row")
+    return figure
+
+
+def show(ax: Axes, image: np.ndarray, **style) -> None:
+    """A frame (H, W, C) or a map (H, W), without ticks."""
+    ax.imshow(image, interpolation="nearest", **style)
+    ax.set(xticks=[], yticks=[])
+
+
+def predictions(seen: Predictions, what_if: list[WhatIf], title: str) -> Figure:
+    """Predictions beside the truth; below them, other latent actions tried on the same frames."""
+    heights = [WIDTH / 6 * len(seen.frames) + 0.7]
+    if what_if:
+        heights.append(WIDTH / (2 + len(what_if[0].names)) * 2 * len(what_if) + 1.0)
+    figure = new_figure(WIDTH, sum(heights), title)
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    draw_predictions(parts[0], seen)
+    if what_if:
+        draw_what_if(parts[1], what_if)
+    return figure
+
+
+def draw_predictions(part: SubFigure, seen: Predictions) -> None:
+    """A row for each window: frames, prediction, and errors of the prediction and of repeating o[t]."""
+    heading = "Held-out steps in which much changes: the next frame, as it was and as predicted"
+    part.suptitle(heading, fontsize=11)
+    heads = ("o[t-1]", "o[t]", "o[t+1]: truth", "o[t+1]: predicted", "error: predicted", "error: o[t] again")
+    frames, predicted = seen.frames / 255, seen.predicted / 255
+    errors = np.square(np.stack([predicted, frames[:, 1]], 1) - frames[:, 2:]).mean(-1)
+    rows = part.subplots(len(frames), len(heads), squeeze=False)
+    for ax, head in zip(rows[0], heads, strict=True):
+        ax.set_title(head, fontsize=9)
+    for row, axes in enumerate(rows):
+        axes[0].set_ylabel(seen.names[row], fontsize=9)
+        for ax, image in zip(axes[:4], (*frames[row], predicted[row]), strict=True):
+            show(ax, image)
+        for ax, error in zip(axes[4:], errors[row], strict=True):
+            show(ax, np.sqrt(error), cmap="magma", vmin=0, vmax=0.5)
+            ax.set_xlabel(f"mean square {error.mean():.4f}", fontsize=8)
+
+
+def draw_what_if(part: SubFigure, cases: list[WhatIf]) -> None:
+    """Two rows for each pair of frames: the predictions under each latent action, and how they differ."""
+    part.suptitle(
+        "What if: the same frames under latent actions of other steps, whose true action is written above"
+        "\n(below: difference to the mean of these predictions; blue: darker, red: brighter)",
+        fontsize=11,
+    )
+    rows = part.subplots(2 * len(cases), 2 + len(cases[0].names))
+    for case, top, bottom in zip(cases, rows[::2], rows[1::2], strict=True):
+        predicted = case.predicted / 255
+        change = (predicted - predicted.mean(0)).mean(-1)
+        for ax, image in zip(top, (*case.frames, *predicted), strict=True):
+            show(ax, image)
+        for ax, head in zip(top, ("o[t-1]", "o[t]", *case.names), strict=True):
+            ax.set_title(head, fontsize=9)
+        for ax, image in zip(bottom[2:], change, strict=True):
+            show(ax, image, cmap="bwr", vmin=-0.3, vmax=0.3)
+        for ax in bottom[:2]:
+            ax.set_axis_off()
+
+
+# ---------------------------------------------------------------- stage 3
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One policy's mean return."""
+
+    policy: str
+    label: str
+    mean: float
+    stderr: float | None
+    """Standard error, where it is known."""
+
+
+def returns(bars: list[Bar], title: str) -> Figure:
+    """Mean returns with their standard errors."""
+    figure = new_figure(8.5, 4.6, title)
+    ax = figure.subplots()
+    for x, bar in enumerate(bars):
+        ax.bar(x, bar.mean, 0.7, yerr=bar.stderr, capsize=5, color=COLORS[bar.policy])
+        top = bar.mean + (bar.stderr or 0)
+        ax.annotate(f"{bar.mean:.2f}", (x, max(top, 0)), (0, 3), textcoords="offset points", ha="center")
+    ax.set_xticks(range(len(bars)), [bar.label for bar in bars], fontsize=9)
+    ax.set(ylabel="mean return per episode")
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.grid(axis="y", alpha=0.3)
+    ax.set_axisbelow(True)
+    ax.margins(y=0.1)
+    return figure
+
+
+def rl_curves(
+    curves: dict[str, list[dict]], labels: dict[str, str], levels: dict[str, float], title: str
+) -> Figure:
+    """Training return over environment steps, from lines of metrics; `levels` are drawn across."""
+    figure = new_figure(7.5, 4.4, title)
+    ax = figure.subplots()
+    for policy, lines in curves.items():
+        draw(ax, lines, "train_return", color=COLORS[policy], marker=".", label=labels[policy])
+    for policy, level in levels.items():
+        ax.axhline(level, color=COLORS[policy], linestyle="--", label=labels[policy])
+    ax.set(xlabel="environment steps", ylabel="mean return of the latest training episodes")
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=9)
+    return figure

@@ -1,0 +1,211 @@
+"""What the networks of stage 1 make of held-out windows: the numbers behind the report's figures.
+
+Dimensions: M windows · K latent actions tried · A true actions · D size of a latent action · C, H, W image
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lapo.config import Config
+from lapo.data.chunks import chunks_holding
+from lapo.data_loader import INFERENCE_BATCH, Windows
+from lapo.games.table import ACTIONS, GAMES
+from lapo.models import infer_latents, make_idm, make_world_model, stack_frames
+from lapo.runs.compute import Compute
+
+MAX_WINDOWS = 4096
+BLOCK = 64
+"""A linear map is fitted to every other block of so many windows (fewer where there are few), and judged on
+those between: both parts see all environments, and few windows have a neighbour in the other part."""
+MIN_WINDOWS = 8
+"""An action that fewer of the windows fitted to have is not shown."""
+EXAMPLES = 5
+MUCH_CHANGE = 0.95
+"""Quantile of the frames' change at which examples are taken: much happens, yet nothing freakish."""
+STATES, CANDIDATES = 2, 24
+"""How many pairs of frames several latent actions are tried on, and out of how many they are chosen."""
+
+
+@dataclass(frozen=True)
+class LatentView:
+    """How the latent actions of an IDM relate to the true actions."""
+
+    title: str
+    xy: np.ndarray
+    """(M, 2) projected latent actions."""
+    confusion: np.ndarray
+    """(A, A): of the windows with true action `row`, the share that is read as `column`."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the world model makes of held-out windows."""
+
+    frames: np.ndarray
+    """(M, T, H, W, C) uint8."""
+    predicted: np.ndarray
+    """(M, H, W, C) uint8, of the last frame."""
+    names: list[str]
+    """(M) of the true actions; empty where unknown."""
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """What the world model predicts from one pair of frames under several latent actions."""
+
+    frames: np.ndarray
+    """(2, H, W, C) uint8: o[t-1], o[t]."""
+    predicted: np.ndarray
+    """(K, H, W, C) uint8."""
+    names: list[str]
+    """(K) the true action that was taken where the latent action comes from."""
+
+
+class Inspection:
+    """The IDM and world model of a stage-1 checkpoint before up to `MAX_WINDOWS` held-out windows.
+
+    Attributes
+        ids      (M,) numbers of the windows
+        la       (M, D) their latent actions
+        ta       (M,) their true actions, or None where the data has none
+        fitted   (M,) which windows maps are fitted to; the others are shown
+        actions  (A,) the true actions that are not too rare to show, ascending
+        names    (A) their names
+    """
+
+    def __init__(self, cfg: Config, state: dict, compute: Compute):
+        """`cfg` has the sizes of the networks whose weights are in `state`.
+
+        Raises `UserError` if the data cannot be read.
+        """
+        self.game, self.compute = cfg.env, compute
+        # As in stage 1, training windows serve where nothing is held out.
+        split = "test" if (cfg.game_data / "test").is_dir() else "train"
+        limit = chunks_holding(cfg.game_data / split, 4 * MAX_WINDOWS, cfg.data.skip_bad_chunks)
+        self.windows = Windows.read(cfg, split, compute.device, limit=limit)
+        self.ids = self.windows.all()[:: -(-len(self.windows) // MAX_WINDOWS)]
+        self.ta = None if self.windows.ta is None else self.windows.actions(self.ids)
+        block = max(1, min(BLOCK, len(self.ids) // 8))
+        self.fitted = torch.arange(len(self.ids), device=self.ids.device) // block % 2 == 0
+
+        self.idm, self.world_model = compute.place(make_idm(cfg)), compute.place(make_world_model(cfg))
+        self.idm.load_state_dict(state["idm"])
+        self.world_model.load_state_dict(state["world_model"])
+        with torch.random.fork_rng():
+            torch.manual_seed(cfg.seed)
+            self.untrained_idm = compute.place(make_idm(cfg))
+        for network in (self.idm, self.world_model, self.untrained_idm):
+            network.eval().requires_grad_(False)
+        self.la = infer_latents(self.idm, self.windows.iter_frames(self.ids), compute)
+
+        fitted = self.ids.new_empty(0) if self.ta is None else self.ta[self.fitted]
+        self.actions = torch.nonzero(fitted.bincount() >= MIN_WINDOWS).flatten()
+        self.names = [self._name(action) for action in self.actions.tolist()]
+
+    def _name(self, action: int) -> str:
+        known = self.game in GAMES and action < len(ACTIONS)
+        return ACTIONS[action] if known else f"action {action}"
+
+    def latent_views(self) -> tuple[list[LatentView], np.ndarray]:
+        """Latent actions after and before training, and their true actions as indices of `actions`.
+
+        They are seen through a linear map fitted to other windows, see `BLOCK`.
+        """
+        shown = torch.isin(self.ta, self.actions)
+        ta = torch.searchsorted(self.actions, self.ta[shown])
+        fitted = self.fitted[shown]
+        ta_seen = ta[~fitted]
+        untrained = infer_latents(self.untrained_idm, self.windows.iter_frames(self.ids[shown]), self.compute)
+        views = []
+        for when, la in (("After stage 1", self.la[shown]), ("Before training", untrained)):
+            xy, read = discriminate(la[fitted], ta[fitted], la[~fitted])
+            confusion = torch.zeros(len(self.actions), len(self.actions), device=ta.device)
+            confusion.index_put_((ta_seen, read), confusion.new_ones(()), accumulate=True)
+            confusion /= confusion.sum(1, keepdim=True).clamp_min(1)
+            right = (read == ta_seen).float().mean()
+            title = f"{when}: a linear reading names {right:.0%} of the actions"
+            views.append(LatentView(title, xy.cpu().numpy(), confusion.cpu().numpy()))
+        return views, ta_seen.cpu().numpy()
+
+    def predictions(self) -> Predictions:
+        """The world model's predictions for windows in which much changes.
+
+        One for each of the commonest actions; without actions, windows from all over the data.
+        """
+        change = torch.cat([self._change(ids) for ids in self.ids.split(INFERENCE_BATCH)])
+        if len(self.actions):
+            commonest = self.actions[self.ta.bincount()[self.actions].argsort(descending=True)]
+            groups = [torch.nonzero(self.ta == action).flatten() for action in commonest[:EXAMPLES]]
+        else:
+            groups = torch.arange(len(change)).tensor_split(min(EXAMPLES, len(change)))
+        chosen = [group[change[group].argsort()[int(MUCH_CHANGE * len(group))]] for group in groups]
+        ids = self.ids[torch.stack(chosen)]
+        frames = self.windows.gather(ids)
+        images = stack_frames(frames)
+        with self.compute.autocast():
+            predicted = self.world_model(images[:, :6], self.idm(images)[1].la_q)
+        names = [""] * len(ids)
+        if self.ta is not None:
+            names = [self._name(action) for action in self.windows.actions(ids).tolist()]
+        return Predictions(frames.cpu().numpy(), to_frames(predicted), names)
+
+    def _change(self, ids: Tensor) -> Tensor:
+        """Mean squared difference of o[t] and o[t+1], of the windows numbered (B,): (B,)."""
+        images = stack_frames(self.windows.gather(ids))
+        return (images[:, 6:] - images[:, 3:6]).square().mean((1, 2, 3))
+
+    def what_if(self) -> list[WhatIf]:
+        """A typical latent action of each of `actions`, tried on frames where they differ most.
+
+        Typical is that of the window closest to the mean of all latent actions of the same true action.
+        """
+        typical = []
+        for action in self.actions:
+            mine = torch.nonzero(self.ta == action).flatten()
+            distance = (self.la[mine] - self.la[mine].mean(0)).square().sum(1)
+            typical.append(self.ids[mine[distance.argmin()]])
+        places = torch.linspace(0, len(self.ids) - 1, CANDIDATES, device=self.ids.device).long()
+        frames = self.windows.gather(self.ids[places])[:, :2]
+        images = stack_frames(frames)
+        with self.compute.autocast():
+            la_q = self.idm(stack_frames(self.windows.gather(torch.stack(typical))))[1].la_q
+            tried = [self.world_model(images, la.expand(len(images), -1)) for la in la_q]
+        predicted = torch.stack(tried, 1)  # (CANDIDATES, K, C, H, W)
+        spread = predicted.var(1).mean((1, 2, 3))
+        cases = []
+        for part in torch.arange(CANDIDATES).tensor_split(STATES):
+            best = part[spread[part].argmax()]
+            cases.append(WhatIf(frames[best].cpu().numpy(), to_frames(predicted[best]), self.names))
+        return cases
+
+
+def to_frames(images: Tensor) -> np.ndarray:
+    """Images (..., C, H, W) in [-0.5, 0.5] → frames (..., H, W, C) uint8."""
+    return ((images + 0.5) * 255).round().clamp(0, 255).byte().movedim(-3, -1).cpu().numpy()
+
+
+def discriminate(fit: Tensor, ta: Tensor, la: Tensor) -> tuple[Tensor, Tensor]:
+    """Linear discriminant analysis (Fisher 1936, Rao 1948), fitted to `fit` and applied to `la` (M, D).
+
+    `fit` (B, D) has the classes `ta` (B,), each of 0 to A-1 among them. Returns the two directions in which
+    the classes' means differ most, measured by the spread around them, (M, 2), and the likeliest class under
+    normal distributions of equal covariance, (M,). Scaling or rotating the latents changes neither.
+    """
+    fit, la, one_hot = fit.double(), la.double(), F.one_hot(ta).double()
+    prior = one_hot.mean(0)
+    means = one_hot.T @ fit / len(fit) / prior[:, None]
+    within = fit - means[ta]
+    covariance = within.T @ within / len(fit)
+    # Latent dimensions may be constant or copies of each other.
+    ridge = 1e-3 * covariance.diagonal().mean() + 1e-12
+    covariance.diagonal().add_(ridge)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+    centre = prior @ means
+    la, means = (la - centre) @ whiten, (means - centre) @ whiten
+    directions = torch.linalg.svd(means * prior.sqrt()[:, None], full_matrices=False)[2][:2]
+    likelihood = la @ means.T - means.square().sum(1) / 2 + prior.log()
+    return la @ directions.T, likelihood.argmax(1)

@@ -1,0 +1,165 @@
+"""What a run has learnt, in numbers: read from its folder, beside the random policy and the expert."""
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from lapo.acting import judge, random_actor
+from lapo.config import Config, to_dict
+from lapo.errors import UserError
+from lapo.games.table import GAMES, relative_return
+from lapo.runs.checkpoints import load_checkpoint
+
+MODES = ("bc", "scratch", "offline", "online")
+"""Modes of stage 3, in the order in which they are shown."""
+STAGES = ("stage1", "stage2", *(f"stage3_{mode}" for mode in MODES))
+
+
+def read_records(cfg: Config) -> dict[str, "Record"]:
+    """The records of all stages of a run that have saved something.
+
+    Raises `UserError` if there is none, or if one is damaged.
+    """
+    records = {stage: Record.read(cfg.run_dir / stage) for stage in STAGES}
+    records = {stage: record for stage, record in records.items() if record}
+    if not records:
+        raise UserError(
+            f"{cfg.run_dir} has no stage to report on; the first is made with"
+            f" `python stage1.py --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed}`"
+        )
+    return records
+
+
+def summarize(cfg: Config, records: dict[str, "Record"]) -> dict:
+    """All numbers of a report, as plain data."""
+    return {
+        "env": cfg.env,
+        "exp": cfg.exp,
+        "seed": cfg.seed,
+        "stages": {stage: records[stage].progress() if stage in records else None for stage in STAGES},
+        "learnt": learnt(records),
+        "returns": returns(cfg, records),
+        "visuals": cfg.visuals,
+        "eval": to_dict(cfg.eval),
+    }
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one stage has left behind."""
+
+    checkpoint: dict
+    lines: list[dict]
+    """Of metrics.jsonl."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record | None":
+        """The record of the stage in `folder`, None if it has saved nothing."""
+        if not (folder / "checkpoint.pt").exists():
+            return None
+        path, lines = folder / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):  # the last line of a killed run may be cut short
+                lines.append(json.loads(line))
+        return cls(load_checkpoint(folder / "checkpoint.pt"), lines)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Latest value of every metric."""
+        return self.checkpoint["metrics"]
+
+    def progress(self) -> dict:
+        """Steps done (of the environment in the modes that play), whether that is all, and the time taken."""
+        seconds, previous = 0.0, 0.0
+        for line in self.lines:  # a continued run counts its seconds from 0 again
+            seconds += line["seconds"] - (previous if line["seconds"] >= previous else 0)
+            previous = line["seconds"]
+        steps = self.lines[-1]["step"] if self.lines else 0
+        return {"steps": steps, "finished": self.checkpoint["finished"], "seconds": round(seconds)}
+
+
+def learnt(records: dict[str, Record]) -> dict[str, float | None]:
+    """What stages 1 and 2 have learnt, on held-out frames; None for what has not been measured."""
+    stage1, stage2 = (records[stage].metrics if stage in records else {} for stage in STAGES[:2])
+    vq = records["stage1"].checkpoint["config"]["vq"] if stage1 else {}
+    error, copying = stage1.get("wm_loss_test"), stage1.get("copy_loss_test")
+    return {
+        "wm_loss": error,
+        "copy_loss": copying,
+        "wm_loss_ratio": error / copying if copying else None,
+        "probe_acc": stage1.get("probe_acc_test"),
+        "majority_acc": stage1.get("majority_acc_test"),
+        "untrained_probe_acc": stage1.get("untrained_probe_acc_test"),
+        "perplexity": stage1.get("perplexity") if vq.get("enabled") else None,
+        "codes": vq["num_codebooks"] * vq["num_embs"] if vq else None,
+        "policy_loss": stage2.get("loss_test"),
+        "constant_loss": stage2.get("constant_loss_test"),
+    }
+
+
+def returns(cfg: Config, records: dict[str, Record]) -> dict[str, dict]:
+    """Returns on held-out levels of the policies judged so far, the random policy and the expert.
+
+    Empty when there is no policy to compare.
+    """
+    judged = {}
+    for mode in MODES:
+        record = records.get(f"stage3_{mode}")
+        if record and "return_mean" in record.metrics:
+            judged[mode] = result(cfg, record.metrics, source=made_from(mode, record))
+    if not judged:
+        return {}
+    return {"random": random_return(cfg), **judged, "expert": expert_return(cfg)}
+
+
+def result(cfg: Config, metrics: dict, source: str) -> dict:
+    """One policy's row: its return with standard error and episodes, and where it comes from."""
+    mean, stderr = metrics["return_mean"], metrics["return_stderr"]
+    return {
+        "source": source,
+        "return_mean": mean,
+        "return_stderr": None if stderr is None or math.isnan(stderr) else stderr,
+        "relative_return": relative_return(cfg.env, mean),
+        "episodes": metrics["episodes"],
+    }
+
+
+def made_from(mode: str, record: Record) -> str:
+    """What the policy of a mode of stage 3 is made from, in words."""
+    labels = f"{record.checkpoint['config']['offline']['labels']:,} labels"
+    rewards = f"{record.progress()['steps']:,} env steps"
+    return {
+        "bc": labels,
+        "scratch": rewards,
+        "offline": f"frames, {labels}",
+        "online": f"frames, {rewards}",
+    }[mode]
+
+
+def random_return(cfg: Config) -> dict:
+    """The random policy's row: that of the last summary, if it was judged alike, or else played now."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        last = json.loads((cfg.run_dir / "summary.json").read_text())
+        if (last["eval"], last["visuals"]) == (to_dict(cfg.eval), cfg.visuals):
+            return last["returns"]["random"]
+    print(f"the random policy plays {cfg.eval.episodes} episodes")
+    played = judge(random_actor(cfg.seed), cfg.env, cfg.visuals, cfg.eval, cfg.seed)
+    metrics = {"return_mean": played.mean, "return_stderr": played.stderr, "episodes": played.episodes}
+    return result(cfg, metrics, source="uniform actions")
+
+
+def expert_return(cfg: Config) -> dict:
+    """The expert's row: of the recorded frames if they say what it earned, or else of the published ones."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        recording = json.loads((cfg.game_data / "dataset.json").read_text())
+        played = recording["train"]
+        metrics = {
+            "return_mean": float(played["mean_return"]),
+            "return_stderr": played["standard_error"],
+            "episodes": played["episodes"],
+        }
+        return result(cfg, metrics, source=f"recorded frames, {recording['expert']}")
+    metrics = {"return_mean": GAMES[cfg.env].expert_return, "return_stderr": None, "episodes": None}
+    return result(cfg, metrics, source="published frames")

@@ -1,0 +1,49 @@
+"""Optimisers and learning-rate schedules."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from lapo.config import Ramp, SupervisedConfig
+
+
+def piecewise_linear(x: float, points: list[tuple[float, float]]) -> float:
+    """Value at `x` of the line through `points` (x ascending), constant beyond its ends."""
+    xs, ys = zip(*points, strict=True)
+    return float(np.interp(x, xs, ys))
+
+
+def warmup_schedule(cfg: SupervisedConfig, published_steps: int) -> list[tuple[float, float]]:
+    """Points (step, lr factor) of stages 1 and 2; the warm-up shrinks with runs shorter than published."""
+    warmup = cfg.lr_warmup * min(1.0, cfg.steps / published_steps)
+    return [(0, cfg.lr_start), (warmup, 1.0), (cfg.steps + 1, cfg.lr_end)]
+
+
+def ramp_schedule(ramp: Ramp, total_steps: int, published_steps: int) -> list[tuple[float, float]]:
+    """Points (env step, lr factor) of a stage-3 learning rate; shorter runs than published shrink them."""
+    scale = min(1.0, total_steps / published_steps)
+    return [(ramp.hold * scale, 0.0), (ramp.peak_at * scale, ramp.peak), (total_steps, 0.0)]
+
+
+def make_optimizer(
+    kind: type[torch.optim.Optimizer], groups: list[dict], modules: Iterable[nn.Module], **options
+) -> torch.optim.Optimizer:
+    """A fused optimiser over parameter `groups`, its learning rates tensors (set them with `set_lr`).
+
+    Raises ValueError unless the groups hold exactly the trainable parameters of `modules`: a frozen network
+    left trainable, or a trainable one left out, would go unnoticed otherwise.
+    """
+    trainable = {p for module in modules for p in module.parameters() if p.requires_grad}
+    given = [p for group in groups for p in group["params"]]
+    if len(given) != len(trainable) or set(given) != trainable:
+        raise ValueError(f"the optimiser holds {len(given)} parameters, {len(trainable)} are trainable")
+    device = given[0].device
+    groups = [group | {"lr": torch.tensor(float(group["lr"]), device=device)} for group in groups]
+    return kind(groups, fused=True, **options)
+
+
+def set_lr(group: dict, lr: float) -> None:
+    """Set a parameter group's learning rate in place: compiled steps keep reading the same tensor."""
+    group["lr"].fill_(lr)

@@ -1,0 +1,275 @@
+"""A run of one stage: its folder, checkpoints, metrics, and how it stops and continues.
+
+A run lives in `<results_dir>/<exp>/<env>/seed<k>/<stage>/`:
+
+    config.yaml      the resolved configuration
+    checkpoint.pt    plain data (tensors, numbers, strings), see `load_checkpoint`
+    metrics.jsonl    one line per log interval, `step` first
+    lock             until the run is finished: held by the process that is at work
+
+The same command again continues from the checkpoint, and does nothing once the run is finished.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from lapo.config import Config, diff, to_dict
+from lapo.errors import UserError
+from lapo.runs.checkpoints import FORMAT, fingerprints, load_checkpoint, provenance, tensors_of
+from lapo.runs.compute import Compute, rng_state, set_rng_state, to_floats
+from lapo.runs.files import atomic_write, lock, writing
+from lapo.runs.ranks import by_torchrun, expect_same, greatest, is_first
+from lapo.runs.tracking import NoTracking, start_wandb
+
+EXPLODED = 1e6
+"""No healthy loss or gradient norm comes near: frames lie in ±0.5 and rewards are normalised, so that losses
+are of order one, and of order ten while codes that the published quantiser's start threw far away return."""
+
+
+class Run:
+    """One run of a stage, new or continued.
+
+    `reads` names the config keys and groups the stage's numbers depend on: a continued run must have the
+    same. `device` and `data_dir` may change.
+
+    Attributes
+        step      steps done (of whatever the stage counts)
+        finished  whether there is nothing left to do
+        metrics   the latest value of every metric logged so far
+        state     what `loop` saved last, or None in a new run
+    """
+
+    def __init__(self, cfg: Config, stage: str, reads: tuple[str, ...], compute: Compute):
+        self.cfg, self.stage = cfg, stage
+        self.dir = cfg.run_dir / stage
+        self.checkpoint_path = self.dir / "checkpoint.pt"
+        self.metrics_path = self.dir / "metrics.jsonl"
+        self.step, self.finished, self.metrics, self.state = 0, False, {}, None
+        self._reads = ("env", "seed", "visuals", "precision", *reads)
+        self._wandb_id: str | None = None
+        self._stop_signal = 0
+        self._rng: dict | None = None
+        self._sums: dict[str, Tensor | float] = {}
+        self._count = 0
+        self._logged = -1  # step of the last line of metrics; the stage's unit, not always that of `step`
+        self._started = self._saved = time.monotonic()
+        print(f"{stage} of {cfg.env}, seed {cfg.seed}, on {compute}\n{self.dir}")
+        if self.checkpoint_path.exists():
+            self._continue()
+        expect_same(
+            self.step, "the run's processes see different checkpoints; results_dir must be shared by all"
+        )
+        with writing(self.dir, "nothing was changed"):
+            self.dir.mkdir(parents=True, exist_ok=True)
+        self._wandb = NoTracking()
+        if not self.finished and is_first():
+            self._keep_others_out()
+            atomic_write(
+                self.dir / "config.yaml",
+                lambda path: path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False)),
+            )
+            self._trim_metrics()
+            self._wandb = start_wandb(cfg, stage, self.dir, self._wandb_id)
+            self._wandb_id = self._wandb.id
+
+    def _keep_others_out(self) -> None:
+        """Hold the run's lock as long as this process lives. Raises `UserError` if another process has it."""
+        self._lock = lock(
+            self.dir / "lock",
+            f"another process is at work on {self.dir}; wait for it, or choose another --exp",
+        )
+
+    def _continue(self) -> None:
+        checkpoint = load_checkpoint(self.checkpoint_path)
+        changes = diff({key: checkpoint["config"].get(key) for key in self._reads}, self._relevant())
+        if changes:
+            raise UserError(
+                f"{self.dir} was made with other settings ({'; '.join(changes)});"
+                f" choose another --exp, or delete {self.dir}"
+            )
+        self.step, self.finished = checkpoint["step"], checkpoint["finished"]
+        self.metrics, self.state = checkpoint["metrics"], checkpoint["state"]
+        self._sums, self._count, self._logged = (checkpoint[key] for key in ("sums", "count", "logged"))
+        self._wandb_id = checkpoint["wandb_id"]
+        if self.finished:
+            print(f"finished already, at step {self.step:,}")
+        else:
+            self._rng = checkpoint["rng"]
+            print(f"continues from step {self.step:,}")
+
+    def _relevant(self) -> dict:
+        values = to_dict(self.cfg)
+        return {key: values[key] for key in self._reads}
+
+    def _trim_metrics(self) -> None:
+        """Drop lines that a killed run wrote after its last checkpoint: they will be written again."""
+        if not self.metrics_path.exists():
+            return
+        kept = []
+        for line in self.metrics_path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= self._logged:
+                    kept.append(line + "\n")
+        atomic_write(self.metrics_path, lambda path: path.write_text("".join(kept)))
+
+    def loop(
+        self, total: int, state: Callable[[], dict], *, save_every: int, unit: str, scale: int = 1
+    ) -> Iterator[int]:
+        """Yield the steps still to do, with progress, checkpoints, and an orderly stop on SIGTERM or SIGINT.
+
+        A checkpoint follows the last step too, for whatever the stage measures afterwards may take long.
+
+        `state` gives what a continued run needs, as plain data; random states are added. Progress is shown in
+        `unit`s, `scale` per step. Raises SystemExit with 143 or 130 after a signal, having saved.
+        """
+        handlers = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        bar = tqdm(
+            total=total * scale,
+            initial=self.step * scale,
+            unit=unit,
+            desc=self.stage,
+            mininterval=1 if sys.stderr.isatty() else 60,  # a log needs no line a second
+            unit_scale=True,
+            disable=not is_first(),
+        )
+        if self._rng:
+            set_rng_state(self._rng)
+        try:
+            while self.step < total:
+                yield self.step
+                self.step += 1
+                bar.update(scale)
+                overdue = time.monotonic() - self._saved > 60 * self.cfg.save_minutes
+                stop, overdue = greatest(self._stop_signal, overdue)
+                if stop or self.step == total or self.step % save_every == 0 or overdue:
+                    self.save(state())
+                if stop:
+                    bar.close()
+                    if is_first():
+                        print(f"stopped at step {self.step:,}; the same command continues", file=sys.stderr)
+                    sys.exit(128 + stop)
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        # Ctrl-C twice: do not wait for the step's end. Schedulers repeat SIGTERM, and torchrun any signal.
+        if number == self._stop_signal == signal.SIGINT and not by_torchrun():
+            sys.exit(128 + number)
+        self._stop_signal = number
+
+    def save(self, state: dict) -> None:
+        """Write the checkpoint of the current step; the previous one stays until this one was read back.
+
+        Of several processes, the first one writes, and the others wait for it.
+        """
+        floats = ((name, x) for name, x in tensors_of(state) if x.is_floating_point())
+        bad = next((name for name, x in floats if not x.isfinite().all()), None)
+        if bad:
+            raise self._diverged(f"{bad} holds values that are not finite", self.step)
+        self._means(self.step)  # what has exploded since the last line must not cost the good checkpoint
+        if is_first():
+            self._write(state)
+        greatest()
+        self._saved = time.monotonic()
+
+    def _write(self, state: dict) -> None:
+        checkpoint = {
+            "format": FORMAT,
+            "stage": self.stage,
+            "config": to_dict(self.cfg),
+            "step": self.step,
+            "finished": self.finished,
+            "metrics": self.metrics,
+            "state": state,
+            "sums": to_floats(self._sums),
+            "count": self._count,
+            "logged": self._logged,
+            "rng": rng_state(),
+            "wandb_id": self._wandb_id,
+            "provenance": provenance(),
+        }
+        checkpoint["fingerprints"] = fingerprints(checkpoint)
+        with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
+            os.fsync(file.fileno())
+        atomic_write(self.checkpoint_path, lambda path: torch.save(checkpoint, path), verify=load_checkpoint)
+
+    def finish(self, state: dict, result: dict[str, float] | None = None) -> None:
+        """Write the last checkpoint, `result` (numbers) among its metrics, and say where it is."""
+        self.finished = True
+        self.metrics |= result or {}
+        self.save(state)
+        self._wandb.finish()
+        if is_first():
+            (self.dir / "lock").unlink(missing_ok=True)
+        self.report()
+
+    def report(self) -> None:
+        """Print the latest metrics and where they lie."""
+        for key, value in self.metrics.items():
+            print(f"  {key:<28} {value:.4g}" if isinstance(value, float) else f"  {key:<28} {value}")
+        print(f"{self.stage} done: {self.checkpoint_path}")
+
+    def track(self, metrics: dict[str, Tensor | float]) -> None:
+        """Add one step's scalars to the averages of the next `log`, without waiting for the device."""
+        for key, value in metrics.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._count += 1
+
+    def log(self, step: int, extra: dict[str, Any] | None = None) -> None:
+        """Write one line for `step`: averages of what was tracked since the last one, and `extra` metrics.
+
+        Raises `UserError` when one is not finite, a loss or gradient norm has exploded, or the disk refuses.
+        """
+        values = self._means(step) | to_floats(extra or {})
+        self._sums, self._count = {}, 0
+        bad = {key: value for key, value in values.items() if not math.isfinite(value)}
+        if bad:
+            raise self._diverged(_listed(bad), step)
+        line = {"step": step, **values, "seconds": round(time.monotonic() - self._started, 1)}
+        if is_first():
+            with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self._wandb.log(line, step=step)
+        self.metrics |= values
+        self._logged = step
+
+    def _means(self, step: int) -> dict[str, float]:
+        """Averages of what was tracked since the last line.
+
+        Raises `UserError` when a loss or gradient norm among them has exploded.
+        """
+        means = {key: value / self._count for key, value in to_floats(self._sums).items()}
+        # Others may be huge in good health, such as the unexplained variance before the first reward.
+        watched = {key: value for key, value in means.items() if key.endswith(("loss", "grad_norm"))}
+        bad = {key: value for key, value in watched.items() if not abs(value) < EXPLODED}
+        if bad:
+            raise self._diverged(_listed(bad), step)
+        return means
+
+    def _diverged(self, what: str, step: int) -> UserError:
+        return UserError(f"{self.stage}: {what} at step {step:,}; {self._kept()}; try a lower learning rate")
+
+    def _kept(self) -> str:
+        if not self.checkpoint_path.exists():
+            return "nothing was saved yet"
+        return f"the last good checkpoint, {self.checkpoint_path}, is kept"
+
+
+def _listed(metrics: dict[str, float]) -> str:
+    return " and ".join(f"{key} is {value:.3g}" for key, value in metrics.items())
