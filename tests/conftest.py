@@ -19,6 +19,19 @@ settings.load_profile("suite")
 torch.set_num_threads(1)
 
 
+TRAINING = {
+    *("workplace", "trained", "finished", "recorded", "policy", "distilled", "measured", "server", "clones"),
+}
+"""Fixtures that train, record, or start processes: whatever uses them is left out by `make quick`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes long by the fixtures that it uses; a few tests mark themselves."""
+    for item in items:
+        if TRAINING & set(item.fixturenames):
+            item.add_marker("slow")
+
+
 Call = Callable[..., tuple[int, str, str]]
 
 

@@ -117,7 +117,7 @@ def test_paths_start_at_the_repository_whatever_the_working_directory(monkeypatc
 # ---------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize("key", leaves({key: YAML[key] for key in KEYS}))
+@pytest.mark.parametrize("key", leaves({key: YAML[key] for key in sorted(KEYS)}))
 def test_every_key_is_an_option(key):
     value = leaves(YAML)[key]
     words = [str(item) for item in value] if isinstance(value, list) else [str(value)]

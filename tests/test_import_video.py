@@ -98,6 +98,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------- from clips to stages 1 and 2
 
 
+@pytest.mark.slow
 def test_an_mp4_a_gif_and_images_train_stages_1_and_2(tmp_path):
     frames = moving_square(60)
     mp4 = write_video(tmp_path / "clip.mp4", frames, "mpeg4", "yuv420p")
@@ -130,6 +131,7 @@ def test_an_mp4_a_gif_and_images_train_stages_1_and_2(tmp_path):
             stage3_decode.train(place.config("--env", "mygame", "--stage3.mode", mode))
 
 
+@pytest.mark.slow
 def test_equal_clips_give_equal_files_and_a_finished_import_is_left_alone(tmp_path):
     clip = write_video(tmp_path / "clip.mp4", moving_square(40), "mpeg4", "yuv420p")
     expected = None
@@ -393,6 +395,7 @@ def test_impossible_options_are_refused(tmp_path, importing, arguments, env, com
     assert complaint in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_on_the_command_line(tmp_path):
     for arguments, complaint in (([], "no clip is named"), (["absent.mp4"], "absent.mp4 does not exist")):
         result = run(tmp_path / "data", *arguments)

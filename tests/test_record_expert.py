@@ -204,6 +204,7 @@ def test_a_recording_stopped_at_random_moments_is_completed_byte_for_byte(
     assert contents(folder) == contents(recorded)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_with_one_line_and_keeps_finished_chunks(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     process = start_until_first_chunk(folder)
@@ -306,6 +307,7 @@ def test_data_from_before_noise_and_visuals_are_continued(recorded: Path, tmp_pa
         Dataset(tmp_path / "maze", "maze", 0, noise=0.2)
 
 
+@pytest.mark.slow
 def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
     assert ", ".join(GAMES) in refusal(tmp_path, "--env", "pong")
     assert "absent.pt does not exist" in refusal(tmp_path, "--env", "maze", "--expert", "absent.pt")
@@ -426,6 +428,7 @@ def test_a_shipped_policy_is_the_default_where_it_knows_the_visuals(
         find_policy(Arguments(env="coinrun"))
 
 
+@pytest.mark.slow
 def test_one_process_records_into_a_folder_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "maze"
     folder.mkdir()
@@ -437,6 +440,7 @@ def test_one_process_records_into_a_folder_at_a_time(tmp_path: Path) -> None:
     assert "lock" not in contents(folder)
 
 
+@pytest.mark.slow
 def test_planners_are_recorded_without_pytorch() -> None:
     code = """if True:
         import sys

@@ -167,6 +167,7 @@ def test_run_without_stages_is_one_sentence(cfg):
     assert not cfg.run_dir.exists()
 
 
+@pytest.mark.slow
 def test_frames_without_actions(tmp_path):
     place = Workplace(tmp_path)
     write_strips(place.data / "holiday", actions=False)

@@ -216,6 +216,7 @@ def test_what_does_not_fit_rolls(tmp_path, monkeypatch, capsys):
     assert kinds("--resident", "never") == [RollingWindows, Windows]
 
 
+@pytest.mark.slow
 def test_stages_on_rolling_data_without_a_test_folder(tmp_path):
     place = Workplace(tmp_path)
     write_game(place.data / place.GAME, chunks=6)

@@ -136,6 +136,7 @@ def test_an_unknown_game_lists_the_games(workplace):
     )
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error():
     command = [sys.executable, str(LAPO / "stage1.py"), "--help"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

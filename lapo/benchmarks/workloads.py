@@ -98,6 +98,12 @@ def prepared(stage: str, cfg: Config, frames: int, device: torch.device) -> Iter
             )
 
 
+def published_frames(cfg: Config) -> int:
+    """Frames of published chunks, as many as are configured: what stage 2 labels."""
+    chunks = {"train": cfg.data.train_chunks, "test": cfg.data.test_chunks}
+    return sum(count * CHUNK_FRAMES[split] for split, count in chunks.items())
+
+
 def random_windows(frames: int, device: torch.device) -> Windows:
     """Windows of random frames with random actions."""
     rng = np.random.default_rng(0)
@@ -166,10 +172,7 @@ def stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
     policy = compute.place(make_latent_policy(cfg))
     trainer = stage2_bc.Trainer(cfg, compute, windows, la, policy)
     size, steps = cfg.stage2.batch_size, cfg.stage2.steps
-    labelled = sum(
-        count * CHUNK_FRAMES[split]
-        for split, count in (("train", cfg.data.train_chunks), ("test", cfg.data.test_chunks))
-    )
+    labelled = published_frames(cfg)
 
     def step(number: int) -> Iterator[Lap]:
         batch = trainer.load(number)

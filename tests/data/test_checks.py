@@ -31,6 +31,7 @@ def flip(path: Path, key: str) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_good_data_are_shown_as_a_table(tmp_path):
     write_game(tmp_path / "maze", frames=40, chunks=2)
     write_chunk(tmp_path / "mine" / "7.npz", numbered_frames(np.arange(1500)))
@@ -47,6 +48,7 @@ def test_good_data_are_shown_as_a_table(tmp_path):
     assert done.stdout.endswith("\n4 chunks, 19.9 MB, 1,620 frames in good ones: all good\n")
 
 
+@pytest.mark.slow
 def test_every_bad_chunk_is_told_with_its_fault(tmp_path):
     write_game(tmp_path, frames=40, chunks=3)
     np.savez(tmp_path / "train/0.npz", ta=np.zeros(5))
@@ -97,6 +99,7 @@ def test_a_file_that_is_none_is_bad(tmp_path):
         assert "is not a readable npz file" in check(path).fault
 
 
+@pytest.mark.slow
 def test_folders_without_chunks_get_one_sentence(tmp_path, monkeypatch):
     done = run_check("nowhere", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

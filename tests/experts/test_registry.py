@@ -173,6 +173,7 @@ def test_unknown_game_has_no_expert() -> None:
         find_expert("pong")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("game", "num_envs", "episodes", "least"),
     # Random play earns 2.5, -2.5, 3.1 and 2.6.

@@ -160,6 +160,7 @@ print(bool(collected))
 """
 
 
+@pytest.mark.slow
 def test_environment_can_be_freed_while_another_is_made() -> None:
     command = [sys.executable, "-c", FREED_DURING_ANOTHERS_LOOKUP]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)

@@ -238,6 +238,7 @@ def test_one_step_of_stage_1_in_bf16_is_close_to_fp32():
 # ---------------------------------------------------------------- metrics
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 def test_a_run_on_a_cpu_reuses_the_memory_of_freed_tensors():
     """Fresh pages are made at the first touch, which the system counts; in a process of its own."""

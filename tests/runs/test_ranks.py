@@ -240,6 +240,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
 # ---------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_an_uninterrupted_one(tmp_path, capfd):
     """Bit for bit. The signal reaches every rank twice, as it does where a whole process group gets it."""
     place = Workplace(tmp_path)
