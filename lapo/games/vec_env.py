@@ -26,13 +26,21 @@ def num_cores() -> int:
 
 
 def _procgen() -> ModuleType:
-    """The simulator's package, imported when first needed: the other stages run without it."""
-    import gym_notices.notices
+    """The simulator's package, imported when first needed: stages 1 and 2 run without it.
 
-    # procgen imports gym, and gym prints the notice listed here (that it is unmaintained) on every import.
-    gym_notices.notices.notices.clear()
-    import procgen
+    Raises UserError where it is not installed.
+    """
+    try:
+        import gym_notices.notices
 
+        # procgen imports gym, and gym prints the notice listed here (that it is unmaintained) every time.
+        gym_notices.notices.notices.clear()
+        import procgen
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"Procgen, which playing needs, is not installed (there is no module '{error.name}');"
+            " `pip install -e '.[procgen]'` in the repository's root installs it"
+        ) from None
     return procgen
 
 

@@ -281,3 +281,11 @@ def test_only_cores_that_we_may_use_are_counted(monkeypatch):
     assert num_cores() == 2
     monkeypatch.delattr("os.sched_getaffinity")
     assert num_cores() == os.cpu_count()
+
+
+@pytest.mark.parametrize("missing", ["gym_notices", "procgen"])
+def test_a_missing_simulator_is_one_sentence(monkeypatch, missing) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setitem(sys.modules, f"{missing}.notices", None)
+    with pytest.raises(UserError, match=rf"no module '{missing}[.\w]*'\); `pip install -e '\.\[procgen\]'`"):
+        VecEnv("maze", 1, seed=0)
