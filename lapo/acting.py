@@ -1,4 +1,4 @@
-"""Playing with a policy of ours, and judging it.
+"""Playing with a policy of ours, and judging it on held-out levels, as stage 3 and evaluate.py do.
 
 Dimensions: N environments · H, W, C frame · A actions
 """

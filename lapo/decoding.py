@@ -1,4 +1,4 @@
-"""Decoders from latent to true actions: how they are fitted, and the one that learns from an agent's steps.
+"""Decoders from latent to true actions: `fit`, and `OnlineDecoder`, which learns from an agent's own steps.
 
 Dimensions: S rollout steps · N environments · M pairs · T frames of a window (3) · H, W, C frame · A actions
 """
@@ -113,7 +113,8 @@ class OnlineDecoder:
             return
         seen, actions, dones = (torch.stack(x) for x in zip(*self.steps, strict=True))
         seen = torch.cat([seen, frames[None]])  # (S+1, N, H, W, C)
-        # Window s holds frames s, s+1, s+2; its action was taken at s+1. Neither step may end an episode.
+        # Window s holds frames s, s+1, s+2; its action was taken at s+1. Neither s nor s+1 may end an episode;
+        # s+2 may, as our own marks stand where the action was taken (unlike recorded ones, see `window_starts`).
         windows = seen.unfold(0, WINDOW, 1).movedim(-1, 2)  # (S-1, N, T, H, W, C)
         valid = ~(dones[:-1] | dones[1:])
         windows, ta = windows[valid], actions[1:][valid]

@@ -6,7 +6,8 @@ function of the game, the expert, the seed, its split, its number and its length
 the same.
 
 The expert is a planner (`--expert planner`) or any policy of ours (`--expert checkpoint.pt`, of
-train_expert.py or stage 3), whose actions are drawn from its probabilities.
+train_expert.py or stage 3), whose actions are drawn from its probabilities; unless said, the learned expert
+in expert_data/experts where the game has one, else the planner.
 """
 
 import contextlib

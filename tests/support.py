@@ -1,6 +1,8 @@
 """What the tests share: numbered frames, chunks on disk, a tiny configuration, real command lines."""
 
 import contextlib
+import hashlib
+import json
 import os
 import resource
 import subprocess
@@ -8,15 +10,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 
 from lapo.config import Config, load_config
+from lapo.runs.checkpoints import load_checkpoint
+from lapo.runs.compute import Compute
+from lapo.runs.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 LAPO = ROOT / "lapo"
+CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
 INTERRUPTIONS = int(os.environ.get("LAPO_INTERRUPTIONS", "5"))
 """How often a run is stopped by SIGKILL; by SIGTERM, half as often. `make soak` asks for more."""
 PATIENCE = 600
@@ -168,3 +175,44 @@ TINY = {
     },
     "eval": {"episodes": 2, "num_envs": 2},
 }
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of all files below a folder."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def leaves(values: Any, key: str = "") -> dict[str, Any]:
+    """All that nested dicts, lists and tuples hold, by its path; tensors by a checksum of their bytes."""
+    if isinstance(values, torch.Tensor):
+        content = values.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return {key: (values.dtype, values.shape, hashlib.sha256(content).hexdigest())}
+    if isinstance(values, dict):
+        values = list(values.items())
+    elif isinstance(values, list | tuple):
+        values = list(enumerate(values))
+    else:
+        return {key: values}
+    return {path: leaf for name, value in values for path, leaf in leaves(value, f"{key}.{name}").items()}
+
+
+def logged(folder: Path) -> list[dict]:
+    """Lines of metrics.jsonl, without the time they took."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """A run's checkpoint but for what made it, and its lines of metrics."""
+    checkpoint = load_checkpoint(folder / "checkpoint.pt")
+    del checkpoint["provenance"], checkpoint["config"]["exp"]
+    return leaves({"checkpoint": checkpoint, "metrics": logged(folder)})
+
+
+def tiny_run(workplace: Workplace, *arguments: str) -> Run:
+    """A run of the workplace's configuration in which nothing has been trained."""
+    return Run(workplace.config(*arguments), "stage1", ("model", "stage1"), CPU)

@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from lapo.config import DecoderConfig, load_config
 from lapo.decoding import OnlineDecoder, epochs, fit, training_updates
 from lapo.models import Decoder
-from lapo.runs.compute import Compute
-from support import numbered_frames
-
-CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
+from support import CPU, numbered_frames
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,7 @@ from lapo.config import ProbeConfig, load_config
 from lapo.data_loader import Windows
 from lapo.models import IDM, VectorQuantizer, WorldModel, infer_latents, make_idm, make_world_model, normalize
 from lapo.probe import train_probe, world_model_loss
-from lapo.runs.compute import Compute
-from support import write_game
-
-CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
+from support import CPU, write_game
 
 
 @pytest.fixture(scope="module")

@@ -162,39 +162,15 @@ def test_a_missing_data_folder_says_how_to_make_it(workplace):
     assert "record_expert.py --env maze" in message
 
 
-def test_an_empty_data_folder_says_how_to_fill_it(workplace):
-    folder = workplace.data / "maze" / "train"
-    folder.mkdir(parents=True)
-    message = refused(workplace, "stage1.py", "--env", "maze")
-    assert message.startswith(f"the data folder {folder} holds no chunk")
-
-
 def truncated(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
 
 
-FRAMES = numbered_frames(np.arange(4))
-BAD_CHUNKS = {
-    "is not a readable npz file": truncated,
-    "holds no array `obs`, found: ta.npy": lambda path: np.savez(path, ta=np.arange(4)),
-    "`obs` must be uint8 (N, 64, 64, 3), found uint8 (4, 32, 64, 3)": lambda path: np.savez(
-        path, obs=FRAMES[:, :32]
-    ),
-    "`obs` must be uint8 (N, 64, 64, 3), found float32": lambda path: np.savez(
-        path, obs=FRAMES.astype(np.float32)
-    ),
-    "holds 2 frames; a chunk needs at least 3": lambda path: np.savez(path, obs=FRAMES[:2]),
-}
-
-
-@pytest.mark.parametrize("sentence", BAD_CHUNKS)
-def test_a_bad_chunk_is_named(workplace, sentence):
+def test_a_bad_chunk_is_named(workplace):
     path = workplace.data / workplace.GAME / "train" / "1.npz"
-    BAD_CHUNKS[sentence](path)
-    message = refused(workplace, "stage1_idm_wm.py")
-    assert message.startswith(str(path))
-    assert sentence in message
+    truncated(path)
+    assert refused(workplace, "stage1_idm_wm.py").startswith(f"{path} is not a readable npz file")
 
 
 def test_a_missing_earlier_stage_names_the_command_that_makes_it(workplace):

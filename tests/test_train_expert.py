@@ -22,12 +22,10 @@ from lapo.experts.registry import expert_name, make_expert
 from lapo.games.vec_env import VecEnv
 from lapo.models import Policy
 from lapo.runs.checkpoints import load_checkpoint
-from lapo.runs.compute import Compute
-from support import TINY, Workplace, numbered_frames, read_numbers
+from support import CPU, TINY, Workplace, numbered_frames, read_numbers
 
 GAME = "bigfish"  # its episodes are short, and its planner is fast
 PLANNER = ["--env", GAME, "--teacher", "planner"]
-CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
 ROUNDS = validate(TINY["dagger"] | {"lr": 1e-3}, DaggerConfig)
 """Five rounds, of which two are kept."""
 

@@ -1,4 +1,6 @@
-"""The experts that need no training: who plays which game, and what the search strives for in each.
+"""The planners, experts that need no training: which one each game has, and what the search strives for.
+
+Whether the planner or a learned expert is recorded, record_expert.py decides.
 
 They read the simulator's serialised state. Dimensions: N environments played, G goals.
 """

@@ -1,4 +1,7 @@
-"""The table of Procgen's games, their actions, and what a return is worth. Imports no simulator."""
+"""The table of Procgen's games, their actions, and what a return is worth. Imports no simulator.
+
+A game that is added here needs somebody who plays it as well, see experts/registry.py.
+"""
 
 from dataclasses import dataclass
 from typing import Literal

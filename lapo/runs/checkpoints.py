@@ -1,4 +1,4 @@
-"""Checkpoints: plain data (tensors, numbers, strings), verified, and how a stage finds the one before it."""
+"""Checkpoints: plain data (tensors, numbers, strings), verified; `load_stage` finds an earlier stage's."""
 
 import contextlib
 import platform

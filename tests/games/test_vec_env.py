@@ -2,16 +2,12 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lapo.acting import Evaluation, play
-from lapo.data.checks import check_frames
 from lapo.errors import UserError
 from lapo.games.simulator_state import State
-from lapo.games.table import GAMES, check_game, relative_return
 from lapo.games.vec_env import ALL_LEVELS, HELD_OUT_LEVELS, TRAIN_LEVELS, EpisodeTracker, VecEnv, num_cores
 from lapo.ppo import ReturnNormalizer
 from support import PATIENCE, ROOT
@@ -28,45 +24,6 @@ def same(left: list[tuple[np.ndarray, ...]], right: list[tuple[np.ndarray, ...]]
     return all(
         np.array_equal(a, b) for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True)
     )
-
-
-def test_games_are_procgens_in_the_papers_order() -> None:
-    assert list(GAMES) == sorted(GAMES)
-    assert len(GAMES) == 16
-    assert relative_return("bigfish", GAMES["bigfish"].random_return) == 0
-    assert relative_return("bigfish", GAMES["bigfish"].expert_return) == 1
-
-
-def test_unknown_game_is_told_all_games() -> None:
-    with pytest.raises(UserError, match=", ".join(GAMES)):
-        check_game("pong")
-    with pytest.raises(UserError, match="'pong'"):
-        VecEnv("pong", 1, seed=0)
-    with pytest.raises(UserError, match="out of range"):
-        VecEnv("maze", 1, seed=2**31)
-
-
-def test_frames_must_show_the_game_as_it_will_be_played(tmp_path: Path) -> None:
-    folder = tmp_path / "maze"
-    with pytest.raises(UserError, match=rf"--env maze --visuals plain --data-dir {tmp_path}`$"):
-        check_frames("maze", folder, "plain")
-    with pytest.raises(UserError, match=r"--visuals full .* or download it with `bash setup_data.sh maze`$"):
-        check_frames("maze", folder, "full")
-    folder.mkdir()
-    for record, visuals in ((None, "full"), ("{}", "full"), ('{"visuals": "plain"}', "plain")):
-        if record:
-            (folder / "dataset.json").write_text(record)
-        other = "plain" if visuals == "full" else "full"
-        check_frames("maze", folder, visuals)
-        with pytest.raises(
-            UserError, match=f"with visuals {visuals}, but visuals is {other}; choose --visuals"
-        ):
-            check_frames("maze", folder, other)
-    (folder / "dataset.json").write_text("[]")
-    with pytest.raises(UserError, match=r"dataset.json is damaged"):
-        check_frames("maze", folder, "full")
-    folder.rename(tmp_path / "holiday")
-    check_frames("holiday", tmp_path / "holiday", "plain")  # anyone's frames are not played
 
 
 def test_shapes_and_types() -> None:
@@ -229,51 +186,6 @@ def test_tracker_gives_finished_episodes_in_order_of_environments() -> None:
     assert (returns.tolist(), lengths.tolist()) == ([2.0], [1])
     returns, lengths = tracker.update(np.array([1.0, 2.0, 3.0]), np.array([True, True, False]))
     assert (returns.tolist(), lengths.tolist()) == ([2.0, 2.0], [2, 1])
-
-
-class Clockwork:
-    """Environment i's episodes last `lengths[i]` steps and return `lengths[i]`."""
-
-    def __init__(self, lengths: list[int]):
-        self.num_envs, self.lengths, self.steps = len(lengths), np.array(lengths), 0
-
-    def observe(self) -> np.ndarray:
-        return np.full(self.num_envs, self.steps)
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        assert ((actions == self.steps) | (actions == 0)).all()
-        self.steps += 1
-        return self.observe(), np.ones(self.num_envs), self.steps % self.lengths == 0
-
-
-def test_sparing_play_asks_only_for_environments_that_still_count() -> None:
-    asked = []
-
-    def act(obs: np.ndarray) -> np.ndarray:
-        asked.append(len(obs))
-        return obs
-
-    expected = play(lambda obs: obs, Clockwork([1, 10, 25]), episodes=6)
-    result = play(act, Clockwork([1, 10, 25]), episodes=6, sparing=True)
-    assert (result.returns == expected.returns).all()
-    assert (result.lengths == expected.lengths).all()
-    assert asked == [3] * 2 + [2] * 18 + [1] * 30
-
-
-def test_play_counts_the_same_number_of_episodes_everywhere() -> None:
-    env = Clockwork([1, 10, 25])
-    result = play(lambda obs: obs, env, episodes=6)
-    assert result.returns.tolist() == [1, 1, 10, 10, 25, 25]
-    assert result.lengths.tolist() == [1, 1, 10, 10, 25, 25]
-    assert env.steps == 50
-    assert play(lambda obs: obs, Clockwork([1, 10, 25]), episodes=4).episodes == 6
-
-
-def test_evaluation_statistics() -> None:
-    result = Evaluation(np.array([0.0, 10.0, 10.0, 0.0]), np.ones(4, int))
-    assert (result.episodes, result.mean) == (4, 5.0)
-    assert result.stderr == pytest.approx(math.sqrt(100 / 3) / 2)
-    assert math.isnan(Evaluation(np.array([1.0]), np.ones(1, int)).stderr)
 
 
 def test_only_cores_that_we_may_use_are_counted(monkeypatch):
