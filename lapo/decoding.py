@@ -113,8 +113,8 @@ class OnlineDecoder:
             return
         seen, actions, dones = (torch.stack(x) for x in zip(*self.steps, strict=True))
         seen = torch.cat([seen, frames[None]])  # (S+1, N, H, W, C)
-        # Window s holds frames s, s+1, s+2; its action was taken at s+1. Neither s nor s+1 may end an episode;
-        # s+2 may, as our own marks stand where the action was taken (unlike recorded ones, see `window_starts`).
+        # Window s holds frames s to s+2, its action was taken at s+1. Steps s and s+1 may not end an episode;
+        # s+2 may: our marks stand where the action was taken, recorded ones perhaps not, see `window_starts`.
         windows = seen.unfold(0, WINDOW, 1).movedim(-1, 2)  # (S-1, N, T, H, W, C)
         valid = ~(dones[:-1] | dones[1:])
         windows, ta = windows[valid], actions[1:][valid]
