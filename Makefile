@@ -20,6 +20,8 @@ VENV_PYTHON := .venv/bin/python
 # Newer than the requirements when .venv holds exactly those.
 INSTALLED := .venv/installed
 START := $(shell date +%s)
+# `make gpu` runs with the Python that is named or there, and installs nothing.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON)),$(PYTHON))
 # Two processes, each with a thread; more cores make the suite little faster.
 PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest --numprocesses 2 --dist worksteal
 
@@ -54,9 +56,8 @@ soak: $(INSTALLED)
 same: $(INSTALLED)
 	$(VENV_PYTHON) tests/same.py $(BASE)
 
-# With the Python at hand: nothing is installed.
 gpu:
-	$(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON)) -m lapo.benchmarks.gpu $(ARGS)
+	$(GPU_PYTHON) -m lapo.benchmarks.gpu $(ARGS)
 
 demo: $(INSTALLED)
 	$(VENV_PYTHON) lapo/record_expert.py --env $(GAME) --frames $(FRAMES) --test-frames $(TEST_FRAMES) \

@@ -4,7 +4,10 @@
 #     bash setup_data.sh all
 # Several gigabytes per game. `bash setup_data.sh --help` shows the options.
 set -euo pipefail
-here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+source=${BASH_SOURCE[0]}
+[[ ! -L $source ]] || source=$(readlink -f "$source") # the folder of this file, not of a link to it
+here=$(cd "$(dirname "$source")" && pwd)
+unset PYTHONSAFEPATH # with it, Python does not look for modules beside a script
 python=${PYTHON:-$here/.venv/bin/python}
 if ! command -v "$python" >/dev/null; then
     echo "error: there is no $python; run 'make venv' in $here first" >&2

@@ -194,9 +194,9 @@ class Windows:
         """Frames of the windows numbered (B,) → (B, T, H, W, C) uint8."""
         return self.frames[self.place(windows)[:, None] + self._offsets]
 
-    def iter_frames(self, windows: Tensor, batch_size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
-        """Frames of the windows numbered (M,), ascending, in batches (B, T, H, W, C) uint8."""
-        for part in self.parts(windows, batch_size):
+    def iter_frames(self, windows: Tensor) -> Iterator[Tensor]:
+        """Frames (B, T, H, W, C) uint8 of the windows numbered (M,), batch by batch, see `parts`."""
+        for part in self.parts(windows):
             yield self.gather(part)
 
     def middle_frames(self, windows: Tensor) -> Tensor:

@@ -17,7 +17,10 @@
 # PYTHON=... names the interpreter; otherwise it is the repository's .venv, or python3 where there is none.
 
 set -euo pipefail
-here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # the folder of this file, not of a link to it
+source=${BASH_SOURCE[0]}
+[[ ! -L $source ]] || source=$(readlink -f "$source") # the folder of this file, not of a link to it
+here=$(cd "$(dirname "$source")" && pwd)
+unset PYTHONSAFEPATH # with it, Python does not look for modules beside a script
 
 die() {
     echo "error: $1" >&2
@@ -75,7 +78,7 @@ import sys
 
 here, games, seeds, modes, *arguments = sys.argv[1:]
 sys.argv[0] = "stage1.py"
-sys.path[0] = os.path.dirname(here)
+sys.path.insert(0, os.path.dirname(here))
 try:
     from lapo.config import load_config
     from lapo.data.checks import check_data

@@ -9,7 +9,9 @@
 # the same command again submits all tasks, of which the finished ones return at once.
 
 set -euo pipefail
-here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") # the folder of this file, not of a link to it
+source=${BASH_SOURCE[0]}
+[[ ! -L $source ]] || source=$(readlink -f "$source") # the folder of this file, not of a link to it
+here=$(cd "$(dirname "$source")" && pwd)
 
 die() {
     echo "error: $1" >&2

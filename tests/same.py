@@ -8,8 +8,8 @@ commands leave behind (chunks, metrics.jsonl, checkpoint.pt), so that files may 
     optimised   the same in bf16, chunks taking turns, codes from the data: the first losses of
                 every run may differ by TOLERANCE, as sums in another order are rounded differently
 
-What only one of the two has, a metric with a new name say, is listed and not compared. Exit status: 0 the
-same, 1 not, 2 a command failed.
+What only one of the two has, a metric with a new name say, is listed and counted, not compared. Exit status:
+0 the same, 1 not, 2 something else went wrong.
 """
 
 import json
@@ -46,6 +46,7 @@ SHORT = {
     "offline": {"labels": 64, "steps": 4, "batch_size": 16},
     "eval": {"episodes": 4, "num_envs": 4},
     "data": {"pool_chunks": 1},
+    "dagger": {"steps": 64, "num_envs": 4, "rollout_steps": 8, "updates": 2, "batch_size": 16, "buffer": 64},
 }
 PATHS = {
     "reference": ["--precision", "fp32"],
@@ -55,27 +56,52 @@ RUNS = {
     "stage1": ["stage1.py"],
     "stage2": ["stage2.py"],
     **{f"stage3_{mode}": ["stage3.py", "--stage3.mode", mode] for mode in MODES},
+    "expert": ["train_expert.py", "--teacher", "planner"],
 }
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+ENVIRONMENT.pop("PYTHONSAFEPATH", None)  # with it, the code beside a script would not be found
+CHUNK = 20
+"""Frames of the chunks that the recorded one is cut into, so that a batch's windows come from several."""
+
+
+class CommandError(Exception):
+    """A command line that failed, and what it said."""
 
 
 def main() -> None:
     """Compare the work tree that this file lies in with the revision that the command line names."""
-    if len(sys.argv) != 2:
-        sys.exit("error: name a revision to compare with, as in: make same BASE=HEAD~1")
-    with tempfile.TemporaryDirectory() as folder:
-        base, results = Path(folder, "base"), Path(folder, "results")
-        check_out(sys.argv[1], base)
-        config = Path(folder, "short.yaml")
-        config.write_text(yaml.safe_dump(SHORT))
-        same = True
-        for path, options in PATHS.items():
-            places = results / path / "base", results / path / "here"
-            for command in commands([*options, "--config", str(config), "--visuals", "plain"]):
-                with ThreadPoolExecutor() as pool:  # waits for both, whichever fails
-                    list(pool.map(run, (base, ROOT), places, [command] * 2))
-            same &= compare(path, *places)
-    print("the same" if same else "NOT the same")
-    sys.exit(not same)
+    try:
+        if len(sys.argv) != 2:
+            raise CommandError("name a revision to compare with, as in: make same BASE=HEAD~1")
+        with tempfile.TemporaryDirectory() as folder:
+            different, alone = compare_with(sys.argv[1], Path(folder))
+    except CommandError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print("NOT the same" if different else "the same" + f", but for {alone} that only one has" * bool(alone))
+    sys.exit(different)
+
+
+def compare_with(revision: str, folder: Path) -> tuple[bool, int]:
+    """Whether this work tree computes something else than `revision`, and how much only one of them has.
+
+    Works in `folder`. Raises CommandError.
+    """
+    base, results, config = folder / "base", folder / "results", folder / "short.yaml"
+    check_out(revision, base)
+    config.write_text(yaml.safe_dump(SHORT))
+    different, alone = False, 0
+    for path, options in PATHS.items():
+        places = results / path / "base", results / path / "here"
+        record, *learn = commands([*options, "--config", str(config), "--visuals", "plain"])
+        run_both((base, ROOT), places, record)
+        for place in places:
+            cut_chunks(place / "data" / GAME / "train")
+        for command in learn:
+            run_both((base, ROOT), places, command)
+        found = compare(path, *places)
+        different, alone = different or found[0], alone + found[1]
+    return different, alone
 
 
 def check_out(revision: str, folder: Path) -> None:
@@ -83,7 +109,7 @@ def check_out(revision: str, folder: Path) -> None:
     folder.mkdir()
     archive = subprocess.run(["git", "-C", ROOT, "archive", revision], capture_output=True)
     if archive.returncode:
-        sys.exit(f"error: there is no revision {revision}: {archive.stderr.decode().strip()}")
+        raise CommandError(f"there is no revision {revision}: {archive.stderr.decode().strip()}")
     subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
 
 
@@ -97,6 +123,12 @@ def commands(options: list[str]) -> Iterator[list[str]]:
         yield [*words, *options, "--data_dir", "{place}/data", "--results_dir", "{place}", "--exp", "same"]
 
 
+def run_both(trees: tuple[Path, Path], places: tuple[Path, Path], command: list[str]) -> None:
+    """`run` in both trees, side by side; waits for both, whichever fails."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(run, trees, places, [command] * 2))
+
+
 def run(tree: Path, place: Path, command: list[str]) -> None:
     """Run a command line of the code in `tree`, `{place}` in it standing for the folder of its results."""
     place.mkdir(parents=True, exist_ok=True)
@@ -104,26 +136,33 @@ def run(tree: Path, place: Path, command: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, tree / "lapo" / script, *words],
         cwd=place,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        print(f"{tree}: {script} {' '.join(words)}\n{done.stderr}", file=sys.stderr)
-        os._exit(2)
+        raise CommandError(f"{tree}: {script} {' '.join(words)}\n{done.stderr}")
 
 
-def compare(path: str, base: Path, here: Path) -> bool:
-    """Whether the results in two folders agree as `path` demands; prints a line for each run."""
+def compare(path: str, base: Path, here: Path) -> tuple[bool, int]:
+    """Whether the results in two folders differ more than `path` allows, and how much only one has."""
     places, exact = (base, here), path == "reference"
-    same = agree(f"{path}, frames", *map(chunks, places))
+    found = [agree(f"{path}, frames", *map(chunks, places))]
     for stage in RUNS:
         folders = (place / "same" / GAME / "seed0" / stage for place in places)
         if exact:
-            same &= agree(f"{path}, {stage}", *map(numbers, folders))
+            found.append(agree(f"{path}, {stage}", *map(numbers, folders)))
         else:
-            same &= agree(f"{path}, {stage}", *map(first_losses, folders), TOLERANCE)
-    return same
+            found.append(agree(f"{path}, {stage}", *map(first_losses, folders), TOLERANCE))
+    return not all(same for same, _ in found), sum(alone for _, alone in found)
+
+
+def cut_chunks(folder: Path) -> None:
+    """Cut the one chunk of a folder into many of `CHUNK` frames."""
+    with np.load(folder / "0.npz") as chunk:
+        arrays = dict(chunk)
+    for number, start in enumerate(range(0, len(arrays["obs"]), CHUNK)):
+        np.savez(folder / f"{number}.npz", **{key: x[start : start + CHUNK] for key, x in arrays.items()})
 
 
 def chunks(place: Path) -> dict[str, np.ndarray]:
@@ -138,6 +177,7 @@ def chunks(place: Path) -> dict[str, np.ndarray]:
 def numbers(folder: Path) -> dict[str, np.ndarray]:
     """All that a run has learnt and measured: metrics by step and name, weights and other states by path."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
+    state.pop("origin", None)  # of an expert: which code made it
     found = {f"metrics {line['step']}.{key}": value for line in lines(folder) for key, value in line.items()}
     return {key: np.asarray(value) for key, value in {**found, **dict(leaves(state, "state"))}.items()}
 
@@ -171,8 +211,8 @@ def leaves(values: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def agree(
     name: str, base: dict[str, np.ndarray], here: dict[str, np.ndarray], tolerance: float = 0.0
-) -> bool:
-    """Whether what both have differs by `tolerance` at most; prints a line, and what differs or only one has.
+) -> tuple[bool, int]:
+    """Whether what both have differs by `tolerance` at most, and how much only one has; prints both.
 
     Nothing in common is no agreement.
     """
@@ -186,7 +226,7 @@ def agree(
         print(f"    {key}: {value:.1e}")
     if alone:
         print(f"    only in one of the two ({len(alone)}): {', '.join(alone[:8])}")
-    return verdict == "ok"
+    return verdict == "ok", len(alone)
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

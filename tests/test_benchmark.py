@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lapo import benchmark, data_loader, same_learning, stage1_idm_wm
-from lapo import data_loader as rolling
 from lapo.benchmark import count_gflop, lap_seconds
 from lapo.benchmarks import workloads
 from lapo.benchmarks.workloads import (
@@ -185,9 +184,8 @@ def test_loading_brings_every_frame_to_the_device(workplace, monkeypatch, reside
     assert record_random_play(cfg, 60, folder) == 60
     assert [read_header(path) for path in find_chunks(folder)] == [12] * 5
     read = []
-    for module in (data_loader, rolling):
-        read_chunk = watching(module.read_chunk, lambda path, *_: read.append(path))
-        monkeypatch.setattr(module, "read_chunk", read_chunk)
+    read_chunk = watching(data_loader.read_chunk, lambda path, *_: read.append(path))
+    monkeypatch.setattr(data_loader, "read_chunk", read_chunk)
     monkeypatch.setattr(
         Windows, "gather", watching(Windows.gather, lambda _, ids: served.extend(ids.tolist()))
     )

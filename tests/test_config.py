@@ -65,7 +65,7 @@ def test_values_are_those_of_the_file():
 
 
 def test_defaults_are_the_published_numbers():
-    """Spot checks against the method's description; the schedules' are in test_training.py."""
+    """Spot checks against the method's description; the schedules' are in test_compute.py."""
     cfg = load_config([])
     assert (cfg.model.idm_scale, cfg.model.policy_scale, cfg.model.wm_width) == (4, 4, 24)
     assert (cfg.vq.num_codebooks, cfg.vq.num_latents, cfg.vq.num_embs, cfg.vq.emb_dim) == (2, 4, 64, 16)

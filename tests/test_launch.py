@@ -360,7 +360,7 @@ def test_a_machine_without_slurm_is_one_sentence(repo, monkeypatch):
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     tools = repo.folder / "tools"
     tools.mkdir()
-    for name in ("bash", "dirname", "readlink"):
+    for name in ("bash", "dirname"):
         (tools / name).symlink_to(shutil.which(name))
     status, _, err = repo.launch("--", "maze", script="slurm.sh", PATH=str(tools))
     assert status == 2

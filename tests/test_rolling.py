@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapo import data_loader as rolling
-from lapo import stage1_idm_wm, stage2_bc, stage3_decode
+from lapo import data_loader, stage1_idm_wm, stage2_bc, stage3_decode
 from lapo.data import chunks
 from lapo.data_loader import RollingWindows, Windows, read_splits
 from lapo.errors import UserError
@@ -102,7 +101,7 @@ def test_a_slow_disk_is_waited_for_and_read_ahead_by_one_pool(folder, monkeypatc
             read.append(path)
         return chunks.read_chunk(path, keys)
 
-    monkeypatch.setattr(rolling, "read_chunk", slowly)
+    monkeypatch.setattr(data_loader, "read_chunk", slowly)
     windows = roll(folder, 2)
     assert len(windows.frames) == 2 * 2 * max(SIZES)
     for step in range(len(windows)):
@@ -158,7 +157,7 @@ def test_the_next_pool_is_read_while_this_one_is_served(folder, monkeypatch):
         return chunks.read_chunk(path, keys)
 
     seen = []
-    monkeypatch.setattr(rolling, "read_chunk", read)
+    monkeypatch.setattr(data_loader, "read_chunk", read)
     windows = roll(folder, 2)
     windows.batch(0, 1, 0)
     assert reading.wait(timeout=PATIENCE)
@@ -207,11 +206,11 @@ def test_what_does_not_fit_rolls(tmp_path, monkeypatch, capsys):
 
     assert kinds() == [Windows, Windows]
     assert "train: 120 frames need 0.00 GB of " in capsys.readouterr().out
-    monkeypatch.setattr(rolling, "free_bytes", lambda device: 120 * 64 * 64 * 3)
+    monkeypatch.setattr(data_loader, "free_bytes", lambda device: 120 * 64 * 64 * 3)
     assert kinds() == [RollingWindows, Windows]
     assert kinds("--resident", "always") == [Windows, Windows]
     assert kinds("--data.train_chunks", "2") == [Windows, Windows]  # too few to take turns
-    monkeypatch.setattr(rolling, "free_bytes", lambda device: None)
+    monkeypatch.setattr(data_loader, "free_bytes", lambda device: None)
     assert kinds() == [Windows, Windows]
     assert kinds("--resident", "never") == [RollingWindows, Windows]
 

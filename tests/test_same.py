@@ -63,23 +63,39 @@ def test_distance(a, b, distance):
 def test_one_bit_is_a_difference_unless_tolerated(capsys):
     base = {"loss": np.array(1.0), "old_name": np.array(2.0), "text": np.array("a")}
     here = {"loss": np.nextafter(np.array(1.0), 2), "new_name": np.array(2.0), "text": np.array("a")}
-    assert not same.agree("run", base, here)
+    assert same.agree("run", base, here) == (False, 2)
     assert capsys.readouterr().out.splitlines() == [
         "run: DIFFERENT, 2 compared, differing by 2.2e-16 at most",
         "    loss: 2.2e-16",
         "    only in one of the two (2): new_name, old_name",
     ]
-    assert same.agree("run", base, here, 1e-9)
+    assert same.agree("run", base, here, 1e-9) == (True, 2)
 
 
 def test_nothing_in_common_is_no_agreement():
-    assert not same.agree("run", {"a": np.array(1.0)}, {"b": np.array(1.0)})
+    assert same.agree("run", {"a": np.array(1.0)}, {"b": np.array(1.0)}) == (False, 2)
 
 
-def test_a_revision_that_is_not_there_is_one_sentence(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["same.py", "no-such-revision"])
-    with pytest.raises(SystemExit, match="error: there is no revision no-such-revision"):
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["no-such-revision"], "error: there is no revision no-such-revision"),
+        ([], "error: name a revision to compare with, as in: make same BASE=HEAD~1"),
+    ],
+)
+def test_a_mistake_is_one_sentence(monkeypatch, capsys, arguments, sentence):
+    monkeypatch.setattr("sys.argv", ["same.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
         same.main()
-    monkeypatch.setattr("sys.argv", ["same.py"])
-    with pytest.raises(SystemExit, match="error: name a revision to compare with"):
-        same.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_a_chunk_is_cut_without_loss(tmp_path):
+    arrays = {"obs": np.arange(50 * 6).reshape(50, 6), "ta": np.arange(50)}
+    np.savez(tmp_path / "0.npz", **arrays)
+    same.cut_chunks(tmp_path)
+    parts = [np.load(tmp_path / f"{number}.npz") for number in range(3)]
+    assert [len(part["ta"]) for part in parts] == [20, 20, 10]
+    for key, whole in arrays.items():
+        assert np.array_equal(np.concatenate([part[key] for part in parts]), whole)

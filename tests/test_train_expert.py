@@ -1,4 +1,4 @@
-"""train_expert.py and dagger.py: experts made by PPO, or distilled from a planner."""
+"""train_expert.py and experts/dagger.py: experts made by PPO, or distilled from a planner."""
 
 import json
 import signal

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,29 +113,35 @@ def main() -> None:
     )
     args = parser.parse_args()
     check_json(args.json)
-    results, failed = check(Bench.make(args.dry))
-    if args.json:
-        write_json(args.json, results)
+    _, failed = check(Bench.make(args.dry), args.json)
     if failed:
         sys.exit(1)
 
 
-def check(bench: Bench) -> tuple[dict[str, Any], list[str]]:
-    """The results of all checks by name, as plain data, and the names of those that failed."""
+def check(bench: Bench, file: Path | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The results of all checks by name, as plain data, and the names of those that failed.
+
+    Whatever is known is written to `file` after every check.
+    """
     started, results, failed = time.perf_counter(), {}, []
     for name, function in CHECKS.items():
         start = time.perf_counter()
         try:
+            gc.collect()  # trainers refer to themselves by way of their compiled functions
+            torch.compiler.reset()
             results[name] = function(bench)
         except Exception as error:  # whatever it is, the other checks still tell something
-            results[name] = f"FAILED {type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+            traceback.print_exc()
+            results[name] = f"FAILED {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             failed.append(name)
         print(f"{name} ({time.perf_counter() - start:.1f} s): {results[name]}", flush=True)
-        gc.collect()  # trainers refer to themselves by way of their compiled functions
-        torch.compiler.reset()
-    if not (failed or bench.dry):
+        if file:
+            write_json(file, results)
+    if not (bench.dry or {"stage 1", "stage 2", "stage 3"} & set(failed)):
         results["minutes per game"] = minutes_per_game(bench.full, results)
         print(f"minutes per game, without loading: {results['minutes per game']}")
+        if file:
+            write_json(file, results)
     seconds = round(time.perf_counter() - started)
     print(f"{len(failed)} of {len(CHECKS)} failed{': ' * bool(failed)}{', '.join(failed)}; {seconds} s")
     return results, failed
@@ -149,7 +156,7 @@ def environment(bench: Bench) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "compiler": shutil.which("cc") or shutil.which("gcc"),
+        "compiler": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
         "Python.h": (Path(sysconfig.get_paths()["include"]) / "Python.h").exists(),
         "cores": len(os.sched_getaffinity(0)),
     }
@@ -180,6 +187,7 @@ class CountedWindows(Windows):
 def gather_far(bench: Bench) -> str:
     """Frames are gathered from beyond 2**31 bytes."""
     free = 6e6 if bench.dry else min(0.6 * torch.cuda.mem_get_info()[0], 33e9)
+    expect(bench.dry or free > 2**32, f"{free / 1e9:.1f} GB may be used, too little to get there")
     count = int(free // np.prod(FRAME_SHAPE))
     windows = CountedWindows(count, bench.device)
     ids = torch.tensor([0, count // 2, count - WINDOW], device=bench.device)
@@ -191,7 +199,10 @@ def gather_far(bench: Bench) -> str:
 
 def same_as_cpu(bench: Bench) -> dict[str, float]:
     """The gradients of a step of stage 1 are those of the CPU in fp32."""
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
     try:
         expected = first_step(bench.demo, Compute(CPU, bf16=False, compile=False))
         found = {}
@@ -206,7 +217,8 @@ def same_as_cpu(bench: Bench) -> dict[str, float]:
             expect(found[name] < tolerance, f"in {name}, the gradients differ by {found[name]:.1e}")
         return found
     finally:
-        torch.backends.cudnn.allow_tf32 = tf32
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed
 
 
 def first_step(cfg: Config, compute: Compute) -> Tensor:
@@ -243,10 +255,10 @@ def rolling(bench: Bench) -> str:
         batches = 2 * len(windows) // 32
         for step in range(batches):
             ids = windows.batch(step, 32, 0)
-            frames = windows.gather(ids)
-            for _ in range(20):  # the device is far behind when the next pool is fetched
+            expected = truth.gather(ids.cpu()).to(bench.device)
+            for _ in range(20):  # the gather is still to be done when the next batch fetches a pool
                 busy = (busy @ busy).clamp(-1, 1)
-            wrong += (frames != truth.gather(ids.cpu()).to(bench.device)).any()
+            wrong += (windows.gather(ids) != expected).any()
         expect(not wrong.item(), f"{wrong} of {batches} batches hold other frames")
     return f"{batches} batches"
 
@@ -283,7 +295,8 @@ def collectives(bench: Bench) -> str:
         text=True,
         timeout=300,
     )
-    expect(done.returncode == 0, done.stderr)
+    errors = [line for line in done.stderr.splitlines() if "Error" in line]
+    expect(done.returncode == 0, "; ".join(errors) or done.stderr)
     return "ok"
 
 
@@ -343,7 +356,11 @@ def speed(
     """
     if bench.dry:
         count, compiled = 2, False
+    gc.collect()
     torch.compiler.reset()
+    if not bench.dry:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     torch.backends.cudnn.benchmark = benchmark
     try:
         start = time.perf_counter()
@@ -368,21 +385,30 @@ def speed(
             "host ms": round(1e3 * host / count, 3),
             "first two steps s": round(first, 1),
             "peak GB": 0 if bench.dry else round(torch.cuda.max_memory_allocated() / 1e9, 2),
-            "kernels": {} if bench.dry else kernels(lambda: trainer.update(5 + count)),
+            "kernels": kernels(bench, lambda: trainer.update(5 + count)),
         }
     finally:
         torch._dynamo.config.error_on_recompile = False
         torch.backends.cudnn.benchmark = False
 
 
-def kernels(step: Callable[[], Any]) -> dict[str, Any]:
-    """How many kernels a step launches, and those that take longest: name, launches, milliseconds."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+def kernels(bench: Bench, step: Callable[[], Any]) -> dict[str, Any]:
+    """How many kernels a step launches, and those that take longest: name, launches, milliseconds.
+
+    In a dry run, the operators of the CPU in their place.
+    """
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CPU if bench.dry else activities.CUDA]) as profile:
         step()
-        torch.cuda.synchronize()
-    rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
-    longest = [(row.key[:48], row.count, round(row.self_device_time_total / 1e3, 3)) for row in rows[:8]]
-    return {"launches": sum(row.count for row in rows), "longest": longest}
+        bench.wait()
+    kind = torch.autograd.DeviceType.CPU if bench.dry else torch.autograd.DeviceType.CUDA
+    rows = [row for row in profile.key_averages() if row.device_type == kind]  # not the calls of the runtime
+    times = [row.self_cpu_time_total if bench.dry else row.self_device_time_total for row in rows]
+    longest = sorted(zip(times, rows, strict=True), key=lambda pair: -pair[0])[:8]
+    return {
+        "launches": sum(row.count for row in rows),
+        "longest": [(row.key[:48], row.count, round(time / 1e3, 3)) for time, row in longest],
+    }
 
 
 def stage3_speed(bench: Bench) -> dict[str, float]:
@@ -402,7 +428,7 @@ def stage3_speed(bench: Bench) -> dict[str, float]:
             value = trainer.collect()
             bench.wait()
             played = time.perf_counter()
-            with bench.no_waiting():
+            with bench.no_waiting() if update == 3 else contextlib.nullcontext():  # the first one compiles
                 trainer.improve(update * steps * cfg.ppo.num_envs, value)
             host = time.perf_counter() - played
             bench.wait()

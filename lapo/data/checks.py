@@ -1,7 +1,8 @@
-"""Check chunks of frames and print a table: `python data_loader.py --check expert_data/bigfish`.
+"""Is the data there and does it show the game as configured? Are its chunks whole?
 
-More is checked than training reads: the checksums of all arrays, and that rewards, returns, values and
-log-probabilities are finite numbers, one per frame.
+`python data_loader.py --check expert_data/bigfish` checks chunks and prints a table. More is checked than
+training reads: the checksums of all arrays, and that rewards, returns, values and log-probabilities are
+finite numbers, one per frame.
 """
 
 import json

@@ -1,4 +1,4 @@
 """What any training run needs: folder, checkpoints, tracking, device, optimiser, several processes.
 
-Nothing here knows what is trained, or on what.
+The stages themselves, networks and frames are found elsewhere.
 """

@@ -166,8 +166,8 @@ def test_a_stage_stopped_at_random_moments_ends_as_an_uninterrupted_one(trained,
         command = Command(trained, stage, f"{stage}-{stop}")
         codes, broken = command.run(server, stop, times, duration)
         print(f"{stage}: {len(codes) - 1} times {stop}, {broken} of them during a save")
-        assert set(codes[:-1]) == {code}
-        assert (broken > 0) == (stop == "kill")
+        assert set(codes[:-1]) <= {code}
+        assert broken or stop == "terminate"
         assert command.result() == whole.result()
 
 
