@@ -14,13 +14,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from lapo.config import Config, EvalConfig, load_config, to_dict, validate
+from lapo.config import Config, EvalConfig
 from lapo.errors import UserError
 from lapo.games.table import ACTIONS, GAMES, Visuals, relative_return
 from lapo.games.vec_env import HELD_OUT_LEVELS, EpisodeTracker, VecEnv
 from lapo.models import make_acting_policy
 from lapo.ppo import sample
-from lapo.runs.checkpoints import load_checkpoint
+from lapo.runs.checkpoints import load_checkpoint, saved_config
 from lapo.runs.compute import Compute
 
 Act = Callable[[np.ndarray], np.ndarray]
@@ -62,12 +62,8 @@ def load_policy(path: Path, command: str | None = None) -> dict:
 
 def restore_network(checkpoint: dict) -> torch.nn.Module:
     """The network of a checkpoint that `load_policy` gave, ready to act on the CPU."""
-    saved = checkpoint["config"]
-    # Only what shapes the network is taken from there: experts are kept for long, and other keys come and go.
-    values = to_dict(load_config([]))
-    values |= {group: values[group] | saved[group] for group in ("model", "vq", "decoder")}
-    cfg = validate(values, source="the checkpoint's config")
-    network = make_acting_policy(cfg, saved["stage3"]["mode"], len(ACTIONS))
+    cfg = saved_config(checkpoint)
+    network = make_acting_policy(cfg, cfg.stage3.mode, len(ACTIONS))
     network.load_state_dict(checkpoint["state"]["policy"])
     return network.eval()
 

@@ -7,7 +7,7 @@ unfinished one as well.
 
 import math
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from lapo.errors import UserError, run_main
 from lapo.experts.expert import Expert
 from lapo.experts.registry import expert_name, make_expert
 from lapo.games.table import GAMES, Visuals, check_game, relative_return
+from lapo.runs.checkpoints import saved_config
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.files import check_json, write_json
 
@@ -97,12 +98,11 @@ def configure(args: Arguments, defaults: Config) -> Config:
 
 def evaluate(args: Arguments, cfg: Config) -> dict:
     """Play, print the result and write it where asked; returns it as plain data."""
-    compute = Compute.from_config(cfg)
-    player = choose(args, cfg, compute)
+    player = choose(args, cfg)
     check_game(player.game)
     print(
         f"{player.describe()} plays {cfg.eval.episodes} episodes of {player.game} on held-out levels,"
-        f" on {compute}"
+        f" on {player.compute}"
     )
     seed_everything(cfg.seed)
     played = player.play(cfg)
@@ -136,6 +136,8 @@ class Player:
     act: Act | Expert
     visuals: Visuals
     """How the game is drawn for it: as it was for its training."""
+    compute: Compute
+    """Where it plays, and in which precision: that of its training."""
     checkpoint: Path | None = None
     unfinished_at: int | None = None
     """Environment steps so far of a policy whose training has not ended."""
@@ -157,25 +159,28 @@ class Player:
         return f"{self.policy} policy {self.checkpoint}{progress}"
 
 
-def choose(args: Arguments, cfg: Config, compute: Compute) -> Player:
+def choose(args: Arguments, cfg: Config) -> Player:
     """The player that the arguments ask for.
 
     Raises `UserError` for a checkpoint that is missing, or of a stage whose networks cannot act.
     """
+    compute = Compute.from_config(cfg)
     if args.policy == "random":
-        return Player(cfg.env, "random", random_actor(cfg.seed), cfg.visuals)
+        return Player(cfg.env, "random", random_actor(cfg.seed), cfg.visuals, compute)
     if args.policy == "planner":
-        return Player(cfg.env, "planner", make_expert(cfg.env, num_judged(cfg.eval)), cfg.visuals)
+        return Player(cfg.env, "planner", make_expert(cfg.env, num_judged(cfg.eval)), cfg.visuals, compute)
     mode = args.policy or "online"
     path = args.checkpoint or cfg.run_dir / f"stage3_{mode}" / "checkpoint.pt"
     command = f"python stage3.py --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed} --stage3.mode {mode}"
     checkpoint = load_policy(path, None if args.checkpoint else command)
-    saved = checkpoint["config"]
+    saved = saved_config(checkpoint)
+    compute = Compute.from_config(replace(cfg, precision=saved.precision))
     act = checkpoint_actor(checkpoint, compute, cfg.eval.greedy)
     unfinished_at = None if checkpoint["finished"] else steps_played(checkpoint)
-    visuals = args.visuals or saved["visuals"]
-    policy = "learned expert" if checkpoint["stage"] == "expert" else saved["stage3"]["mode"]
-    return Player(args.env or saved["env"], policy, act, visuals, path, unfinished_at)
+    policy = "learned expert" if checkpoint["stage"] == "expert" else saved.stage3.mode
+    return Player(
+        args.env or saved.env, policy, act, args.visuals or saved.visuals, compute, path, unfinished_at
+    )
 
 
 def describe(result: dict) -> str:

@@ -38,6 +38,18 @@ def stack_frames(frames: Tensor) -> Tensor:
     return normalize(rearrange(frames, "b t h w c -> b h w (t c)"))
 
 
+class Head(nn.Linear):
+    """A network's last layer, in the precision of its weights under autocast too.
+
+    In bf16, neighbouring logits lie 1/32 apart where they are of order four, too far for PPO's ratios.
+    """
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 # ---------------------------------------------------------------- IMPALA
 
 
@@ -335,7 +347,7 @@ class Policy(nn.Module):
         super().__init__()
         self.trunk = ImpalaTrunk(3, scale)
         self.fc = nn.Linear(self.trunk.out_dim, HIDDEN)
-        self.policy_head = nn.Linear(HIDDEN, action_dim)
+        self.policy_head = Head(HIDDEN, action_dim)
 
     def forward(self, obs: Tensor) -> Tensor:
         """obs (B, 3, H, W) → (B, action_dim)."""
@@ -343,12 +355,12 @@ class Policy(nn.Module):
 
     def logits(self, frames: Tensor) -> Tensor:
         """Frames (B, H, W, C) uint8 → logits (B, A) in fp32, where the outputs are actions."""
-        return self(normalize(frames)).float()
+        return self(normalize(frames))
 
 
-def make_value_head() -> nn.Linear:
+def make_value_head() -> Head:
     """256 → 1, orthogonal weights of gain √2, no bias at the start."""
-    head = nn.Linear(HIDDEN, 1)
+    head = Head(HIDDEN, 1)
     nn.init.orthogonal_(head.weight, 2**0.5)
     nn.init.zeros_(head.bias)
     return head
@@ -368,7 +380,7 @@ class ActorCritic(Policy):
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """frames (B, H, W, C) uint8 → logits (B, A), value (B,)."""
         hidden = F.relu(self.fc(self.trunk(normalize(frames))))
-        return self.policy_head(hidden).float(), self.value_head(hidden).float().squeeze(-1)
+        return self.policy_head(hidden), self.value_head(hidden).squeeze(-1)
 
     def logits(self, frames: Tensor) -> Tensor:
         """Frames (B, H, W, C) uint8 → logits (B, A)."""
@@ -383,7 +395,7 @@ class Decoder(nn.Sequential):
         for width in hidden:
             layers += [nn.Linear(la_dim, width), nn.ReLU()]
             la_dim = width
-        super().__init__(*layers, nn.Linear(la_dim, num_actions))
+        super().__init__(*layers, Head(la_dim, num_actions))
 
 
 class DecodedPolicy(nn.Module):
@@ -395,7 +407,7 @@ class DecodedPolicy(nn.Module):
 
     def logits(self, frames: Tensor) -> Tensor:
         """Frames (B, H, W, C) uint8 → logits (B, A) in fp32."""
-        return self.decoder(self.latent_policy(normalize(frames))).float()
+        return self.decoder(self.latent_policy(normalize(frames)))
 
 
 class TwoPathPolicy(nn.Module):
@@ -413,7 +425,7 @@ class TwoPathPolicy(nn.Module):
         self.sl_head = latent_policy.policy_head.requires_grad_(False)
         self.decoder = decoder.requires_grad_(False)
         self.fc = copy.deepcopy(self.sl_fc).requires_grad_(True)
-        self.policy_head = nn.Linear(HIDDEN, num_actions)
+        self.policy_head = Head(HIDDEN, num_actions)
         nn.init.zeros_(self.policy_head.weight)
         nn.init.zeros_(self.policy_head.bias)
         self.value_head = make_value_head()
@@ -425,13 +437,13 @@ class TwoPathPolicy(nn.Module):
         Both come from frozen layers, so one evaluation serves every epoch of PPO.
         """
         features = self.trunk(normalize(frames))
-        return features, self.decoder(self.sl_head(F.relu(self.sl_fc(features)))).float()
+        return features, self.decoder(self.sl_head(F.relu(self.sl_fc(features))))
 
     def forward(self, features: Tensor, logits_sl: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, out_dim), SL logits (B, A) → logits (B, A), value (B,)."""
         hidden = F.relu(self.fc(features))
-        logits = (self.policy_head(hidden).float() + logits_sl) / 2
-        return logits, self.value_head(hidden).float().squeeze(-1)
+        logits = (self.policy_head(hidden) + logits_sl) / 2
+        return logits, self.value_head(hidden).squeeze(-1)
 
     def logits(self, frames: Tensor) -> Tensor:
         """Frames (B, H, W, C) uint8 → logits (B, A)."""

@@ -25,7 +25,7 @@ from lapo.reporting import figures
 from lapo.reporting.inspection import Inspection
 from lapo.reporting.summary import Record, read_records, summarize
 from lapo.reporting.tables import table
-from lapo.runs.checkpoints import inherit
+from lapo.runs.checkpoints import inherit, saved_config
 from lapo.runs.compute import Compute
 from lapo.runs.files import atomic_write, write_json
 
@@ -51,14 +51,13 @@ def report(cfg: Config) -> dict:
     Raises `UserError` if the run has no stage to report on.
     """
     check_data(cfg.env, cfg.game_data)
-    compute = Compute.from_config(cfg)
     records = read_records(cfg)
     cfg = replace(cfg, visuals=next(iter(records.values())).checkpoint["config"]["visuals"])
     summary = summarize(cfg, records)
     text = to_markdown(summary)
     atomic_write(cfg.run_dir / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
     write_json(cfg.run_dir / "summary.json", summary)
-    for name, figure in draw(cfg, compute, records, summary).items():
+    for name, figure in draw(cfg, records, summary).items():
         atomic_write(cfg.run_dir / name, lambda path, figure=figure: figure.savefig(path, format="png"))
     print(f"\n{text}\nsummary and figures: {cfg.run_dir}")
     return summary
@@ -135,20 +134,22 @@ def stage_row(stage: str, progress: dict | None) -> list[str]:
         return [stage, "", "", "missing"]
     minutes, seconds = divmod(progress["seconds"], 60)
     state = "finished" if progress["finished"] else "unfinished"
+    if progress["stale"]:
+        state += f", but built on another {' and '.join(progress['stale'])}"
     return [stage, f"{progress['steps']:,}", f"{minutes} min {seconds:02} s", state]
 
 
 # ---------------------------------------------------------------- figures
 
 
-def draw(cfg: Config, compute: Compute, records: dict[str, Record], summary: dict) -> dict[str, Figure]:
+def draw(cfg: Config, records: dict[str, Record], summary: dict) -> dict[str, Figure]:
     """The figures that the records allow, by file name."""
     drawn = {}
     if stage1 := records.get("stage1"):
         title = learning_title(cfg.env, summary["learnt"])
         drawn["learning.png"] = figures.learning(stage1.lines, stage1.metrics, title)
         try:
-            drawn |= draw_inspection(cfg, compute, stage1)
+            drawn |= draw_inspection(cfg, stage1)
         except UserError as error:  # the data may have gone since
             print(f"latents.png and predictions.png are left out: {error}")
     if judged := summary["returns"]:
@@ -187,10 +188,11 @@ def bar_label(policy: str, row: dict) -> str:
     return NAMES[policy] + "\n" + row["source"].replace(", ", "\n")
 
 
-def draw_inspection(cfg: Config, compute: Compute, stage1: Record) -> dict[str, Figure]:
+def draw_inspection(cfg: Config, stage1: Record) -> dict[str, Figure]:
     """The figures that run the networks of stage 1. Raises `UserError` if the data cannot be read."""
     cfg = inherit(cfg, stage1.checkpoint, ("idm_scale", "wm_width"))
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
+    compute = Compute.from_config(replace(cfg, precision=saved_config(stage1.checkpoint).precision))
     inspection = Inspection(cfg, stage1.checkpoint["state"], compute)
     drawn, what_if = {}, []
     if len(inspection.actions) > 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lapo.config import Config, load_config
 from lapo.data.checks import check_data, check_frames
+from lapo.data.chunks import identify
 from lapo.data_loader import Windows, read_splits
 from lapo.errors import run_main
 from lapo.models import IDM, WorldModel, infer_latents, make_idm, make_world_model, stack_frames
@@ -35,7 +36,7 @@ def train(cfg: Config) -> None:
     compute = Compute.from_config(cfg)
     check_data(cfg.env, cfg.game_data)
     seed_everything(cfg.seed)
-    run = Run(cfg, STAGE, ("data", "model", "vq", "stage1", "probe"), compute)
+    run = Run(cfg, STAGE, ("data", "model", "vq", "stage1", "probe"), compute, identify(cfg))
     if run.finished:
         run.report()
         return

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lapo.config import Config, load_config
 from lapo.data.checks import check_data, check_frames
+from lapo.data.chunks import identify
 from lapo.data_loader import Windows, read_splits
 from lapo.errors import run_main
 from lapo.models import Policy, infer_latents, make_idm, make_latent_policy, normalize
-from lapo.runs.checkpoints import inherit, load_stage
+from lapo.runs.checkpoints import inherit, load_stages, weights_of
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr, warmup_schedule
 from lapo.runs.ranks import average, joined, part_of_batch
@@ -33,10 +34,11 @@ def train(cfg: Config) -> None:
     """Train the latent policy; the result lies in the run's checkpoint."""
     compute = Compute.from_config(cfg)
     check_data(cfg.env, cfg.game_data)
-    stage1 = load_stage(cfg, "stage1", "stage1.py")
+    stage1 = load_stages(cfg, "stage1")["stage1"]
     cfg = inherit(cfg, stage1, ("idm_scale",))
     seed_everything(cfg.seed)
-    run = Run(cfg, STAGE, ("data", "model", "vq", "stage2"), compute)
+    built_on = {"stage1": weights_of(stage1)} | identify(cfg)
+    run = Run(cfg, STAGE, ("data", "model", "vq", "stage2"), compute, built_on)
     if run.finished:
         run.report()
         return
@@ -123,7 +125,7 @@ class Trainer:
     def _loss_of(self, frames: Tensor, target: Tensor) -> Tensor:
         with self.compute.autocast():
             predicted = self.policy(normalize(frames))
-        return F.mse_loss(predicted.float(), target)
+        return F.mse_loss(predicted, target)
 
     def state_dict(self) -> dict:
         """Everything the next step depends on, as plain data."""

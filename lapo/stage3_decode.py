@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lapo.acting import score
 from lapo.config import Config, load_config
 from lapo.data.checks import check_data, check_frames
-from lapo.data.chunks import chunks_holding
+from lapo.data.chunks import KEYS, chunks_holding, identify
 from lapo.data_loader import INFERENCE_BATCH, Windows
 from lapo.decoding import OnlineDecoder, fit, training_updates
 from lapo.errors import UserError, run_main
@@ -25,7 +25,7 @@ from lapo.games.table import ACTIONS, GAMES
 from lapo.games.vec_env import VecEnv
 from lapo.models import infer_latents, make_acting_policy, make_idm
 from lapo.ppo import PPOTrainer, make_env, num_updates, train_from_scratch, train_ppo
-from lapo.runs.checkpoints import inherit, load_stage
+from lapo.runs.checkpoints import inherit, load_stages, weights_of
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, ramp_schedule, set_lr
 from lapo.runs.ranks import joined, share
@@ -50,11 +50,14 @@ def train(cfg: Config) -> None:
     mode.check(cfg)
     earlier = {}
     if mode.needs_latents:
-        earlier = {stage: load_stage(cfg, stage, f"{stage}.py") for stage in ("stage1", "stage2")}
+        earlier = load_stages(cfg, "stage1", "stage2")
         cfg = inherit(cfg, earlier["stage1"], ("idm_scale",))
         cfg = inherit(cfg, earlier["stage2"], ("policy_scale",))
     seed_everything(cfg.seed)
-    run = Run(cfg, f"stage3_{cfg.stage3.mode}", ("model", "stage3", *mode.reads), compute)
+    built_on = {stage: weights_of(checkpoint) for stage, checkpoint in earlier.items()}
+    if not mode.plays:
+        built_on |= identify(cfg, KEYS)
+    run = Run(cfg, f"stage3_{cfg.stage3.mode}", ("model", "stage3", *mode.reads), compute, built_on)
     if run.finished:
         run.report()
         return

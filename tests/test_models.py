@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from lapo.config import load_config
 from lapo.models import (
     IDM,
     ActorCritic,
@@ -16,6 +17,7 @@ from lapo.models import (
     TwoPathPolicy,
     VectorQuantizer,
     WorldModel,
+    make_acting_policy,
     make_value_head,
     normalize,
     stack_frames,
@@ -404,3 +406,21 @@ def test_two_path_policy_follows_a_new_decoder():
     policy.decoder.load_state_dict(fresh.state_dict())
     obs = frames(3)
     torch.testing.assert_close(policy.logits(obs), fresh(latent_policy(normalize(obs))) / 2, **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["bc", "scratch", "offline", "online"])
+def test_logits_and_values_are_in_fp32_under_autocast(kind):
+    """In bf16, 256 logits would take some dozen values, and PPO compares probabilities closely."""
+    torch.manual_seed(0)
+    network = make_acting_policy(load_config(["--preset", "demo"]), kind, 15)
+    for name in ("policy_head", "value_head"):
+        if hasattr(network, name):
+            nn.init.normal_(getattr(network, name).weight, std=0.1)
+    obs = torch.randint(256, (256, 64, 64, 3), dtype=torch.uint8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = [network.logits(obs)[:, 0]]
+        if hasattr(network, "value_head"):
+            outputs.append(network(*network.encode(obs))[1])
+    for x in outputs:
+        assert x.dtype == torch.float32
+        assert len(x.unique()) > 200

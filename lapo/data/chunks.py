@@ -4,6 +4,7 @@ A chunk is an npz file `<game>/<split>/<k>.npz` with `obs` (N, 64, 64, 3) uint8 
 `done` (N,) and what else the published ones have. Knows nothing of tensors.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lapo.config import Config
 from lapo.errors import UserError
 from lapo.runs.files import atomic_write
 
@@ -161,6 +163,27 @@ def chunks_holding(folder: Path, frames: int, skip_bad: bool = False) -> int:
         else:
             held += size
     return count
+
+
+def identify(cfg: Config, keys: tuple[str, ...] = ("obs", "done")) -> dict[str, str]:
+    """Checksums of what `keys` of the configured game's chunks hold, by split: 16 hex digits each.
+
+    From the CRCs in the chunks' zip directories: nothing more is read. A split that is not there is left out.
+    """
+    found = {}
+    for split, limit in (("train", cfg.data.train_chunks), ("test", cfg.data.test_chunks)):
+        digest = hashlib.blake2b(digest_size=8)
+        paths = list_chunks(cfg.game_data / split)[:limit]
+        for path in paths:
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    members = {info.filename: (info.CRC, info.file_size) for info in archive.infolist()}
+            except (OSError, zipfile.BadZipFile):  # whoever reads it says what is wrong with it
+                members = {}
+            digest.update(repr([members.get(f"{key}.npy") for key in keys]).encode())
+        if paths:
+            found[f"{split} frames"] = digest.hexdigest()
+    return found
 
 
 def write_chunk(path: Path, arrays: dict[str, np.ndarray]) -> None:

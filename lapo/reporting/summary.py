@@ -10,7 +10,7 @@ from lapo.acting import judge, random_actor
 from lapo.config import Config, to_dict
 from lapo.errors import UserError
 from lapo.games.table import GAMES, relative_return
-from lapo.runs.checkpoints import load_checkpoint
+from lapo.runs.checkpoints import load_checkpoint, stale, weights_of
 
 MODES = ("bc", "scratch", "offline", "online")
 """Modes of stage 3, in the order in which they are shown."""
@@ -38,11 +38,22 @@ def summarize(cfg: Config, records: dict[str, "Record"]) -> dict:
         "env": cfg.env,
         "exp": cfg.exp,
         "seed": cfg.seed,
-        "stages": {stage: records[stage].progress() if stage in records else None for stage in STAGES},
+        "stages": stages(records),
         "learnt": learnt(records),
         "returns": returns(cfg, records),
         "visuals": cfg.visuals,
         "eval": to_dict(cfg.eval),
+    }
+
+
+def stages(records: dict[str, "Record"]) -> dict[str, dict | None]:
+    """How far every stage has come, see `Record.progress`, and which stages it was built on are `stale`."""
+    weights = {stage: weights_of(records[stage].checkpoint) for stage in STAGES[:2] if stage in records}
+    return {
+        stage: record.progress() | {"stale": stale(record.checkpoint, weights)}
+        if (record := records.get(stage))
+        else None
+        for stage in STAGES
     }
 
 

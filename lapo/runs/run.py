@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ from tqdm import tqdm
 
 from lapo.config import Config, diff, to_dict
 from lapo.errors import UserError
-from lapo.runs.checkpoints import FORMAT, fingerprints, load_checkpoint, provenance, tensors_of
+from lapo.runs.checkpoints import FORMAT, checksum, leaves, load_checkpoint, provenance, saved_config, stale
 from lapo.runs.compute import Compute, rng_state, set_rng_state, to_floats
 from lapo.runs.files import atomic_write, lock, writing
 from lapo.runs.ranks import by_torchrun, expect_same, greatest, is_first
 from lapo.runs.tracking import NoTracking, start_wandb
 
+NEUTRAL = "log_every", "save_every"
+"""Keys of the config's groups on which no number depends."""
 EXPLODED = 1e6
 """No healthy loss or gradient norm comes near: frames lie in ±0.5 and rewards are normalised, so that losses
 are of order one, and of order ten while codes that the published quantiser's start threw far away return."""
@@ -41,8 +44,10 @@ are of order one, and of order ten while codes that the published quantiser's st
 class Run:
     """One run of a stage, new or continued.
 
-    `reads` names the config keys and groups the stage's numbers depend on: a continued run must have the
-    same. `device` and `data_dir` may change.
+    `reads` names the config keys and groups the stage's numbers depend on: a continued or finished run must
+    have the same. `built_on` holds checksums, by name, of what else they depend on: earlier stages (see
+    `checkpoints.weights_of`) and frames. Places and `device` may change. `precision` is kept as it turned
+    out: a run begun in bf16 does not go on in fp32 because another machine's `auto` means that.
 
     Attributes
         step      steps done (of whatever the stage counts)
@@ -51,8 +56,17 @@ class Run:
         state     what `loop` saved last, or None in a new run
     """
 
-    def __init__(self, cfg: Config, stage: str, reads: tuple[str, ...], compute: Compute):
-        self.cfg, self.stage = cfg, stage
+    def __init__(
+        self,
+        cfg: Config,
+        stage: str,
+        reads: tuple[str, ...],
+        compute: Compute,
+        built_on: dict[str, str] | None = None,
+    ):
+        self.precision_is_auto = cfg.precision == "auto"
+        self.cfg, self.stage = replace(cfg, precision="bf16" if compute.bf16 else "fp32"), stage
+        self.built_on, self.provenance = built_on or {}, provenance()
         self.dir = cfg.run_dir / stage
         self.checkpoint_path = self.dir / "checkpoint.pt"
         self.metrics_path = self.dir / "metrics.jsonl"
@@ -78,10 +92,10 @@ class Run:
             self._keep_others_out()
             atomic_write(
                 self.dir / "config.yaml",
-                lambda path: path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False)),
+                lambda path: path.write_text(yaml.safe_dump(to_dict(self.cfg), sort_keys=False)),
             )
             self._trim_metrics()
-            self._wandb = start_wandb(cfg, stage, self.dir, self._wandb_id)
+            self._wandb = start_wandb(self.cfg, stage, self.dir, self._wandb_id)
             self._wandb_id = self._wandb.id
 
     def _keep_others_out(self) -> None:
@@ -93,11 +107,19 @@ class Run:
 
     def _continue(self) -> None:
         checkpoint = load_checkpoint(self.checkpoint_path)
-        changes = diff({key: checkpoint["config"].get(key) for key in self._reads}, self._relevant())
+        saved = saved_config(checkpoint)
+        if saved.precision == "auto" or (checkpoint["finished"] and self.precision_is_auto):
+            saved = replace(saved, precision=self.cfg.precision)
+        changes = diff(self._relevant(saved), self._relevant(self.cfg))
         if changes:
             raise UserError(
                 f"{self.dir} was made with other settings ({'; '.join(changes)});"
                 f" choose another --exp, or delete {self.dir}"
+            )
+        if others := stale(checkpoint, self.built_on):
+            raise UserError(
+                f"{self.dir} was built on other {' and '.join(others)} than are there now;"
+                f" put the old ones back, choose another --exp, or delete {self.dir} to make it anew"
             )
         self.step, self.finished = checkpoint["step"], checkpoint["finished"]
         self.metrics, self.state = checkpoint["metrics"], checkpoint["state"]
@@ -109,9 +131,13 @@ class Run:
             self._rng = checkpoint["rng"]
             print(f"continues from step {self.step:,}")
 
-    def _relevant(self) -> dict:
-        values = to_dict(self.cfg)
-        return {key: values[key] for key in self._reads}
+    def _relevant(self, cfg: Config) -> dict:
+        """What of a configuration the run's numbers depend on."""
+        values = {key: value for key, value in to_dict(cfg).items() if key in self._reads}
+        for group in values.values():
+            for key in NEUTRAL if isinstance(group, dict) else ():
+                group.pop(key, None)
+        return values
 
     def _trim_metrics(self) -> None:
         """Drop lines that a killed run wrote after its last checkpoint: they will be written again."""
@@ -178,10 +204,10 @@ class Run:
 
         Of several processes, the first one writes, and the others wait for it.
         """
-        floats = ((name, x) for name, x in tensors_of(state) if x.is_floating_point())
-        bad = next((name for name, x in floats if not x.isfinite().all()), None)
+        tensors = ((path, x) for path, x in leaves(state) if isinstance(x, Tensor) and x.is_floating_point())
+        bad = next((path for path, x in tensors if not x.isfinite().all()), None)
         if bad:
-            raise self._diverged(f"{bad} holds values that are not finite", self.step)
+            raise self._diverged(f"{'.'.join(map(str, bad))} holds values that are not finite", self.step)
         self._means(self.step)  # what has exploded since the last line must not cost the good checkpoint
         if is_first():
             self._write(state)
@@ -202,9 +228,10 @@ class Run:
             "logged": self._logged,
             "rng": rng_state(),
             "wandb_id": self._wandb_id,
-            "provenance": provenance(),
+            "provenance": self.provenance,
+            "built_on": self.built_on,
         }
-        checkpoint["fingerprints"] = fingerprints(checkpoint)
+        checkpoint["checksum"] = checksum(checkpoint)
         with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
             os.fsync(file.fileno())
         atomic_write(self.checkpoint_path, lambda path: torch.save(checkpoint, path), verify=load_checkpoint)
