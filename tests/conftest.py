@@ -1,5 +1,6 @@
 """Fixtures of all tests, and how they are run."""
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if TRAINING & set(item.fixturenames):
             item.add_marker("slow")
 
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As in a script's background: the scripts under test would inherit that, and be deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Call = Callable[..., tuple[int, str, str]]
 

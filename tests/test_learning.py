@@ -48,7 +48,7 @@ def test_latent_actions_tell_true_actions_after_a_short_stage_1(tmp_path: Path):
     assert metrics["probe_acc_test"] >= 0.9
     assert metrics["untrained_probe_acc_test"] < 0.6
     assert metrics["majority_acc_test"] < 0.3
-    assert metrics["wm_loss_test"] < 0.7 * metrics["copy_loss_test"]
+    assert metrics["wm_loss_test"] < 0.8 * metrics["copy_loss_test"]
 
     # The control: the same latents tell nothing of shuffled actions.
     compute = Compute.from_config(cfg)
