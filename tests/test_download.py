@@ -79,8 +79,8 @@ def test_download_unpacks_removes_the_archive_and_is_not_repeated(drive, tmp_pat
     members = {"bigfish/": b"", **CHUNKS, "bigfish/.DS_Store": b"no chunk"}
     drive.archive = write_zip(tmp_path / "published.zip", members)
     (drive.data / "bigfish.zipabcd1234.part").write_bytes(b"of a download that broke off")
-    (drive.data / ".bigfish.unpacking").mkdir()
-    (drive.data / ".bigfish.unpacking" / "of a run that was killed").write_bytes(b"")
+    (drive.data / ".bigfish.partial").mkdir()
+    (drive.data / ".bigfish.partial" / "of a run that was killed").write_bytes(b"")
 
     first = drive.set_up("bigfish")
     assert first.returncode == 0, first.stderr

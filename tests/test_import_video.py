@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from PIL import Image
 
 from lapo import import_video, stage2_bc, stage3_decode
 from lapo.data.chunks import find_chunks, read_header
-from lapo.data.video import shrink
+from lapo.data.clips import checksum, shrink
 from lapo.data_loader import window_starts
 from lapo.errors import UserError
 from lapo.import_video import Split
@@ -137,7 +138,7 @@ def test_equal_clips_give_equal_files_and_a_finished_import_is_left_alone(tmp_pa
     expected = None
     for name in ("a", "b"):
         # As a killed import leaves it.
-        leftover = tmp_path / name / ".mygame.importing/train/0.npz"
+        leftover = tmp_path / name / ".mygame.partial/train/0.npz"
         leftover.parent.mkdir(parents=True)
         leftover.write_bytes(b"half a chunk")
         assert run(tmp_path / name, clip).returncode == 0
@@ -153,22 +154,21 @@ def test_equal_clips_give_equal_files_and_a_finished_import_is_left_alone(tmp_pa
 
 
 def test_the_record_says_how_the_data_were_made(tmp_path, importing):
-    clip = write_images(tmp_path / "shots", grey(np.arange(30)))
-    folder = importing(clip, "--crop", "1", "2", "8", "4", "--frame-skip", "2")
+    clip = write_images(tmp_path / "shots", grey(np.arange(50)))
+    folder = importing(clip, "--crop", "1", "2", "8", "4", "--frame-skip", "2", "--test-share", "0.2")
     record = json.loads((folder / "dataset.json").read_text())
     size = sum(path.stat().st_size for path in clip.iterdir())
-    assert record.pop("versions")["av"] == av.__version__
+    assert record.pop("versions").items() >= {"av": av.__version__, "pillow": PIL.__version__}.items()
     assert record == {
-        "sources": [{"name": "shots", "bytes": size}],
+        "sources": [{"name": "shots", "bytes": size, "crc32": checksum(clip)}],
         "crop": [1, 2, 8, 4],
         "frame_skip": 2,
-        "test_share": 0.1,
+        "test_share": 0.2,
         "cut_threshold": 35.0,
-        "decoded": [30],
-        "train": {"frames": 14, "shots": 1, "chunks": 1, "left_out": 0},
-        "test": {"frames": 0, "shots": 0, "chunks": 0, "left_out": 1},
+        "decoded": [50],
+        "train": {"frames": 20, "shots": 1, "chunks": 1, "left_out": 0},
+        "test": {"frames": 5, "shots": 1, "chunks": 1, "left_out": 0},
     }
-    assert not (folder / "test").exists()
 
 
 # ---------------------------------------------------------------- pixels
@@ -325,9 +325,10 @@ def damaged_image(folder: Path) -> Path:
 
 
 def damaged_jpeg(folder: Path) -> Path:
-    write_images(folder, grey(np.arange(12), 80, 80))
+    folder.mkdir()
     noise = np.random.default_rng(0).integers(256, size=(80, 80, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "12.jpg")
+    for number in range(13):
+        Image.fromarray(noise).save(folder / f"{number}.jpg")
     (folder / "12.jpg").write_bytes((folder / "12.jpg").read_bytes()[:2000])
     return folder
 
