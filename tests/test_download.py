@@ -1,6 +1,7 @@
 """setup_data.sh and download_data.py: real command lines, local zips, a stub in the place of gdown."""
 
 import inspect
+import io
 import json
 import os
 import random
@@ -21,7 +22,17 @@ from lapo.games.table import GAMES
 from support import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
-CHUNKS = {f"bigfish/{name}.npz": name.encode() * 500 for name in ("train/0", "train/1", "train/10", "test/0")}
+
+
+def chunk(name: str) -> bytes:
+    """A small chunk: an uncompressed zip."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as opened:
+        opened.writestr("obs.npy", name * 500)
+    return file.getvalue()
+
+
+CHUNKS = {f"bigfish/{name}.npz": chunk(name) for name in ("train/0", "train/1", "train/2", "test/0")}
 STUB = """
 import json, os, shutil
 from gdown.exceptions import DownloadError
@@ -131,7 +142,7 @@ def damaged(path: Path) -> None:
 
 def symlink(path: Path) -> None:
     write_zip(path)
-    link = zipfile.ZipInfo("bigfish/train/2.npz")
+    link = zipfile.ZipInfo("bigfish/train/3.npz")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(link, "/etc/passwd")
@@ -160,7 +171,7 @@ def holding(*names: str) -> Callable[[Path], Path]:
         (web_page, "(File is not a zip file)"),
         (holding(*CHUNKS, "bigfish/train/../../../evil.npz"), "evil.npz' leads out of the archive"),
         (holding(*CHUNKS, "/tmp/evil.npz"), "evil.npz' leads out of the archive"),
-        (symlink, "'bigfish/train/2.npz' leads out of the archive"),
+        (symlink, "'bigfish/train/3.npz' leads out of the archive"),
         (holding("maze/train/0.npz", "maze/test/0.npz"), "no bigfish/train/<number>.npz"),
         (holding("bigfish/train/0.npz"), "no bigfish/test/<number>.npz"),
         (too_large, "unpacks to 1000000.0 GB, but the disk has"),

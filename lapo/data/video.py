@@ -22,6 +22,8 @@ NO_LEADING_PICTURES = ("h264", "hevc", "vvc")
 """Codecs in which no frame shown before the very first keyframe can be decoded from it."""
 DURATION_IN_HEADER = ("matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "avi", "flv", "asf")
 """Containers that say beforehand how long they are; of others FFmpeg only estimates it."""
+TO_BT709 = "-vf colorspace=all=bt709:iprimaries=bt709:itrc=bt709:format=yuv444p "
+"""FFmpeg's option that converts colours, from the space that a film names."""
 TOLERANCE = 0.5
 """Seconds by which a film may be shorter than its header says: the last frame's duration is often unknown."""
 TILT = 0.09
@@ -35,6 +37,7 @@ class Film:
     file: Path
     stream: int
     codec: str
+    packets: int
     skipped: set[int]
     """Packets, by their number in the stream, that do not decode exactly."""
     frames: int
@@ -47,6 +50,11 @@ class Film:
     """Whether the film begins amid a group of pictures; then its decoder may leave out frames, too."""
     notes: list[str]
     """What the user should know, in words that follow the file's name."""
+
+    def leave_out_last(self) -> None:
+        """Skip the last packet: no other frame is predicted from it."""
+        self.skipped.add(self.packets - 1)
+        self.notes.append("ends early, amid a frame, which was left out")
 
 
 @dataclass
@@ -79,9 +87,10 @@ class _Track:
             self.leading += [number] * (packet.pts < self.first_key_pts)
 
 
-def encode_anew(file: Path, options: str = "") -> str:
+def encode_anew(file: Path, options: str = "", decoder: str = "") -> str:
     """The command line that makes a lossless film, upright and patched up, of whatever FFmpeg makes of it."""
-    return f"ffmpeg -i {shlex.quote(str(file))} {options}-c:v ffv1 {shlex.quote(file.stem + '-anew.mkv')}"
+    result = shlex.quote(file.stem + "-anew.mkv")
+    return f"ffmpeg {decoder}-i {shlex.quote(str(file))} {options}-c:v ffv1 {result}"
 
 
 @contextmanager
@@ -133,6 +142,12 @@ def scan(file: Path) -> Film:
         if stream is None:
             raise UserError(f"{file} holds no video, or is cut off")
         index, codec = stream.index, stream.codec_context.name
+        if "alpha_mode" in stream.metadata:
+            other = f"-c:v {'libvpx' if codec == 'vp8' else 'libvpx-vp9'} "
+            raise UserError(
+                f"{file} is transparent in a way that its usual decoder does not see; encode it anew:"
+                f" {encode_anew(file, decoder=other)}"
+            )
         declared = (container.duration or 0) / av.time_base
         if container.format.name not in DURATION_IN_HEADER:
             declared = 0.0
@@ -150,9 +165,9 @@ def scan(file: Path) -> Film:
     corrupt = [number for number in track.corrupt if number not in skipped and number != last]
     if corrupt:
         raise UserError(
-            f"{file} is damaged: data are missing at frame {corrupt[0]}, {len(corrupt)} packets are corrupt in"
-            " all, and frames that follow are spoilt; leave it out, cut out what is whole, or have FFmpeg"
-            f" patch it up: {encode_anew(file)}"
+            f"{file} is damaged: data are missing at frame {corrupt[0]} ({len(corrupt)} packets are corrupt),"
+            " and frames that follow are spoilt; leave it out, cut out what is whole, or have FFmpeg patch"
+            f" it up: {encode_anew(file)}"
         )
     if last in track.corrupt:
         skipped.add(last)  # nothing is predicted from it
@@ -167,7 +182,7 @@ def scan(file: Path) -> Film:
     left_out = len(skipped - track.hidden)
     frames = track.packets - len(track.hidden) - left_out
     second_key = track.packets if track.second_key is None else track.second_key
-    return Film(file, index, codec, skipped, frames, left_out, second_key, cut, notes)
+    return Film(file, index, codec, track.packets, skipped, frames, left_out, second_key, cut, notes)
 
 
 def _choose(videos: Sequence[av.VideoStream], tracks: dict[int, _Track]) -> av.VideoStream | None:
@@ -184,19 +199,28 @@ def _choose(videos: Sequence[av.VideoStream], tracks: dict[int, _Track]) -> av.V
 def read_film(film: Film, every: int = 1) -> Iterator[np.ndarray | None]:
     """Frames (H, W, 3) uint8 in the order shown, upright; None for all but one in `every`.
 
-    Raises UserError where one cannot be decoded exactly.
+    Notes in `film` if its last packet turns out to be half. Raises UserError where a frame cannot be decoded
+    exactly.
     """
-    index = 0
+    decode, done = _decode, 0
     with _decoding(film.file):
-        try:
-            for index, frame in enumerate(_decode(film), 1):
-                yield _shown(frame, film.file) if (index - 1) % every == 0 else None
-        except av.InvalidDataError:
-            if film.codec != "h264":
-                raise
-            for number, frame in enumerate(_decode_after_cut(film)):
-                if number >= index:
-                    yield None if number % every else _shown(frame, film.file)
+        while True:
+            try:
+                for number, frame in enumerate(decode(film)):
+                    if number == done:
+                        yield _shown(frame, film.file) if number % every == 0 else None
+                        done += 1
+                return
+            except av.InvalidDataError:
+                if decode is _decode_slowly:
+                    raise
+                decode = _decode_slowly
+            except _HalfPacketError:
+                film.leave_out_last()
+
+
+class _HalfPacketError(Exception):
+    """A film's last packet does not decode."""
 
 
 def _decode(film: Film) -> Iterator[av.VideoFrame]:
@@ -207,27 +231,34 @@ def _decode(film: Film) -> Iterator[av.VideoFrame]:
                 yield from packet.decode()
 
 
-def _decode_after_cut(film: Film) -> Iterator[av.VideoFrame]:
-    """All frames of an H.264 film that may have been cut within an open group of pictures.
+def _decode_slowly(film: Film) -> Iterator[av.VideoFrame]:
+    """All frames of a film in which the decoder found something wrong that may be harmless.
 
-    Its decoder, asked to make errors of all damage, makes one of what is missing before the cut, even if no
-    frame needs it. So it is not asked, and what it says is read instead; on a single thread, to know when it
-    says it. Raises UserError for anything else that it finds wrong.
+    On one thread, so that it is known what is wrong with which packet. Besides, H.264's decoder, asked to
+    make errors of all damage, makes one of what is missing before a cut, even if no frame needs it; so it is
+    not asked, and what it says is read instead. Raises _HalfPacketError; UserError or FFmpegError for damage.
     """
     with av.open(str(film.file.absolute())) as container:
-        stream = container.streams[film.stream]
+        stream = _decoder(container, film.stream)
         stream.thread_type = "NONE"
+        if film.codec == "h264":
+            stream.codec_context.options = {}
         for number, packet in enumerate(container.demux(stream)):
             if number in film.skipped:
                 continue
-            frames, complaints = _decode_and_listen(packet)
-            if number < film.second_key:
-                complaints = [text for text in complaints if text != MISSING_REFERENCE]
-            if complaints:
-                raise UserError(
-                    f"{film.file} is damaged ({complaints[0]}, at frame {number}); leave it out, or have FFmpeg"
-                    f" patch it up: {encode_anew(film.file)}"
-                )
+            try:
+                frames, complaints = _decode_and_listen(packet)
+                if number < film.second_key:
+                    complaints = [text for text in complaints if text != MISSING_REFERENCE]
+                if complaints and film.codec == "h264":
+                    raise UserError(
+                        f"{film.file} is damaged ({complaints[0]}, at frame {number}); leave it out, or have"
+                        f" FFmpeg patch it up: {encode_anew(film.file)}"
+                    )
+            except (UserError, av.InvalidDataError):
+                if number == film.packets - 1:
+                    raise _HalfPacketError from None
+                raise
             yield from frames
 
 
@@ -277,8 +308,7 @@ def to_rgb(frame: av.VideoFrame, file: Path) -> np.ndarray:
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(
             f"{file}: its colours cannot be converted to RGB ({error.strerror or error}: {frame.format.name},"
-            f" colour space {int(frame.colorspace)}); encode it anew:"
-            f" {encode_anew(file, '-vf colorspace=all=bt709:iall=bt709:format=yuv444p ')}"
+            f" colour space {int(frame.colorspace)}); encode it anew: {encode_anew(file, TO_BT709)}"
         ) from None
 
 
