@@ -48,12 +48,17 @@ class Film:
     """Number of the second keyframe's packet, or of packets if there is none."""
     cut: bool
     """Whether the film begins amid a group of pictures; then its decoder may leave out frames, too."""
+    last_dts: int | None
+    """When the last packet is to be decoded: a frame is never shown before it is decoded."""
+    until: int | None
+    """Frames from this time on are left out, as others are missing before them."""
     notes: list[str]
     """What the user should know, in words that follow the file's name."""
 
     def leave_out_last(self) -> None:
         """Skip the last packet: no other frame is predicted from it."""
         self.skipped.add(self.packets - 1)
+        self.until = self.last_dts
         self.notes.append("ends early, amid a frame, which was left out")
 
 
@@ -67,12 +72,14 @@ class _Track:
     first_key: int = 0
     first_key_pts: int | None = None
     second_key: int | None = None
+    last_dts: int | None = None
     leading: list[int] = field(default_factory=list)
     corrupt: list[int] = field(default_factory=list)
 
     def add(self, packet: av.Packet) -> None:
         number = self.packets
         self.packets += 1
+        self.last_dts = packet.dts
         if packet.is_discard:  # outside of the edit list: decoded, but not shown
             self.hidden.add(number)
         if packet.is_corrupt:
@@ -169,20 +176,33 @@ def scan(file: Path) -> Film:
             " and frames that follow are spoilt; leave it out, cut out what is whole, or have FFmpeg patch"
             f" it up: {encode_anew(file)}"
         )
-    if last in track.corrupt:
-        skipped.add(last)  # nothing is predicted from it
+    until = None
     if last in track.corrupt or declared > end + TOLERANCE:
-        notes.append(
-            f"ends early: it may be cut short, and only what is there was taken ({end:.1f} s; its header says"
-            f" {declared:.1f} s)"
-            if declared
-            else "ends early, amid a frame, which was left out"
-        )
+        told = f" ({end:.1f} s; its header says {declared:.1f} s)" if declared else ""
+        notes.append(f"ends early: it may be cut short, and only what is there was taken{told}")
+        until = track.last_dts
+        if last in track.corrupt:
+            skipped.add(last)  # nothing is predicted from it
+        elif until is not None:
+            until += 1
     cut = bool(track.first_key or track.leading)
     left_out = len(skipped - track.hidden)
     frames = track.packets - len(track.hidden) - left_out
     second_key = track.packets if track.second_key is None else track.second_key
-    return Film(file, index, codec, track.packets, skipped, frames, left_out, second_key, cut, notes)
+    return Film(
+        file=file,
+        stream=index,
+        codec=codec,
+        packets=track.packets,
+        skipped=skipped,
+        frames=frames,
+        left_out=left_out,
+        second_key=second_key,
+        cut=cut,
+        last_dts=track.last_dts,
+        until=until,
+        notes=notes,
+    )
 
 
 def _choose(videos: Sequence[av.VideoStream], tracks: dict[int, _Track]) -> av.VideoStream | None:
@@ -207,6 +227,8 @@ def read_film(film: Film, every: int = 1) -> Iterator[np.ndarray | None]:
         while True:
             try:
                 for number, frame in enumerate(decode(film)):
+                    if None not in (film.until, frame.pts) and frame.pts >= film.until:
+                        return
                     if number == done:
                         yield _shown(frame, film.file) if number % every == 0 else None
                         done += 1
