@@ -109,6 +109,65 @@ def test_download_unpacks_removes_the_archive_and_is_not_repeated(drive, tmp_pat
     assert len(drive.calls()) == 1
 
 
+@pytest.mark.parametrize(
+    ("there", "complaint"),
+    [
+        ({"train/0.npz": chunk("train/0")}, "it has no test/<number>.npz"),
+        ({"test/0.npz": chunk("test/0"), "train/notes.txt": b""}, "it has no train/<number>.npz"),
+        (
+            {"train/0.npz": chunk("0"), "train/1.npz": chunk("1")[:-9], "test/0.npz": chunk("0")},
+            "half train/1.npz",
+        ),
+        (
+            {"train/0.npz": chunk("0"), "train/2.npz": chunk("2"), "test/0.npz": chunk("0")},
+            "it has 2 chunks in train, but their numbers go up to 2",
+        ),
+        ({"bigfish/train/0.npz": chunk("0")}, "it has no train/<number>.npz"),
+    ],
+)
+def test_a_half_unpacked_game_is_an_error(tmp_path, capsys, there, complaint):
+    for name, content in there.items():
+        path = tmp_path / "bigfish" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        download_data.set_up("bigfish", tmp_path)
+    assert f"{tmp_path / 'bigfish'} is not complete: it " in str(error.value)
+    assert complaint in str(error.value)
+    assert "move it away or delete it, and run the command again" in str(error.value)
+    assert files(tmp_path / "bigfish") == there
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_folder_with_nothing_of_the_users_is_filled(tmp_path, link):
+    folder = tmp_path / "data" / "bigfish"
+    disk = tmp_path / "disk" if link else folder
+    disk.mkdir(parents=True)
+    (disk / ".DS_Store").write_bytes(b"")
+    if link:
+        folder.parent.mkdir()
+        folder.symlink_to(disk)
+    write_zip(folder.with_suffix(".zip"))
+    download_data.set_up("bigfish", folder.parent)
+    assert files(disk) == {".DS_Store": b""} | {name[8:]: content for name, content in CHUNKS.items()}
+    assert [path.name for path in folder.parent.iterdir()] == ["bigfish"]
+
+
+def test_one_process_sets_up_a_game_at_a_time(tmp_path, monkeypatch):
+    write_zip(tmp_path / "bigfish.zip")
+    locked = []
+
+    def look(archive: Path, game: str) -> None:
+        locked.append((tmp_path / ".bigfish.lock").exists())
+        raise UserError("enough")
+
+    monkeypatch.setattr(download_data, "unpack", look)
+    with pytest.raises(UserError, match="enough"):
+        download_data.set_up("bigfish", tmp_path)
+    assert locked == [True]
+    assert [path.name for path in tmp_path.iterdir()] == ["bigfish.zip"]
+
+
 def test_refusal_says_what_to_do_by_hand_and_the_other_games_go_on(drive):
     write_zip(drive.data / "bigfish.zip")
     result = drive.set_up("maze", "bigfish")

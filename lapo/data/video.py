@@ -4,9 +4,11 @@ The only module that imports PyAV. Dimensions: H, W frame of a source · C = 3 c
 """
 
 import shlex
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -22,6 +24,8 @@ NO_LEADING_PICTURES = ("h264", "hevc", "vvc")
 """Codecs in which no frame shown before the very first keyframe can be decoded from it."""
 DURATION_IN_HEADER = ("matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "avi", "flv", "asf")
 """Containers that say beforehand how long they are; of others FFmpeg only estimates it."""
+EVENLY_SPACED = ("mpegts", "mpeg")
+"""Containers of broadcasts, which neither say how long they are nor vary their frame rate."""
 TO_BT709 = "-vf colorspace=all=bt709:iprimaries=bt709:itrc=bt709:format=yuv444p "
 """FFmpeg's option that converts colours, from the space that a film names."""
 TOLERANCE = 0.5
@@ -73,6 +77,7 @@ class _Track:
     first_key_pts: int | None = None
     second_key: int | None = None
     last_dts: int | None = None
+    last_pts: deque[int] = field(default_factory=lambda: deque(maxlen=32))
     leading: list[int] = field(default_factory=list)
     corrupt: list[int] = field(default_factory=list)
 
@@ -80,6 +85,8 @@ class _Track:
         number = self.packets
         self.packets += 1
         self.last_dts = packet.dts
+        if packet.pts is not None:
+            self.last_pts.append(packet.pts)
         if packet.is_discard:  # outside of the edit list: decoded, but not shown
             self.hidden.add(number)
         if packet.is_corrupt:
@@ -92,6 +99,16 @@ class _Track:
                 self.second_key = number
         elif self.keyframes == 1 and None not in (packet.pts, self.first_key_pts):
             self.leading += [number] * (packet.pts < self.first_key_pts)
+
+    def gap_at_end(self) -> int | None:
+        """When the first frame is shown that, frames being evenly spaced, follows one that never came."""
+        times = sorted(self.last_pts)
+        steps = [after - before for before, after in pairwise(times)]
+        for time, step in zip(times[1:], steps, strict=True):
+            # Nothing is missing before the last packet is decoded. Pulldown alternates between 2 and 3 fields.
+            if self.last_dts is not None and time > self.last_dts and step > 1.75 * min(steps):
+                return time
+        return None
 
 
 def encode_anew(file: Path, options: str = "", decoder: str = "") -> str:
@@ -156,6 +173,7 @@ def scan(file: Path) -> Film:
                 f" {encode_anew(file, decoder=other)}"
             )
         declared = (container.duration or 0) / av.time_base
+        evenly_spaced = container.format.name in EVENLY_SPACED
         if container.format.name not in DURATION_IN_HEADER:
             declared = 0.0
         end -= min(0, container.start_time or 0) / av.time_base
@@ -176,7 +194,9 @@ def scan(file: Path) -> Film:
             " and frames that follow are spoilt; leave it out, cut out what is whole, or have FFmpeg patch"
             f" it up: {encode_anew(file)}"
         )
-    until = None
+    until = track.gap_at_end() if evenly_spaced else None
+    if until is not None:
+        notes.append("ends early: frames are missing before its very last ones, which were left out")
     if last in track.corrupt or declared > end + TOLERANCE:
         told = f" ({end:.1f} s; its header says {declared:.1f} s)" if declared else ""
         notes.append(f"ends early: it may be cut short, and only what is there was taken{told}")

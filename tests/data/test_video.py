@@ -37,6 +37,7 @@ def add_film(out, frames: Frames, codec: str, pix_fmt: str = "yuv420p", **option
     """A new stream and its packets, one after the other."""
     stream = out.add_stream(codec, rate=25, options=options)
     stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pix_fmt
+    stream.codec_context.thread_count = 1  # some encoders' results depend on it
     packets = [packet for frame in frames for packet in stream.encode(av.VideoFrame.from_ndarray(frame))]
     return stream, packets + stream.encode()
 
@@ -116,12 +117,16 @@ def test_damage_after_a_cut_is_still_damage(tmp_path):
     options = {"x264-params": "open-gop=1:keyint=20:bframes=3"}
     whole = film(tmp_path / "whole.mkv", textured(100), "libx264", **options)
     path = cut(whole, tmp_path / "film.mkv", 33)
-    content = bytearray(path.read_bytes())
-    at = len(content) // 3
-    content[at : at + 20] = bytes(20)
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"film.mkv is damaged .* ffmpeg -i \S*film.mkv -c:v ffv1 film-anew"):
-        read(path)
+    intact = path.read_bytes()
+    for share in (0.4, 0.45, 0.55):
+        content = bytearray(intact)
+        at = int(len(content) * share)
+        content[at : at + 20] = bytes(20)
+        path.write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"film.mkv is damaged.* ffmpeg -i \S*film.mkv -c:v ffv1 film-anew"
+        ):
+            read(path)
 
 
 @pytest.mark.parametrize(
@@ -149,14 +154,21 @@ def test_a_film_that_ends_early_gives_what_is_there_and_says_so(tmp_path, name, 
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
-def test_a_recording_that_ends_amid_a_frame_is_taken_up_to_it(tmp_path, codec):
-    whole = film(tmp_path / "film.ts", textured(100), codec, g="12", bf="2")
-    expected, _ = read(whole)
-    frames, (note,) = read(shortened(whole, 0.6, 188))
-    assert "ends early, amid a frame, which was left out" in note
-    assert 40 < len(frames) < 80
-    for one, another in zip(frames, expected, strict=False):
-        np.testing.assert_array_equal(one, another)
+def test_a_recording_that_ends_anywhere_is_taken_as_far_as_it_is_whole(tmp_path, codec):
+    whole = film(tmp_path / "film.ts", textured(60), codec, g="12", bf="2")
+    expected, notes = read(whole)
+    assert (len(expected), notes) == (60, [])
+    told = set()
+    for share in np.arange(0.4, 0.9, 0.04):
+        frames, notes = read(shortened(whole, share, 188))
+        assert len(frames) > 60 * share - 12
+        for one, another in zip(frames, expected, strict=False):
+            np.testing.assert_array_equal(one, another)
+        told |= {note.split(" ends early")[1] for note in notes}
+    assert told == {
+        ", amid a frame, which was left out",
+        ": frames are missing before its very last ones, which were left out",
+    }
 
 
 def test_lost_packets_amid_a_film_are_refused(tmp_path):
