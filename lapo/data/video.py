@@ -20,8 +20,6 @@ from lapo.errors import UserError
 STILL = Disposition.attached_pic | Disposition.still_image | Disposition.timed_thumbnails
 MISSING_REFERENCE = "mmco: unref short failure"
 """What H.264's decoder says where a frame is to be forgotten that lies before a cut: harmless in itself."""
-NO_LEADING_PICTURES = ("h264", "hevc", "vvc")
-"""Codecs in which no frame shown before the very first keyframe can be decoded from it."""
 DURATION_IN_HEADER = ("matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "avi", "flv", "asf")
 """Containers that say beforehand how long they are; of others FFmpeg only estimates it."""
 EVENLY_SPACED = ("mpegts", "mpeg")
@@ -43,11 +41,11 @@ class Film:
     codec: str
     packets: int
     skipped: set[int]
-    """Packets, by their number in the stream, that do not decode exactly."""
+    """Packets, by their number in the stream, that are not given to the decoder."""
     frames: int
-    """How many the other packets give: exact but where a codec has packets that show nothing."""
+    """How many the film gives: exact but where a codec has packets that show nothing."""
     left_out: int
-    """How many those skipped would have given."""
+    """How many those skipped, and those shown before the first keyframe, would have given."""
     second_key: int
     """Number of the second keyframe's packet, or of packets if there is none."""
     cut: bool
@@ -105,7 +103,7 @@ class _Track:
         times = sorted(self.last_pts)
         steps = [after - before for before, after in pairwise(times)]
         for time, step in zip(times[1:], steps, strict=True):
-            # Nothing is missing before the last packet is decoded. Pulldown alternates between 2 and 3 fields.
+            # Nothing is missing before the last packet is decoded. Pulldown alternates 2 and 3 fields.
             if self.last_dts is not None and time > self.last_dts and step > 1.75 * min(steps):
                 return time
         return None
@@ -184,8 +182,6 @@ def scan(file: Path) -> Film:
 
     track = tracks[index]
     skipped = set(range(track.first_key))
-    if codec in NO_LEADING_PICTURES:
-        skipped.update(track.leading)
     last = track.packets - 1
     corrupt = [number for number in track.corrupt if number not in skipped and number != last]
     if corrupt:
@@ -206,7 +202,8 @@ def scan(file: Path) -> Film:
         elif until is not None:
             until += 1
     cut = bool(track.first_key or track.leading)
-    left_out = len(skipped - track.hidden)
+    # Those shown before the very first keyframe are left out by the decoder, unless it has all they need.
+    left_out = len(skipped.union(track.leading) - track.hidden)
     frames = track.packets - len(track.hidden) - left_out
     second_key = track.packets if track.second_key is None else track.second_key
     return Film(
