@@ -48,12 +48,12 @@ def film(path: Path, frames: Frames, codec: str, pix_fmt: str = "yuv420p", **opt
     return path
 
 
-def cut(source: Path, target: Path, first: int) -> Path:
-    """All packets from `first` on, as cutting without encoding anew leaves them."""
+def cut(source: Path, target: Path, first: int, without: int = -1) -> Path:
+    """All packets from `first` on but one, as cutting without encoding anew leaves them."""
     with av.open(str(source)) as opened, av.open(str(target), "w") as out:
         stream = out.add_stream_from_template(opened.streams.video[0])
         for number, packet in enumerate(opened.demux(video=0)):
-            if packet.size and number >= first:
+            if packet.size and number >= first and number != without:
                 packet.stream = stream
                 out.mux(packet)
     return target
@@ -131,10 +131,20 @@ def test_damage_after_a_cut_is_still_damage(tmp_path):
             read(path)
 
 
+@pytest.mark.parametrize("lost", [30, 32, 35, 36])
+def test_what_is_missing_amid_a_film_is_not_taken_for_what_a_cut_left_out(tmp_path, lost):
+    options = {"x264-params": "open-gop=1:keyint=20:bframes=3"}
+    whole = film(tmp_path / "whole.mkv", textured(60), "libx264", **options)
+    path = cut(whole, tmp_path / "film.mkv", 0, without=lost)
+    with pytest.raises(UserError, match=r"film.mkv is damaged \((mmco|reference picture missing)"):
+        read(path)
+
+
 @pytest.mark.parametrize(
     ("name", "codec", "options", "header"),
     [
         ("film.mkv", "libx264", {}, "4.0 s"),
+        ("film.mkv", "mpeg4", {}, "4.0 s"),
         ("film.mp4", "mpeg4", {"movflags": "faststart"}, "4.0 s"),
         ("film.flv", "flv", {}, "4.0 s"),
         ("film.avi", "mpeg4", {}, ""),
