@@ -20,7 +20,9 @@ from gdown.exceptions import DownloadError
 from tqdm import tqdm
 
 from lapo.config import ROOT
+from lapo.data.chunks import list_chunks
 from lapo.errors import UserError, run_main
+from lapo.runs.files import filled_at_once, filling, is_vacant
 
 ARCHIVES = {
     "bigfish": "10xwWejz1ZwccxV7O4fqbDTP_260OsBU5",
@@ -82,17 +84,36 @@ def set_up(game: str, data_dir: Path) -> None:
     removed. Raises `UserError` if it cannot be had or is not what it should be, `OSError` if the disk fails.
     """
     target, archive = data_dir / game, data_dir / f"{game}.zip"
-    if target.is_dir() and any(target.iterdir()):
-        print(f"{game}: {count_chunks(target)} are already in {target}: nothing to do")
-        return
-    data_dir.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
-        download(game, archive)
-    unpack(archive, game)
-    archive.unlink()
-    for partial in data_dir.glob(f"{game}.zip*.part"):
-        partial.unlink()
+    with filling(target, "unpacking"):
+        if not is_vacant(target):
+            check_chunks(target)
+            print(f"{game}: {count_chunks(target)} are already in {target}: nothing to do")
+            return
+        if not archive.exists():
+            download(game, archive)
+        unpack(archive, game)
+        archive.unlink()
+        for partial in data_dir.glob(f"{game}.zip*.part"):
+            partial.unlink()
     print(f"{game}: {count_chunks(target)} are now in {target}")
+
+
+def check_chunks(folder: Path) -> None:
+    """Raise `UserError` if a game's folder shows at a glance that it is not complete."""
+    for part in ("train", "test"):
+        chunks = list_chunks(folder / part)
+        broken = [path for path in chunks if not zipfile.is_zipfile(path)]
+        if not chunks:
+            found = f"has no {part}/<number>.npz"
+        elif broken:
+            found = f"has a half {part}/{broken[0].name}"
+        elif int(chunks[-1].stem) >= len(chunks):
+            found = f"has {len(chunks)} chunks in {part}, but their numbers go up to {chunks[-1].stem}"
+        else:
+            continue
+        raise UserError(
+            f"{folder} is not complete: it {found}; move it away or delete it, and run the command again"
+        )
 
 
 def download(game: str, archive: Path) -> None:
@@ -113,35 +134,32 @@ def download(game: str, archive: Path) -> None:
 def unpack(archive: Path, game: str) -> None:
     """Unpack a game's archive into the folder `<game>` beside it, all of it or nothing.
 
-    The chunks' checksums are verified on the way; the folder appears, by a rename, when all were right.
+    The chunks' checksums are verified on the way; they appear, by a rename, when all were right.
     Raises `UserError` if the archive is damaged, not that game's, unsafe, or too large for the disk.
     """
-    target, partial = archive.with_name(game), archive.with_name(f".{game}.unpacking")
-    shutil.rmtree(partial, ignore_errors=True)
+    target = archive.with_name(game)
     try:
         with zipfile.ZipFile(archive) as opened:
             chunks = select_chunks(opened, game)
             size = sum(chunk.file_size for chunk in chunks)
-            free = shutil.disk_usage(archive.parent).free
+            free = shutil.disk_usage(target if target.exists() else archive.parent).free
             if size > free:
                 raise UserError(
                     f"{archive} unpacks to {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left; "
                     "make room, or choose another disk with --data-dir, and run the command again"
                 )
-            for chunk in tqdm(chunks, desc=f"{game}: unpacking", unit="chunk"):
-                path = partial / PurePosixPath(chunk.filename).relative_to(game)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with opened.open(chunk) as source, path.open("wb") as copy:
-                    shutil.copyfileobj(source, copy, 1 << 20)
-                    copy.flush()
-                    os.fsync(copy.fileno())
-        os.replace(partial, target)
+            with filled_at_once(target) as partial:
+                for chunk in tqdm(chunks, desc=f"{game}: unpacking", unit="chunk"):
+                    path = partial / PurePosixPath(chunk.filename).relative_to(game)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with opened.open(chunk) as source, path.open("wb") as copy:
+                        shutil.copyfileobj(source, copy, 1 << 20)
+                        copy.flush()
+                        os.fsync(copy.fileno())
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise UserError(
             f"{archive} is not the intact archive of {game} ({error}); delete it and run the command again"
         ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def select_chunks(opened: zipfile.ZipFile, game: str) -> list[zipfile.ZipInfo]:

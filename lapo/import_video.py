@@ -1,6 +1,8 @@
 """Turn anyone's videos into chunks of frames: `python import_video.py clip.mp4 walk.gif shots/ --env mygame`.
 
-A clip is a video file, a GIF or a folder of images; its frames are taken as stored, whatever their timing.
+A clip is a video file, a GIF or a folder of pictures; its frames are taken as stored, whatever their timing.
+Only what decodes exactly is taken: a damaged clip is refused, and frames that a cut left without the frames
+which they need are left out, with a sentence.
 Writes `<data_dir>/<env>/{train,test}/<k>.npz`, which is all that stages 1 and 2 read, and `dataset.json`
 beside them, which says how they were made. The folder appears when everything is in it; an import that was
 stopped begins again.
@@ -17,7 +19,6 @@ out.
 import json
 import math
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +28,11 @@ from tqdm import tqdm
 
 from lapo.config import ROOT, load_config
 from lapo.data.chunks import CHUNK_FRAMES, write_chunk
-from lapo.data.video import SIZE, Crop, find_files, probe, read_frames, shrink, to_rgb, versions
+from lapo.data.clips import SIZE, Clip, Crop, checksum, cropped, probe, shrink, versions
+from lapo.data.pictures import find_files
 from lapo.errors import UserError, run_main
 from lapo.games.table import GAMES
-from lapo.runs.files import write_json
+from lapo.runs.files import filled_at_once, filling, is_vacant, write_json
 
 MIN_SHOT = 4
 """Frames of the shortest shot: a window is three frames, none of them the last one of a shot."""
@@ -41,8 +43,8 @@ class Arguments:
     """Turn videos into chunks of frames that stages 1 and 2 learn from."""
 
     sources: tyro.conf.Positional[list[Path]]
-    """Clips: video files, GIFs, and folders of images, which are taken in the order of the numbers in their
-    names."""
+    """Clips: video files, GIFs, and folders of pictures of one kind, which are taken in the order of the
+    numbers in their names."""
     env: str
     """Name of the data set: any but a Procgen game's."""
     crop: Crop | None = None
@@ -51,7 +53,8 @@ class Arguments:
     frame_skip: int = 1
     """Keep one frame in so many, beginning with a clip's first: 4 keeps frames 0, 4, 8, ..."""
     test_share: float = 0.1
-    """Share of every clip, at its end, that is held out for `test`."""
+    """Share of every clip, at its end, that is held out for `test`; of clips so short that this end would be
+    no shot, so many whole ones."""
     # Random play of Procgen stays below it in 97 to 100 % of the steps within episodes (ninja: 94 %).
     cut_threshold: float = 35.0
     """Mean absolute difference (0 to 255) between one kept frame and the next beyond which a new shot begins;
@@ -62,7 +65,7 @@ class Arguments:
     def check(self) -> None:
         """Raise UserError for arguments that make no data set."""
         if not self.sources:
-            raise UserError("no clip is named; name video files, GIFs or folders of images")
+            raise UserError("no clip is named; name video files, GIFs or folders of pictures")
         load_config(["--env", self.env])  # the stages must accept the name
         if self.env in GAMES:
             raise UserError(f"'{self.env}' is a Procgen game; choose another name, such as my{self.env}")
@@ -75,11 +78,14 @@ class Arguments:
 
     def settings(self) -> dict:
         """All that the chunks depend on, as plain data. Raises UserError for a clip that does not exist."""
-        sizes = [sum(file.stat().st_size for file in find_files(path)) for path in self.sources]
         return {
             "sources": [
-                {"name": path.resolve().name, "bytes": size}
-                for path, size in zip(self.sources, sizes, strict=True)
+                {
+                    "name": path.resolve().name,
+                    "bytes": sum(file.stat().st_size for file in find_files(path)),
+                    "crc32": checksum(path),
+                }
+                for path in self.sources
             ],
             "crop": list(self.crop) if self.crop else None,
             "frame_skip": self.frame_skip,
@@ -134,23 +140,43 @@ class Split:
         self.filled = self.shot_frames = 0
 
 
+def first_held_out(clips: list[Clip], share: float, every: int) -> list[float]:
+    """Where each clip's part for `test` begins: infinity for none of it, 0 for all of it.
+
+    A clip whose part would be shorter than a shot goes to one split whole, so that `share` of the frames of
+    all such clips is held out.
+    """
+    firsts, owed = [], 0.0
+    for clip in clips:
+        first = round(clip.frames * (1 - share)) if share else math.inf
+        if share and math.ceil(clip.frames / every) - math.ceil(first / every) < MIN_SHOT:
+            owed += share * clip.frames
+            first = 0 if 2 * owed >= clip.frames > 0 else math.inf
+            owed -= 0 if first else clip.frames
+        firsts.append(first)
+    return firsts
+
+
 def import_clips(args: Arguments, folder: Path) -> dict:
     """Write the chunks that the arguments ask for to `folder`; returns their summary as plain data.
 
-    Raises UserError for a bad clip: before anything else is read if its very first frame shows it.
+    Prints what is to be known of single clips. Raises UserError for a bad clip: before anything else is read
+    if its very first frame shows it.
     """
-    lengths = [probe(path, args.crop) for path in args.sources]
+    clips = [probe(path, args.crop) for path in args.sources]
     splits = {name: Split(folder / name, size) for name, size in CHUNK_FRAMES.items()}
-    decoded = []
-    with tqdm(total=sum(lengths), unit=" frames", unit_scale=True, mininterval=1) as bar:
-        for path, length in zip(args.sources, lengths, strict=True):
-            first_test = round(length * (1 - args.test_share)) if args.test_share else math.inf
+    decoded, notes = [], []
+    with tqdm(
+        total=sum(clip.frames for clip in clips), unit=" frames", unit_scale=True, mininterval=1
+    ) as bar:
+        firsts = first_held_out(clips, args.test_share, args.frame_skip)
+        for clip, first_test in zip(clips, firsts, strict=True):
             split, previous, index = splits["train"], None, -1
-            for index, frame in enumerate(read_frames(path)):
+            for index, rgb in enumerate(clip.read(args.frame_skip)):
                 bar.update()
-                if index % args.frame_skip:
+                if rgb is None:
                     continue
-                obs = shrink(to_rgb(frame, args.crop, path))
+                obs = shrink(cropped(rgb, args.crop, clip.path))
                 goes_to = splits["test" if index >= first_test else "train"]
                 if goes_to is not split or is_cut(previous, obs, args.cut_threshold):
                     split.end_shot()
@@ -158,6 +184,9 @@ def import_clips(args: Arguments, folder: Path) -> dict:
                 split, previous = goes_to, obs
             split.end_shot()
             decoded.append(index + 1)
+            notes += clip.notes(index + 1)
+    for note in notes:
+        print(note)
     for split in splits.values():
         split.flush()
     if not splits["train"].frames:
@@ -178,7 +207,7 @@ def is_cut(previous: np.ndarray | None, obs: np.ndarray, threshold: float) -> bo
 
 def is_finished(folder: Path, settings: dict) -> bool:
     """Whether `folder` holds this very import. Raises UserError if it holds anything else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_vacant(folder):
         return False
     way_out = "choose another --env or --data-dir, or delete it"
     try:
@@ -187,7 +216,9 @@ def is_finished(folder: Path, settings: dict) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} holds something else already; {way_out}") from None
     if found.pop("sources") != settings["sources"]:
-        raise UserError(f"{folder} was imported from other clips; {way_out}")
+        raise UserError(
+            f"{folder} was imported from other clips, or from others of the same names; {way_out}"
+        )
     for key, value in found.items():
         if value != settings[key]:
             raise UserError(f"{folder} was imported with {key} {value}, not {settings[key]}; {way_out}")
@@ -199,25 +230,30 @@ def main() -> None:
     args = tyro.cli(Arguments)
     args.check()
     folder = args.data_dir.expanduser().resolve() / args.env
-    partial = folder.with_name(f".{args.env}.importing")
     try:
         settings = args.settings()
+        done = f"{folder} holds these clips already: nothing to do"
         if is_finished(folder, settings):
-            print(f"{folder} holds these clips already: nothing to do")
+            print(done)
             return
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        summary = import_clips(args, partial)
-        write_json(partial / "dataset.json", {**settings, **summary, "versions": versions()})
-        partial.rename(folder)
+        with filling(folder, "importing"):
+            if is_finished(folder, settings):  # by whoever held the lock before
+                print(done)
+                return
+            with filled_at_once(folder) as partial:
+                summary = import_clips(args, partial)
+                write_json(partial / "dataset.json", {**settings, **summary, "versions": versions()})
     except OSError as error:
         raise UserError(f"cannot make {folder} ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     for name in CHUNK_FRAMES:
         split = summary[name]
         left_out = f", {split['left_out']:,} frames of shots too short left out" if split["left_out"] else ""
         print(f"{name}: {split['frames']:,} frames in {split['shots']:,} shots{left_out}")
+    if args.test_share and not summary["test"]["frames"]:
+        print(
+            f"there are no held-out frames: that takes {MIN_SHOT} kept frames at a clip's end, or more clips;"
+            " raise --test-share to have some"
+        )
     place = "" if args.data_dir == ROOT / "expert_data" else f" --data-dir {shlex.quote(str(folder.parent))}"
     print(f"{folder} is ready: bash launch.sh {args.env} --stages 1,2{place}")
 

@@ -1,6 +1,7 @@
 """setup_data.sh and download_data.py: real command lines, local zips, a stub in the place of gdown."""
 
 import inspect
+import io
 import json
 import os
 import random
@@ -21,7 +22,17 @@ from lapo.games.table import GAMES
 from support import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
-CHUNKS = {f"bigfish/{name}.npz": name.encode() * 500 for name in ("train/0", "train/1", "train/10", "test/0")}
+
+
+def chunk(name: str) -> bytes:
+    """A small chunk: an uncompressed zip."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as opened:
+        opened.writestr("obs.npy", name * 500)
+    return file.getvalue()
+
+
+CHUNKS = {f"bigfish/{name}.npz": chunk(name) for name in ("train/0", "train/1", "train/2", "test/0")}
 STUB = """
 import json, os, shutil
 from gdown.exceptions import DownloadError
@@ -79,8 +90,8 @@ def test_download_unpacks_removes_the_archive_and_is_not_repeated(drive, tmp_pat
     members = {"bigfish/": b"", **CHUNKS, "bigfish/.DS_Store": b"no chunk"}
     drive.archive = write_zip(tmp_path / "published.zip", members)
     (drive.data / "bigfish.zipabcd1234.part").write_bytes(b"of a download that broke off")
-    (drive.data / ".bigfish.unpacking").mkdir()
-    (drive.data / ".bigfish.unpacking" / "of a run that was killed").write_bytes(b"")
+    (drive.data / ".bigfish.partial").mkdir()
+    (drive.data / ".bigfish.partial" / "of a run that was killed").write_bytes(b"")
 
     first = drive.set_up("bigfish")
     assert first.returncode == 0, first.stderr
@@ -96,6 +107,65 @@ def test_download_unpacks_removes_the_archive_and_is_not_repeated(drive, tmp_pat
     assert again.returncode == 0
     assert "nothing to do" in again.stdout
     assert len(drive.calls()) == 1
+
+
+@pytest.mark.parametrize(
+    ("there", "complaint"),
+    [
+        ({"train/0.npz": chunk("train/0")}, "it has no test/<number>.npz"),
+        ({"test/0.npz": chunk("test/0"), "train/notes.txt": b""}, "it has no train/<number>.npz"),
+        (
+            {"train/0.npz": chunk("0"), "train/1.npz": chunk("1")[:-9], "test/0.npz": chunk("0")},
+            "half train/1.npz",
+        ),
+        (
+            {"train/0.npz": chunk("0"), "train/2.npz": chunk("2"), "test/0.npz": chunk("0")},
+            "it has 2 chunks in train, but their numbers go up to 2",
+        ),
+        ({"bigfish/train/0.npz": chunk("0")}, "it has no train/<number>.npz"),
+    ],
+)
+def test_a_half_unpacked_game_is_an_error(tmp_path, capsys, there, complaint):
+    for name, content in there.items():
+        path = tmp_path / "bigfish" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        download_data.set_up("bigfish", tmp_path)
+    assert f"{tmp_path / 'bigfish'} is not complete: it " in str(error.value)
+    assert complaint in str(error.value)
+    assert "move it away or delete it, and run the command again" in str(error.value)
+    assert files(tmp_path / "bigfish") == there
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_folder_with_nothing_of_the_users_is_filled(tmp_path, link):
+    folder = tmp_path / "data" / "bigfish"
+    disk = tmp_path / "disk" if link else folder
+    disk.mkdir(parents=True)
+    (disk / ".DS_Store").write_bytes(b"")
+    if link:
+        folder.parent.mkdir()
+        folder.symlink_to(disk)
+    write_zip(folder.with_suffix(".zip"))
+    download_data.set_up("bigfish", folder.parent)
+    assert files(disk) == {".DS_Store": b""} | {name[8:]: content for name, content in CHUNKS.items()}
+    assert [path.name for path in folder.parent.iterdir()] == ["bigfish"]
+
+
+def test_one_process_sets_up_a_game_at_a_time(tmp_path, monkeypatch):
+    write_zip(tmp_path / "bigfish.zip")
+    locked = []
+
+    def look(archive: Path, game: str) -> None:
+        locked.append((tmp_path / ".bigfish.lock").exists())
+        raise UserError("enough")
+
+    monkeypatch.setattr(download_data, "unpack", look)
+    with pytest.raises(UserError, match="enough"):
+        download_data.set_up("bigfish", tmp_path)
+    assert locked == [True]
+    assert [path.name for path in tmp_path.iterdir()] == ["bigfish.zip"]
 
 
 def test_refusal_says_what_to_do_by_hand_and_the_other_games_go_on(drive):
@@ -131,7 +201,7 @@ def damaged(path: Path) -> None:
 
 def symlink(path: Path) -> None:
     write_zip(path)
-    link = zipfile.ZipInfo("bigfish/train/2.npz")
+    link = zipfile.ZipInfo("bigfish/train/3.npz")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(link, "/etc/passwd")
@@ -160,7 +230,7 @@ def holding(*names: str) -> Callable[[Path], Path]:
         (web_page, "(File is not a zip file)"),
         (holding(*CHUNKS, "bigfish/train/../../../evil.npz"), "evil.npz' leads out of the archive"),
         (holding(*CHUNKS, "/tmp/evil.npz"), "evil.npz' leads out of the archive"),
-        (symlink, "'bigfish/train/2.npz' leads out of the archive"),
+        (symlink, "'bigfish/train/3.npz' leads out of the archive"),
         (holding("maze/train/0.npz", "maze/test/0.npz"), "no bigfish/train/<number>.npz"),
         (holding("bigfish/train/0.npz"), "no bigfish/test/<number>.npz"),
         (too_large, "unpacks to 1000000.0 GB, but the disk has"),

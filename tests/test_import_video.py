@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,12 +18,12 @@ from PIL import Image
 
 from lapo import import_video, stage2_bc, stage3_decode
 from lapo.data.chunks import find_chunks, read_header
-from lapo.data.video import shrink
+from lapo.data.clips import checksum, shrink
 from lapo.data_loader import window_starts
 from lapo.errors import UserError
 from lapo.import_video import Split
 from lapo.runs.checkpoints import load_checkpoint
-from support import LAPO, PATIENCE, Workplace, numbered_frames, read_numbers
+from support import LAPO, PATIENCE, ROOT, Workplace, numbered_frames, read_numbers
 
 
 def write_video(path: Path, frames: np.ndarray, codec: str, pix_fmt: str, rotation: int = 0) -> Path:
@@ -137,7 +138,7 @@ def test_equal_clips_give_equal_files_and_a_finished_import_is_left_alone(tmp_pa
     expected = None
     for name in ("a", "b"):
         # As a killed import leaves it.
-        leftover = tmp_path / name / ".mygame.importing/train/0.npz"
+        leftover = tmp_path / name / ".mygame.partial/train/0.npz"
         leftover.parent.mkdir(parents=True)
         leftover.write_bytes(b"half a chunk")
         assert run(tmp_path / name, clip).returncode == 0
@@ -153,22 +154,21 @@ def test_equal_clips_give_equal_files_and_a_finished_import_is_left_alone(tmp_pa
 
 
 def test_the_record_says_how_the_data_were_made(tmp_path, importing):
-    clip = write_images(tmp_path / "shots", grey(np.arange(30)))
-    folder = importing(clip, "--crop", "1", "2", "8", "4", "--frame-skip", "2")
+    clip = write_images(tmp_path / "shots", grey(np.arange(50)))
+    folder = importing(clip, "--crop", "1", "2", "8", "4", "--frame-skip", "2", "--test-share", "0.2")
     record = json.loads((folder / "dataset.json").read_text())
     size = sum(path.stat().st_size for path in clip.iterdir())
-    assert record.pop("versions")["av"] == av.__version__
+    assert record.pop("versions").items() >= {"av": av.__version__, "pillow": PIL.__version__}.items()
     assert record == {
-        "sources": [{"name": "shots", "bytes": size}],
+        "sources": [{"name": "shots", "bytes": size, "crc32": checksum(clip)}],
         "crop": [1, 2, 8, 4],
         "frame_skip": 2,
-        "test_share": 0.1,
+        "test_share": 0.2,
         "cut_threshold": 35.0,
-        "decoded": [30],
-        "train": {"frames": 14, "shots": 1, "chunks": 1, "left_out": 0},
-        "test": {"frames": 0, "shots": 0, "chunks": 0, "left_out": 1},
+        "decoded": [50],
+        "train": {"frames": 20, "shots": 1, "chunks": 1, "left_out": 0},
+        "test": {"frames": 5, "shots": 1, "chunks": 1, "left_out": 0},
     }
-    assert not (folder / "test").exists()
 
 
 # ---------------------------------------------------------------- pixels
@@ -291,6 +291,96 @@ def test_long_clips_fill_several_chunks(tmp_path, importing, monkeypatch):
     assert np.flatnonzero(chunk["done"]).tolist() == [39]
 
 
+def test_short_clips_are_held_out_whole_in_proportion(tmp_path, importing, capsys):
+    clips = [write_images(tmp_path / str(k), grey(np.arange(12) + 20 * k)) for k in range(12)]
+    folder = importing(*clips)
+    levels = read(folder / "train")["obs"][:, 0, 0, 0], read(folder / "test")["obs"][:, 0, 0, 0]
+    # A tenth of 12 clips is 1.2; the first is due once half a clip is.
+    assert sorted({int(level) // 20 for level in levels[1]}) == [4]
+    assert [len(found) for found in levels] == [11 * 12, 12]
+    assert "no held-out frames" not in capsys.readouterr().out
+
+
+def test_clips_of_both_lengths_hold_out_what_is_asked_for(tmp_path, importing):
+    lengths = (12, 60, 12, 12, 12, 12)
+    clips = [write_images(tmp_path / str(k), grey(np.arange(n))) for k, n in enumerate(lengths)]
+    folder = importing(*clips, "--frame-skip", "2", "--test-share", "0.2")
+    assert len(read(folder / "test")["obs"]) == 6 + 6  # of the long clip, and one of five short ones
+    assert len(read(folder / "train")["obs"]) == 24 + 4 * 6
+
+
+def test_that_nothing_is_held_out_is_said(tmp_path, importing, capsys):
+    importing(write_images(tmp_path / "shots", grey(np.arange(20))))
+    assert "there are no held-out frames: that takes 4 kept frames at a clip's end" in capsys.readouterr().out
+    importing(tmp_path / "shots", "--test-share", "0", env="other")
+    assert "held-out" not in capsys.readouterr().out
+
+
+def test_what_is_to_be_known_of_a_clip_is_said(tmp_path, importing, capsys):
+    film = write_video(tmp_path / "film.flv", moving_square(60), "flv", "yuv420p")
+    film.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    importing(film)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{film} ends early: it may be cut short, and only what is there was taken (")
+
+
+# ---------------------------------------------------------------- where it goes
+
+
+def test_one_import_at_a_time(tmp_path, importing):
+    clip = write_images(tmp_path / "shots", grey(np.arange(20)))
+    data = tmp_path / "data"
+    # As another process has it: locks of one process do not hold each other up.
+    code = f"""
+import sys
+from pathlib import Path
+from lapo.runs.files import filling
+with filling(Path({str(data / "mygame")!r}), "importing"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "locked\n"
+        partial = data / ".mygame.partial"
+        partial.mkdir()
+        with pytest.raises(UserError, match=r"another process is importing into .*mygame; wait for it"):
+            importing(clip)
+        assert partial.exists()  # the other one's
+        other.stdin.close()
+        assert other.wait(PATIENCE) == 0
+    assert len(read(importing(clip) / "train")["obs"]) == 20
+    assert sorted(path.name for path in data.iterdir()) == ["mygame"]
+
+
+def test_who_waited_for_the_same_import_has_nothing_to_do(tmp_path, importing, monkeypatch, capsys):
+    clip = write_images(tmp_path / "shots", grey(np.arange(20)))
+    folder = importing(clip)
+    before, answers = contents(folder), iter([False, True])
+    monkeypatch.setattr(import_video, "is_finished", lambda *_: next(answers))
+    importing(clip)  # finished between the first look and the lock
+    assert "nothing to do" in capsys.readouterr().out
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_target_may_be_a_link(tmp_path, importing, there):
+    clip = write_images(tmp_path / "shots", grey(np.arange(50)))
+    disk = tmp_path / "disk" / "frames"
+    if there:
+        (disk / "lost+found").mkdir(parents=True)
+        (disk / ".DS_Store").touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mygame").symlink_to(disk)
+    importing(clip)
+    expected = {"train/0.npz", "test/0.npz", "dataset.json"} | ({".DS_Store"} if there else set())
+    assert contents(disk).keys() == expected
+    assert (tmp_path / "data/mygame").is_symlink()
+    assert [path.name for path in disk.parent.iterdir()] == ["frames"]
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -325,9 +415,10 @@ def damaged_image(folder: Path) -> Path:
 
 
 def damaged_jpeg(folder: Path) -> Path:
-    write_images(folder, grey(np.arange(12), 80, 80))
+    folder.mkdir()
     noise = np.random.default_rng(0).integers(256, size=(80, 80, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "12.jpg")
+    for number in range(13):
+        Image.fromarray(noise).save(folder / f"{number}.jpg")
     (folder / "12.jpg").write_bytes((folder / "12.jpg").read_bytes()[:2000])
     return folder
 
@@ -413,6 +504,25 @@ def test_other_data_are_never_overwritten(tmp_path, importing):
     Image.fromarray(grey(np.arange(1))[0]).save(clip / "20.png")
     with pytest.raises(UserError, match="was imported from other clips"):
         importing(clip)
+    (clip / "20.png").unlink()
+    importing(clip)
+    # Another picture of as many bytes, and the same pictures in another order.
+    pictures = [clip / f"{number}.png" for number in (3, 4)]
+    contents_of = [picture.read_bytes() for picture in pictures]
+    assert len(contents_of[0]) == len(contents_of[1])
+    pictures[0].write_bytes(contents_of[1])
+    with pytest.raises(UserError, match="or from others of the same names"):
+        importing(clip)
+    pictures[1].write_bytes(contents_of[0])
+    with pytest.raises(UserError, match="or from others of the same names"):
+        importing(clip)
+    for picture, content in zip(pictures, contents_of, strict=True):
+        picture.write_bytes(content)
+    (clip / "19.png").rename(clip / "21.png")
+    with pytest.raises(UserError, match="or from others of the same names"):
+        importing(clip)
+    (clip / "21.png").rename(clip / "19.png")
+    importing(clip)
     assert contents(folder) == before
 
     (folder / "dataset.json").unlink()

@@ -98,3 +98,51 @@ def locked(path: Path, busy: str) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether nothing is at `folder`, or a folder with nothing but what systems put there by themselves."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(
+        path.name[0] == "." or path.name == "lost+found" for path in folder.iterdir()
+    )
+
+
+@contextmanager
+def filled_at_once(folder: Path) -> Iterator[Path]:
+    """A temporary folder, whose contents are in the vacant `folder` when the context is left without error.
+
+    `folder` may be a link or a mount point: what is there stays there. One process at a time: see `locked`.
+    """
+    folder = folder.resolve()
+    beside, within = folder.with_name(f".{folder.name}.partial"), folder / ".partial"
+    partial = within if folder.exists() else beside  # on the same disk
+    try:
+        for leftover in (beside, within):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if not is_vacant(folder):
+            raise UserError(f"another program has written into {folder} meanwhile; nothing was added to it")
+        if partial == beside:
+            partial.rename(folder)
+        else:  # files last: they say that the folders are complete
+            for path in sorted(partial.iterdir(), key=lambda path: (path.is_file(), path.name)):
+                path.rename(folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def filling(folder: Path, what: str) -> Iterator[None]:
+    """Lock what is at `folder`, or will be, against other processes that are `what` there.
+
+    Raises `UserError` if there is one.
+    """
+    folder = folder.resolve()
+    with writing(folder, "nothing was changed"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"another process is {what} into {folder}; wait for it, or choose another folder"
+    with locked(folder.with_name(f".{folder.name}.lock"), busy):
+        yield

@@ -1,11 +1,11 @@
-"""Files are whole or absent."""
+"""Files are whole or absent, and so are folders."""
 
 from pathlib import Path
 
 import pytest
 
 from lapo.errors import UserError
-from lapo.runs.files import atomic_write
+from lapo.runs.files import atomic_write, filled_at_once, filling, is_vacant
 
 
 def test_atomic_write_replaces_the_file_once_it_is_whole(tmp_path):
@@ -40,3 +40,93 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, write, verify):
         atomic_write(path, write, verify)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- folders
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def fill(partial: Path) -> None:
+    for name in ("train/0.npz", "test/0.npz", "dataset.json"):
+        (partial / name).parent.mkdir(exist_ok=True)
+        (partial / name).touch()
+
+
+FILLED = ["dataset.json", "test/0.npz", "train/0.npz"]
+
+
+def test_vacant_is_what_holds_nothing_of_the_users(tmp_path):
+    assert is_vacant(tmp_path / "absent")
+    assert is_vacant(tmp_path)
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "lost+found").mkdir()
+    assert is_vacant(tmp_path)
+    assert not is_vacant(tmp_path / ".DS_Store")
+    (tmp_path / "train").mkdir()
+    assert not is_vacant(tmp_path)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_is_filled_at_once_and_leftovers_go(tmp_path, there):
+    folder = tmp_path / "maze"
+    leftovers = [tmp_path / ".maze.partial"]
+    if there:
+        folder.mkdir()
+        leftovers.append(folder / ".partial")
+    for leftover in leftovers:
+        leftover.mkdir()
+        (leftover / "half").touch()
+    with filled_at_once(folder) as partial:
+        fill(partial)
+        assert is_vacant(folder)
+        # Where a rename can put it in place: on the same disk, even if `folder` is a mount point.
+        assert partial == (folder / ".partial" if there else tmp_path / ".maze.partial")
+    assert names(tmp_path) == [f"maze/{name}" for name in FILLED]
+
+
+def test_files_that_say_that_all_is_there_come_last(tmp_path, monkeypatch):
+    moved, rename = [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: moved.append(path.name) or rename(path, to))
+    with filled_at_once(tmp_path) as partial:
+        fill(partial)
+    assert moved == ["test", "train", "dataset.json"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_fails_leaves_nothing(tmp_path, there):
+    folder = tmp_path / "maze"
+    if there:
+        folder.mkdir()
+
+    def interrupted() -> None:
+        with filled_at_once(folder) as partial:
+            fill(partial)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert names(tmp_path) == []
+    assert folder.exists() == there
+
+
+def test_what_others_put_there_meanwhile_is_not_mixed_with(tmp_path):
+    folder = tmp_path / "maze"
+
+    def disturbed() -> None:
+        with filled_at_once(folder) as partial:
+            fill(partial)
+            (folder / "train").mkdir(parents=True)
+
+    with pytest.raises(UserError, match=r"another program has written into .*maze meanwhile"):
+        disturbed()
+    assert names(tmp_path) == []
+
+
+def test_links_to_one_folder_share_its_lock(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "maze")
+    with filling(tmp_path / "link", "recording"):
+        assert names(tmp_path) == ["disk/.maze.lock"]
+    assert names(tmp_path) == []
