@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lapo.config import ROOT, Config, ModelConfig, VQConfig, diff, to_dict, validate
 from lapo.errors import UserError
+from lapo.runs.files import reading
 
 FORMAT = 3
 FIELDS = {
@@ -40,19 +41,24 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
     """Read a checkpoint: `stage`, `config`, `step`, `finished`, `metrics`, `state`, `provenance`.
 
     `command` is what makes the checkpoint, for the message when it is missing. Raises `UserError` if it is
-    missing, unreadable or of another format.
+    missing, damaged or of another format, or if something keeps it from being read.
     """
-    if not path.is_file():
+    with reading(path):
+        missing = not path.is_file()
+    if missing:
         raise UserError(
             f"the checkpoint {path} does not exist" + (f"; make it with `{command}`" if command else "")
         )
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() is not None  # torch does not compare the checksums
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        with reading(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip() is not None  # torch does not compare the checksums
+            checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
         # Whoever loads a checkpoint, changes it and saves it again leaves them out.
         if isinstance(checkpoint, dict) and "fingerprints" in checkpoint:
             damaged = checkpoint.pop("fingerprints") != fingerprints(checkpoint)
+    except UserError:
+        raise
     except Exception:  # whatever the readers raise for a damaged file
         damaged = True
     if damaged:
