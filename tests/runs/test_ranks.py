@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lapo import stage1_idm_wm, stage2_bc, stage3_decode
-from lapo.config import Config
+from lapo import data_loader, stage1_idm_wm, stage2_bc, stage3_decode
+from lapo.config import Config, load_config
 from lapo.data_loader import RollingWindows, Windows
 from lapo.errors import UserError, run_main
 from lapo.models import VectorQuantizer, make_idm, make_latent_policy, make_world_model
@@ -80,6 +80,30 @@ def test_a_run_does_not_go_on_with_another_number_of_processes(counted):
     alone, shared = Windows(counted, device=CPU), Windows(counted, device=CPU, share=Share(0, 2))
     with pytest.raises(UserError, match=r"chunks: 3 → 5; processes: 2 → 1"):
         alone.expect_order(shared.order)
+
+
+@pytest.mark.parametrize("resident", ["auto", "always", "never"])
+def test_without_held_out_frames_every_process_measures_the_shares_of_all(
+    counted, monkeypatch, capsys, resident
+):
+    """The very windows that a single process measures."""
+    place, game = counted.parent.parent, counted.parent.name
+    cfg = load_config(["--env", game, "--data_dir", str(place), "--resident", resident])
+    monkeypatch.setattr(data_loader, "share", lambda: Share(0, 1))
+    alone, measured = data_loader.read_splits(cfg, CPU)
+    assert measured is alone
+    expected = numbers_of(measured, measured.spread(20))
+    for rank in range(2):
+        monkeypatch.setattr(data_loader, "share", partial(Share, rank, 2))
+        mine, measured = data_loader.read_splits(cfg, CPU)
+        assert numbers_of(measured, measured.spread(20)) == expected
+        assert isinstance(measured, RollingWindows) == (resident == "never")
+        assert {number // 100 for number in numbers_of(mine, mine.all())} == [{0, 2, 4}, {1, 3}][rank]
+    assert capsys.readouterr().out.count("test: no such folder, so the training windows are measured") == 3
+
+
+def numbers_of(windows: Windows, ids: Tensor) -> list[int]:
+    return np.concatenate([read_numbers(x)[:, 0] for x in windows.iter_frames(ids, 7)]).tolist()
 
 
 # ---------------------------------------------------------------- two ranks
