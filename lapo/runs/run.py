@@ -103,6 +103,7 @@ class Run:
         self.metrics, self.state = checkpoint["metrics"], checkpoint["state"]
         self._sums, self._count, self._logged = (checkpoint[key] for key in ("sums", "count", "logged"))
         self._wandb_id = checkpoint["wandb_id"]
+        self._started -= checkpoint.get("seconds", 0.0)  # of the sessions before, not known to older ones
         if self.finished:
             print(f"finished already, at step {self.step:,}")
         else:
@@ -200,6 +201,7 @@ class Run:
             "sums": to_floats(self._sums),
             "count": self._count,
             "logged": self._logged,
+            "seconds": time.monotonic() - self._started,
             "rng": rng_state(),
             "wandb_id": self._wandb_id,
             "provenance": provenance(),
