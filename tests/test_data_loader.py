@@ -365,6 +365,10 @@ def test_missing_and_empty_folders_say_how_to_get_data(tmp_path):
         UserError, match=r"train does not exist; make it with .*record_expert.py --env bigfish"
     ):
         Windows(folder, device=CPU)
+    chunk = write_chunk(folder.parent / "7.npz", numbered_frames(np.arange(5)))
+    with pytest.raises(UserError, match=r"train does not exist, but .*bigfish itself holds 7\.npz; move"):
+        Windows(folder, device=CPU)
+    chunk.unlink()
     folder.mkdir(parents=True)
     with pytest.raises(UserError, match=r"train holds no chunk \(<number>.npz\).*setup_data.sh bigfish"):
         Windows(folder, device=CPU)

@@ -46,7 +46,13 @@ def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
         f" or `bash setup_data.sh {game.name}`"
     )
     with reading(folder):
-        missing = not folder.is_dir()
+        missing, beside = not folder.is_dir(), game.is_dir()
+    misplaced = list_chunks(game) if missing and beside else []
+    if misplaced:
+        raise UserError(
+            f"the data folder {folder} does not exist, but {game} itself holds {misplaced[0].name};"
+            f" move what is to be in {folder.name} there"
+        )
     if missing:
         raise UserError(f"the data folder {folder} does not exist; make it with {remedy}")
     chunks = list_chunks(folder)

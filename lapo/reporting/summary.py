@@ -61,9 +61,10 @@ class Record:
 
         Raises `UserError` if something is damaged or kept from being read.
         """
-        if not (folder / "checkpoint.pt").exists():
-            return None
         path, lines = folder / "metrics.jsonl", []
+        with reading(folder):
+            if not (folder / "checkpoint.pt").exists():
+                return None
         with reading(path):
             text = path.read_text() if path.exists() else ""
         for line in text.splitlines():

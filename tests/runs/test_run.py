@@ -1,12 +1,15 @@
 """Runs: what they save, log and refuse, and how they stop."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import resource
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from lapo.reporting.summary import Record
 from lapo.runs.checkpoints import FORMAT, load_checkpoint
 from lapo.runs.run import EXPLODED, Run
 from lapo.runs.tracking import NoTracking
-from support import PATIENCE, largest_file, logged, result, tiny_run
+from support import CPU, PATIENCE, largest_file, logged, result, tiny_run
 
 
 def test_a_save_that_the_disk_refuses_keeps_the_previous_checkpoint(workplace):
@@ -242,6 +245,17 @@ def test_loop_saves_at_its_interval_and_overdue_by_the_clock(workplace):
             assert step == run.step
         saved.append(sorted(set(steps)))
     assert saved == [[3, 6], [1, 2, 3, 4, 5, 6]]
+
+
+def test_a_run_that_may_not_be_read_is_one_sentence(workplace, monkeypatch):
+    run = tiny_run(workplace)
+    run.log(1)
+    refused = PermissionError(errno.EACCES, "Permission denied")
+    for method, name in (("exists", "checkpoint.pt"), ("read_text", "metrics.jsonl")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, Mock(side_effect=refused))
+            with pytest.raises(UserError, match=rf"{name} could not be read \(Permission denied\)"):
+                Run(run.cfg, "stage1", ("model", "stage1"), CPU)
 
 
 def test_seconds_are_those_of_all_sessions(workplace, monkeypatch):
