@@ -82,11 +82,16 @@ def test_a_run_does_not_go_on_with_another_number_of_processes(counted):
         alone.expect_order(shared.order)
 
 
-@pytest.mark.parametrize("resident", ["auto", "always", "never"])
+@pytest.mark.parametrize(
+    ("resident", "room", "rolling"),
+    # The largest share has 85 frames, all chunks 125.
+    [("auto", 1000, False), ("always", 1000, False), ("always", 130, True), ("never", 1000, True)],
+)
 def test_without_held_out_frames_every_process_measures_the_shares_of_all(
-    counted, monkeypatch, capsys, resident
+    counted, monkeypatch, capsys, resident, room, rolling
 ):
-    """The very windows that a single process measures."""
+    """The very windows that a single process measures; if they do not fit beside a share, they take turns."""
+    monkeypatch.setattr(data_loader, "free_bytes", lambda device: room * 64 * 64 * 3)
     place, game = counted.parent.parent, counted.parent.name
     cfg = load_config(["--env", game, "--data_dir", str(place), "--resident", resident])
     monkeypatch.setattr(data_loader, "share", lambda: Share(0, 1))
@@ -97,7 +102,7 @@ def test_without_held_out_frames_every_process_measures_the_shares_of_all(
         monkeypatch.setattr(data_loader, "share", partial(Share, rank, 2))
         mine, measured = data_loader.read_splits(cfg, CPU)
         assert numbers_of(measured, measured.spread(20)) == expected
-        assert isinstance(measured, RollingWindows) == (resident == "never")
+        assert isinstance(measured, RollingWindows) == rolling
         assert {number // 100 for number in numbers_of(mine, mine.all())} == [{0, 2, 4}, {1, 3}][rank]
     assert capsys.readouterr().out.count("test: no such folder, so the training windows are measured") == 3
 
@@ -310,7 +315,9 @@ def test_who_waits_for_a_rank_that_never_comes_says_so_and_obeys(monkeypatch, ca
     assert process.exitcode == code
 
 
-def test_who_waits_for_a_rank_that_never_comes_gives_up(monkeypatch, capfd):
+@pytest.mark.parametrize("rendezvous", [dist.rendezvous, lambda *place, timeout: time.sleep(3600)])
+def test_who_waits_for_a_rank_that_never_comes_gives_up(monkeypatch, capfd, rendezvous):
+    monkeypatch.setattr(dist, "rendezvous", rendezvous)
     monkeypatch.setattr(ranks, "QUIET", 0.1)
     monkeypatch.setattr(ranks, "MEETING", 0.3)
     process = alone(variables(1, free_port()))
