@@ -28,27 +28,25 @@ import torch
 from torch import Tensor
 
 from lapo.config import Config, diff
-from lapo.data.chunks import FRAME_SHAPE, KEYS, WINDOW, find_chunks, read_chunk, read_header
+from lapo.data.chunks import (
+    FRAME_SHAPE,
+    KEYS,
+    WINDOW,
+    BadChunk,
+    find_chunks,
+    read_chunk,
+    read_header,
+    say_limit,
+    window_starts,
+)
 from lapo.errors import UserError, run_main
-from lapo.runs.ranks import Share, greatest, local_processes, share
+from lapo.runs.compute import free_bytes
+from lapo.runs.files import hindrance
+from lapo.runs.ranks import Share, greatest, share
 
 WHOLE = Share()
 INFERENCE_BATCH = 512
 """Windows of a batch that needs no gradients."""
-
-
-def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -> np.ndarray:
-    """Indices of the first frames of a chunk's windows, (M,) int64.
-
-    With `skip_resets`, a window is left out when any of its frames is marked `done`: data sets differ in
-    whether the mark sits on an episode's last frame or on the next one's first. (What an agent plays itself
-    is marked in one way, see `OnlineDecoder.label`.)
-    """
-    starts = np.arange(num_frames - WINDOW + 1)
-    if done is None or not skip_resets:
-        return starts
-    marked = np.convolve(done.astype(np.int64), np.ones(WINDOW, np.int64), mode="valid")
-    return starts[marked == 0]
 
 
 def chunks_of(folder: Path, limit: int | None, share: Share) -> list[Path]:
@@ -70,7 +68,7 @@ class Windows:
         starts  (M,) int64: index of every window's first frame
         ta      (F,) int64 true actions, or None when some chunk lacks them; used only to measure
 
-    `num_chunks` were read, `num_bad` left out.
+    `num_chunks` were read, `num_bad` left out; `unlabelled` are those that lack `ta`.
     """
 
     on_device = "all frames"
@@ -91,10 +89,11 @@ class Windows:
         ones are named on stderr and left out; everything else then follows from those that were read.
 
         Raises `UserError` for a missing or empty folder, a bad chunk (with `skip_bad`: if there is no good
-        one), data without any window, or frames that do not fit into memory.
+        one), one that something keeps from being read, data without any window, or frames that do not fit
+        into memory.
         """
         paths = chunks_of(folder, limit, share)
-        self.share, self.num_bad = share, 0
+        self.share, self.num_bad, self.unlabelled = share, 0, []
         sizes = {}
         for path in paths:
             with self.leaving_out_bad(skip_bad):
@@ -108,6 +107,7 @@ class Windows:
                 frames[offset : offset + size].copy_(torch.from_numpy(chunk["obs"]))
                 starts.append(window_starts(chunk.get("done"), size, skip_resets) + offset)
                 actions.append(chunk.get("ta"))
+                self.unlabelled += [path] if "ta" not in chunk else []
                 offset += size
                 del chunk  # or it would stay while the next one is decoded
         self.frames = frames[:offset]
@@ -143,10 +143,10 @@ class Windows:
 
     @contextmanager
     def leaving_out_bad(self, allowed: bool) -> Iterator[None]:
-        """Where it is `allowed`, name and count a bad chunk instead of raising `UserError`."""
+        """Where it is `allowed`, name and count a bad chunk instead of raising `BadChunk`."""
         try:
             yield
-        except UserError as error:
+        except BadChunk as error:
             if not allowed:
                 raise
             print(f"left out: {error}", file=sys.stderr)
@@ -156,7 +156,10 @@ class Windows:
     def read(cls, cfg: Config, split: str, device: torch.device, limit: int | None = None) -> "Windows":
         """The windows of a configured game's `train` or `test`, at most `limit` chunks; prints a summary."""
         most = cfg.data.train_chunks if split == "train" else cfg.data.test_chunks
-        windows = cls(cfg.game_data / split, device=device, limit=min(most, limit or most), **reading(cfg))
+        folder = cfg.game_data / split
+        if limit is None or limit > most:
+            say_limit(folder, most)
+        windows = cls(folder, device=device, limit=min(most, limit or most), **reading(cfg))
         print(f"{split}: {windows.summary()}")
         return windows
 
@@ -165,12 +168,19 @@ class Windows:
 
     def summary(self) -> str:
         """One line on what was read."""
-        labels = "with" if self.ta is not None else "without"
+        labels = "with true actions" if self.ta is not None else "without true actions"
+        if 0 < len(self.unlabelled) < self.num_chunks:
+            labels += f" (which {self.name_unlabelled()})"
         left_out = f" ({self.num_bad} bad left out)" if self.num_bad else ""
         return (
             f"{self.num_frames:,} frames in {self.num_chunks} chunks{left_out}, {len(self):,} windows,"
-            f" {labels} true actions, {self.frames.numel() / 1e9:.2f} GB on {self.frames.device}"
+            f" {labels}, {self.frames.numel() / 1e9:.2f} GB on {self.frames.device}"
         )
+
+    def name_unlabelled(self) -> str:
+        """Which of the chunks lack true actions, as in "1.npz lacks"."""
+        first, *rest = (path.name for path in self.unlabelled)
+        return f"{first} and {len(rest)} more lack" if rest else f"{first} lacks"
 
     def all(self) -> Tensor:
         """Numbers of all windows, in the order of the data: (M,) int64."""
@@ -281,19 +291,16 @@ def allocate(total: int, device: torch.device, folder: Path) -> Tensor:
             f" where {free / 1e9:.1f} GB are free; lower data.train_chunks, data.test_chunks or"
             " data.pool_chunks"
         )
-    return torch.empty((total, *FRAME_SHAPE), dtype=torch.uint8, device=device)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that this process may take on `device`; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    return free and free // local_processes()
+        return torch.empty((total, *FRAME_SHAPE), dtype=torch.uint8, device=device)
+    except RuntimeError as error:  # less is allowed than is free
+        reason = hindrance(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"{folder}: {reason} for its {total:,} frames, which need {needed / 1e9:.1f} GB on {device};"
+            " lower data.train_chunks, data.test_chunks or data.pool_chunks"
+        ) from None
 
 
 # ---------------------------------------------------------------- pools of chunks that take turns
@@ -311,20 +318,31 @@ def read_splits(cfg: Config, device: torch.device) -> tuple[Windows, Windows]:
     """Training and held-out windows of the configured game; prints what was read.
 
     The held-out ones are resident, the training ones as `cfg.resident` says; of these, each of several
-    processes has a share. Without a `test` folder, the training windows serve for both. Raises `UserError` as
-    `Windows` does.
+    processes has a share. Without a `test` folder, the training windows serve for both: those of all
+    processes. Raises `UserError` as `Windows` does.
     """
-    folder, mine = cfg.game_data / "train", share()
-    options = {"device": device, "limit": cfg.data.train_chunks, "share": mine, **reading(cfg)}
-    if keeps_all(folder, device, cfg.data.train_chunks, cfg.resident, mine):
+    mine = share()
+    say_limit(cfg.game_data / "train", cfg.data.train_chunks)
+    train = read_train(cfg, device, cfg.resident, mine)
+    if (cfg.game_data / "test").is_dir():
+        return train, Windows.read(cfg, "test", device)
+    print("test: no such folder, so the training windows are measured")
+    if mine.of == 1:
+        return train, train
+    # What does not fit beside the share takes turns: "always" was said of the share.
+    return train, read_train(cfg, device, "never" if cfg.resident == "never" else "auto", WHOLE)
+
+
+def read_train(cfg: Config, device: torch.device, resident: str, share: Share) -> Windows:
+    """A share of the training windows of the configured game, kept on the device as `resident` says."""
+    folder = cfg.game_data / "train"
+    options = {"device": device, "limit": cfg.data.train_chunks, "share": share, **reading(cfg)}
+    if keeps_all(folder, device, cfg.data.train_chunks, resident, share):
         train = Windows(folder, **options)
     else:
         train = RollingWindows(folder, pool_chunks=cfg.data.pool_chunks, **options)
     print(f"train: {train.summary()}")
-    if not (cfg.game_data / "test").is_dir():
-        print("test: no such folder, so the training windows are measured")
-        return train, train
-    return train, Windows.read(cfg, "test", device)
+    return train
 
 
 def keeps_all(
@@ -375,7 +393,7 @@ class RollingWindows(Windows):
         Raises `UserError` as `Windows` does; but damaged frames are noticed only when they are read. With
         `skip_bad`, all are therefore read once at first.
         """
-        self.share, self.num_bad = share, 0
+        self.share, self.num_bad, self.unlabelled = share, 0, []
         self._paths: list[Path] = []
         keys = KEYS if skip_bad else ("ta", "done")
         sizes, starts, actions = [], [], []
@@ -385,6 +403,7 @@ class RollingWindows(Windows):
                 chunk = read_chunk(path, keys)
                 starts.append(window_starts(chunk.get("done"), size, skip_resets) + sum(sizes))
                 actions.append(chunk.get("ta"))
+                self.unlabelled += [path] if "ta" not in chunk else []
                 self._paths.append(path)
                 sizes.append(size)
                 del chunk  # its frames, if read, would stay while the next ones are decoded

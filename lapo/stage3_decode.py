@@ -151,8 +151,11 @@ def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
     limit = chunks_holding(folder, 4 * count, cfg.data.skip_bad_chunks)
     windows = Windows.read(cfg, "train", compute.device, limit=limit)
     if windows.ta is None:
+        lacking = f"{folder} holds no"
+        if len(windows.unlabelled) < windows.num_chunks:
+            lacking = f"{folder}: {windows.name_unlabelled()} the"
         raise UserError(
-            f"{folder} holds no true actions `ta`, which mode {cfg.stage3.mode} learns from; add them to its"
+            f"{lacking} true actions `ta`, which mode {cfg.stage3.mode} learns from; add them to its"
             " chunks, see expert_data/README.md"
         )
     if windows.ta.max() >= len(ACTIONS):

@@ -1,13 +1,16 @@
 """The loader: which windows it serves, in which order, and what it says of bad data."""
 
 import contextlib
+import errno
 import io
 import math
+import os
 import pickle
 import shutil
 import struct
 import tracemalloc
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +21,17 @@ from hypothesis import strategies as st
 
 from lapo import data_loader
 from lapo.data.checks import check
-from lapo.data.chunks import chunks_holding, find_chunks, read_chunk, read_header
-from lapo.data_loader import Windows, read_splits, window_starts
+from lapo.data.chunks import (
+    BadChunk,
+    chunks_holding,
+    find_chunks,
+    read_chunk,
+    read_header,
+    window_starts,
+)
+from lapo.data_loader import RollingWindows, Windows, read_splits
 from lapo.errors import UserError
-from support import Trap, numbered_frames, read_numbers, write_chunk
+from support import Trap, numbered_frames, read_numbers, write_chunk, write_game
 
 CPU = torch.device("cpu")
 
@@ -93,11 +103,16 @@ def test_frames_alone_are_enough(tmp_path):
     assert "without true actions" in windows.summary()
 
 
-def test_actions_count_only_when_every_chunk_has_them(tmp_path):
+@pytest.mark.parametrize("kind", [Windows, partial(RollingWindows, pool_chunks=1)])
+def test_actions_count_only_when_every_chunk_has_them(kind, tmp_path):
     counting_chunks(tmp_path, {"0": 5})
     write_chunk(tmp_path / "1.npz", numbered_frames(np.arange(5)))
-    assert Windows(tmp_path, device=CPU).ta is None
-    assert Windows(tmp_path, device=CPU, limit=1).ta is not None
+    windows = kind(tmp_path, device=CPU)
+    assert windows.ta is None
+    assert "without true actions (which 1.npz lacks)," in windows.summary()
+    write_chunk(tmp_path / "2.npz", numbered_frames(np.arange(5)))
+    assert kind(tmp_path, device=CPU).name_unlabelled() == "1.npz and 1 more lack"
+    assert kind(tmp_path, device=CPU, limit=1).ta is not None
 
 
 def test_other_keys_and_other_files_are_ignored(tmp_path):
@@ -143,6 +158,19 @@ def test_configured_splits_and_what_is_printed_of_them(workplace, capsys):
     train, test = read_splits(workplace.config(), CPU)
     assert test is train
     assert "test: no such folder, so the training windows are measured" in capsys.readouterr().out
+
+
+def test_chunks_that_the_configuration_leaves_out_are_told(workplace, capsys):
+    write_game(workplace.data / workplace.GAME, chunks=5)
+    read_splits(workplace.config("--data.train_chunks", "2"), CPU)
+    told = "train: 3 of its 5 chunks are left out, as data.train_chunks is 2\n"
+    assert told in capsys.readouterr().out
+    cfg = workplace.config("--data.train_chunks", "2")
+    for limit, expected in ((1, 0), (2, 0), (3, 1), (None, 1)):
+        Windows.read(cfg, "train", CPU, limit)
+        assert capsys.readouterr().out.count(told) == expected
+    read_splits(workplace.config("--data.train_chunks", "5"), CPU)
+    assert "left out" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- order of batches
@@ -337,9 +365,71 @@ def test_missing_and_empty_folders_say_how_to_get_data(tmp_path):
         UserError, match=r"train does not exist; make it with .*record_expert.py --env bigfish"
     ):
         Windows(folder, device=CPU)
+    chunk = write_chunk(folder.parent / "7.npz", numbered_frames(np.arange(5)))
+    with pytest.raises(UserError, match=r"train does not exist, but .*bigfish itself holds 7\.npz; move"):
+        Windows(folder, device=CPU)
+    chunk.unlink()
     folder.mkdir(parents=True)
     with pytest.raises(UserError, match=r"train holds no chunk \(<number>.npz\).*setup_data.sh bigfish"):
         Windows(folder, device=CPU)
+    for number in range(5):
+        (folder / f"episode_{number}.npz").touch()
+    with pytest.raises(UserError) as error:
+        Windows(folder, device=CPU)
+    assert str(error.value) == (
+        f"the data folder {folder} holds no chunk (<number>.npz), but episode_0.npz, episode_1.npz,"
+        " episode_2.npz and 2 more, which nobody reads; rename to <number>.npz what holds frames"
+    )
+
+
+HINDRANCES = {
+    "Permission denied": PermissionError(errno.EACCES, "Permission denied"),
+    "Input/output error": OSError(errno.EIO, "Input/output error"),
+    "Too many open files": OSError(errno.EMFILE, "Too many open files"),
+    "too little memory": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("kind", [Windows, partial(RollingWindows, pool_chunks=1)])
+@pytest.mark.parametrize("reason", HINDRANCES)
+def test_what_keeps_a_chunk_from_being_read_is_not_called_damage(reason, kind, tmp_path, monkeypatch):
+    """Nor is such a chunk left out, even where bad ones may be."""
+    counting_chunks(tmp_path, {"0": 5, "1": 5, "2": 5})
+    bad_chunk("flipped bits", tmp_path / "0.npz")
+    open_zip = zipfile.ZipFile
+
+    def hindered(path: Path) -> zipfile.ZipFile:
+        if path.name == "1.npz":
+            raise HINDRANCES[reason]
+        return open_zip(path)
+
+    monkeypatch.setattr(zipfile, "ZipFile", hindered)
+    for read in (partial(kind, device=CPU, skip_bad=True), partial(chunks_holding, frames=9, skip_bad=True)):
+        with pytest.raises(UserError) as error:
+            read(tmp_path)
+        assert str(error.value).startswith(f"{tmp_path / '1.npz'} could not be read ({reason}), which says")
+        assert "delete" not in str(error.value)
+        assert not isinstance(error.value, BadChunk)
+
+
+def test_a_folder_that_may_not_be_listed_is_not_taken_for_empty(tmp_path, monkeypatch):
+    def refused(folder: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", refused)
+    with pytest.raises(UserError, match=rf"^{tmp_path} could not be read \(Permission denied\)"):
+        find_chunks(tmp_path)
+
+
+def test_frames_for_which_less_memory_is_allowed_than_free_get_a_sentence(tmp_path, monkeypatch):
+    counting_chunks(tmp_path, {"0": 50})
+
+    def refuse(*shape, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 614400 bytes")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(UserError, match=r"too little memory for its 50 frames, .*lower data\.train_chunks"):
+        Windows(tmp_path, device=CPU)
 
 
 def test_data_in_which_every_window_touches_an_episodes_end_is_refused(tmp_path):

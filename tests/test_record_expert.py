@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from lapo import record_expert
 from lapo.acting import load_policy
+from lapo.data.checks import check_frames
 from lapo.data.chunks import find_chunks, read_header, write_chunk
 from lapo.errors import UserError
 from lapo.experts.learned import make_player
@@ -129,6 +131,16 @@ def test_values_are_the_discounted_rewards_to_come() -> None:
     for t in reversed(range(300)):
         value = arrays["rewards"][t] + (0.0 if arrays["done"][t] else 0.999 * value)
         assert arrays["values"][t] == pytest.approx(value)
+
+
+def test_planners_are_certain_of_their_actions_unless_noise_explores() -> None:
+    assert not play_chunk(Chunk("maze", 0, "train", 0, 100))["logprobs"].any()
+    logprobs = play_chunk(Chunk("maze", 0, "train", 0, 400, noise=0.4))["logprobs"]
+    assert logprobs.dtype == np.float32
+    # Of four random actions, one is the planner's own.
+    own, other = (np.isclose(logprobs, np.log(value), atol=1e-6) for value in (0.6 + 0.1, 0.1))
+    assert (own | other).all()
+    assert other.mean() == pytest.approx(0.3, abs=0.1)
 
 
 def test_format_is_the_published_one(recorded: Path) -> None:
@@ -307,6 +319,14 @@ def test_data_from_before_noise_and_visuals_are_continued(recorded: Path, tmp_pa
     assert Dataset(tmp_path / "maze", "maze", 0).chunks == record["chunks"]
     with pytest.raises(UserError, match=r"noise 0.0, not 0.2"):
         Dataset(tmp_path / "maze", "maze", 0, noise=0.2)
+
+
+def test_a_record_that_may_not_be_read_is_not_called_damaged(recorded: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match=r"dataset\.json could not be read \(Permission denied\)"):
+        Dataset(recorded / "maze", "maze", 0)
+    with pytest.raises(UserError, match=r"dataset\.json could not be read \(Permission denied\)"):
+        check_frames("maze", recorded / "maze", "full")
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def test_frames_without_actions(tmp_path):
     assert written(cfg) == {"learning.png", "predictions.png", "summary.json", "summary.md"}
 
 
-def test_time_of_a_continued_run_adds_up():
+def test_time_of_a_run_that_was_continued_by_an_older_version_adds_up():
     lines = [{"step": step, "seconds": seconds} for step, seconds in ((1, 5), (2, 10), (3, 3), (4, 8))]
     record = summary.Record({"finished": True}, lines)
     assert record.progress() == {"steps": 4, "finished": True, "seconds": 18}

@@ -486,6 +486,11 @@ def test_frames_without_actions_cannot_be_labels(trained, tmp_path, mode):
     cfg = trained.config("--stage3.mode", mode, "--data_dir", str(tmp_path), "--exp", f"bare-{mode}")
     with pytest.raises(UserError, match=f"train holds no true actions `ta`, which mode {mode} learns from"):
         stage3_decode.train(cfg)
+    write_chunk(
+        tmp_path / trained.GAME / "train" / "1.npz", numbered_frames(np.arange(50)), ta=np.zeros(50, int)
+    )
+    with pytest.raises(UserError, match=rf"train: 0\.npz lacks the true actions `ta`, which mode {mode} "):
+        stage3_decode.train(cfg)
 
 
 @pytest.mark.parametrize("mode", ["offline", "bc"])

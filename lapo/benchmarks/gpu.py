@@ -177,7 +177,7 @@ class CountedWindows(Windows):
     """Windows of frames whose first bytes spell their number, made on the device."""
 
     def __init__(self, count: int, device: torch.device):
-        self.share, self.num_bad = WHOLE, 0
+        self.share, self.num_bad, self.unlabelled = WHOLE, 0, []
         self.frames = torch.zeros((count, *FRAME_SHAPE), dtype=torch.uint8, device=device)
         numbers = torch.arange(count, dtype=torch.int32, device=device)
         self.frames.view(count, -1)[:, :4] = numbers[:, None].view(torch.uint8)

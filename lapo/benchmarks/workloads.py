@@ -21,7 +21,7 @@ from lapo import stage1_idm_wm, stage2_bc, stage3_decode
 from lapo.acting import random_actor
 from lapo.config import Config
 from lapo.data.chunks import CHUNK_FRAMES, FRAME_SHAPE, WINDOW, find_chunks, write_chunk
-from lapo.data_loader import RollingWindows, Windows, free_bytes, keeps_all
+from lapo.data_loader import RollingWindows, Windows, keeps_all
 from lapo.decoding import OnlineDecoder
 from lapo.errors import UserError
 from lapo.games.table import ACTIONS
@@ -39,7 +39,7 @@ from lapo.models import (
 )
 from lapo.ppo import PPOTrainer, num_updates
 from lapo.probe import judged, train_probe, world_model_loss
-from lapo.runs.compute import Compute
+from lapo.runs.compute import Compute, free_bytes
 
 PROBE_WINDOWS = 64
 """The probe is timed on so few windows: its time is proportional to their number."""

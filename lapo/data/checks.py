@@ -15,9 +15,20 @@ import numpy as np
 import tyro
 
 from lapo.config import resolve
-from lapo.data.chunks import KEYS, list_chunks, open_chunk, read_chunk, read_header, read_npy, read_npy_header
+from lapo.data.chunks import (
+    KEYS,
+    BadChunk,
+    list_chunks,
+    name_others,
+    open_chunk,
+    read_chunk,
+    read_header,
+    read_npy,
+    read_npy_header,
+)
 from lapo.errors import UserError
 from lapo.games.table import GAMES, Visuals
+from lapo.runs.files import reading
 
 FLOATS = ("rewards", "ep_returns", "values", "logprobs")
 READ_SIZE = 1 << 20
@@ -25,7 +36,9 @@ READ_SIZE = 1 << 20
 
 def check_data(name: str, folder: Path) -> None:
     """Raise UserError unless `name` is a Procgen game or, for other frames, `folder` holds its data."""
-    if name not in GAMES and not folder.is_dir():
+    with reading(folder):
+        missing = not folder.is_dir()
+    if name not in GAMES and missing:
         raise UserError(
             f"'{name}' is neither a Procgen game nor a folder {folder}; the games are {', '.join(GAMES)},"
             f" and `python import_video.py --env {name}` makes such a folder from videos"
@@ -43,9 +56,8 @@ def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
         raise UserError(f"the data folder {folder} does not exist; make it with `{record}`{download}")
     path = folder / "dataset.json"
     try:
-        recorded = json.loads(path.read_text()).get("visuals", "full")
-    except FileNotFoundError:
-        recorded = "full"  # downloaded: the published frames
+        with reading(path):
+            recorded = json.loads(path.read_text()).get("visuals", "full") if path.exists() else "full"
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{path} is damaged; record the data again, or delete this file") from None
     if recorded != visuals:
@@ -60,7 +72,7 @@ def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
 
 @dataclass
 class Arguments:
-    """Check chunks of frames and print a table; exit with 2 if one is bad."""
+    """Check chunks of frames and print a table; exit with 2 if one is bad or could not be read."""
 
     check: Annotated[list[Path], tyro.conf.arg(metavar="FOLDER ...")]
     """Folders of games (with train and test) or of chunks, as seen from here or from the repository."""
@@ -79,39 +91,46 @@ class Checked:
     """Different true actions."""
     fault: str | None = None
     """What is wrong with it, if anything is."""
+    unread: str | None = None
+    """What kept it from being read, if anything did: nothing is known of the rest then."""
 
 
 def main() -> None:
-    """Check the folders that the command line names; exit with 2 if a chunk is bad."""
+    """Check the folders that the command line names; exit with 2 unless all chunks are good."""
     folders = tyro.cli(Arguments).check
     if not folders:
         raise UserError("--check needs a folder, as in: python data_loader.py --check expert_data/bigfish")
     chunks = {folder: find(folder) for folder in folders}
     found = [result for folder, paths in chunks.items() for result in report(folder, paths)]
     bad = sum(result.fault is not None for result in found)
-    frames = sum(result.frames for result in found if result.fault is None)
+    unread = sum(result.unread is not None for result in found)
+    frames = sum(result.frames for result in found if not (result.fault or result.unread))
     size = sum(result.size for result in found) / 1e6
-    verdict = f"{bad} bad" if bad else "all good"
-    print(f"{len(found)} chunks, {size:,.1f} MB, {frames:,} frames in good ones: {verdict}")
-    if bad:
+    told = [f"{bad} bad"] if bad or unread else ["all good"]
+    told += [f"{unread} could not be read"] if unread else []
+    print(f"{len(found)} chunks, {size:,.1f} MB, {frames:,} frames in good ones: {', '.join(told)}")
+    if bad or unread:
         sys.exit(2)
 
 
 def find(folder: Path) -> list[Path]:
     """The chunks of a game's folder, training ones first, or of a folder of chunks.
 
-    Raises `UserError` if the folder, or a split in it, is missing or holds none.
+    Raises `UserError` if the folder, or a split in it, is missing, cannot be read or holds none.
     """
     place = folder.expanduser()
-    if not place.is_dir():
-        place = resolve(str(folder))
-    if not place.is_dir():
-        raise UserError(f"there is no folder {folder}, neither here nor in {resolve('.')}; name another")
-    splits = [place / split for split in ("train", "test") if (place / split).is_dir()] or [place]
+    with reading(folder):
+        if not place.is_dir():
+            place = resolve(str(folder))
+        if not place.is_dir():
+            raise UserError(f"there is no folder {folder}, neither here nor in {resolve('.')}; name another")
+        splits = [place / split for split in ("train", "test") if (place / split).is_dir()] or [place]
     chunks = {split: list_chunks(split) for split in splits}
-    empty = next((split for split, paths in chunks.items() if not paths), None)
-    if empty:
-        raise UserError(f"{empty} holds no chunk (<number>.npz); expert_data/README.md says how to get some")
+    for split, paths in chunks.items():
+        if not paths:
+            others = name_others(split)
+            remedy = f", but {others}" if others else "; expert_data/README.md says how to get some"
+            raise UserError(f"{split} holds no chunk (<number>.npz){remedy}")
     return [path for paths in chunks.values() for path in paths]
 
 
@@ -127,15 +146,24 @@ def report(folder: Path, paths: list[Path]) -> list[Checked]:
             "-" if count is None else f"{count:,}" for count in (result.frames, result.cuts, result.actions)
         )
         line = f"{name:<{width}}  {frames:>9}  {cuts:>7}  {actions:>7}  {result.size / 1e6:>8,.1f}"
-        print(f"{line}  {result.fault or 'ok'}", flush=True)
+        print(f"{line}  {result.fault or result.unread or 'ok'}", flush=True)
         results.append(result)
+    for split in dict.fromkeys(path.parent for path in paths):
+        others = name_others(split)
+        if others:
+            print(f"note: {split} also holds {others}")
     return results
 
 
 def check(path: Path) -> Checked:
-    """All about one chunk file, from reading all of it. Raises nothing: what is wrong is the `fault`."""
-    result = Checked(path.stat().st_size if path.exists() else 0)
+    """All about one chunk file, from reading all of it.
+
+    Raises nothing: what is wrong is the `fault`, what kept the file from being read, `unread`.
+    """
+    result = Checked(0)
     try:
+        with reading(path):
+            result.size = path.stat().st_size
         result.frames = read_header(path)
         chunk = read_chunk(path)
         if "done" in chunk:
@@ -144,22 +172,29 @@ def check(path: Path) -> Checked:
             result.actions = len(np.unique(chunk["ta"]))
         _check_others(path, result.frames)
     except UserError as error:
-        result.fault = str(error).removeprefix(str(path)).lstrip(": ")
+        told = str(error).removeprefix(str(path)).lstrip(": ")
+        if isinstance(error, BadChunk):
+            result.fault = told
+        else:
+            result.unread = told
     return result
 
 
 def _check_others(path: Path, frames: int) -> None:
-    """Check what training does not read; of arrays that we do not know, the checksums. Raises `UserError`."""
+    """Check what training does not read; of arrays that we do not know, the checksums.
+
+    Raises as `read_header`.
+    """
     with open_chunk(path) as archive:
         for name in archive.namelist():
             key = name.removesuffix(".npy")
             if key in FLOATS:
                 shape, dtype = read_npy_header(archive, key)
                 if shape != (frames,) or dtype.kind not in "fiu":
-                    raise UserError(f"{path}: `{key}` must be numbers ({frames},), found {dtype} {shape}")
+                    raise BadChunk(f"{path}: `{key}` must be numbers ({frames},), found {dtype} {shape}")
                 bad = np.count_nonzero(~np.isfinite(read_npy(archive, key)))
                 if bad:
-                    raise UserError(f"{path}: {bad:,} of the {frames:,} `{key}` are not finite")
+                    raise BadChunk(f"{path}: {bad:,} of the {frames:,} `{key}` are not finite")
             elif key not in KEYS:
                 with archive.open(name) as member:
                     while member.read(READ_SIZE):  # to the end, where the checksum is compared

@@ -17,7 +17,7 @@ import numpy as np
 
 from lapo.config import Config
 from lapo.errors import UserError
-from lapo.runs.files import atomic_write
+from lapo.runs.files import atomic_write, reading
 
 KEYS = ("obs", "ta", "done")
 """The arrays that training reads."""
@@ -33,55 +33,98 @@ MAX_UNPACKING = 1032
 COMPRESSION = 4
 
 
+class BadChunk(UserError):
+    """A chunk file that is no good; one that merely could not be read is none."""
+
+
 def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
     """The chunk files of a folder in order of their number, at most `limit`.
 
-    Raises `UserError` if the folder is missing or holds no chunk.
+    Raises `UserError` if the folder is missing, cannot be read or holds no chunk.
     """
     game = folder.parent
     remedy = (
         f"`python record_expert.py --env {game.name} --data-dir {game.parent}`"
         f" or `bash setup_data.sh {game.name}`"
     )
-    if not folder.is_dir():
+    with reading(folder):
+        missing, beside = not folder.is_dir(), game.is_dir()
+    misplaced = list_chunks(game) if missing and beside else []
+    if misplaced:
+        raise UserError(
+            f"the data folder {folder} does not exist, but {game} itself holds {misplaced[0].name};"
+            f" move what is to be in {folder.name} there"
+        )
+    if missing:
         raise UserError(f"the data folder {folder} does not exist; make it with {remedy}")
     chunks = list_chunks(folder)
     if not chunks:
+        others = name_others(folder)
+        if others:
+            raise UserError(f"the data folder {folder} holds no chunk (<number>.npz), but {others}")
         raise UserError(f"the data folder {folder} holds no chunk (<number>.npz); make some with {remedy}")
     return chunks[:limit]
 
 
+def say_limit(folder: Path, limit: int) -> None:
+    """Print how many chunks of a split the configuration leaves out, if any."""
+    total = len(find_chunks(folder))
+    if total > limit:
+        key = f"data.{folder.name}_chunks"
+        print(f"{folder.name}: {total - limit} of its {total} chunks are left out, as {key} is {limit}")
+
+
 def list_chunks(folder: Path) -> list[Path]:
-    """The files `<number>.npz` of a folder in order of their number, perhaps none."""
-    return sorted(
-        (path for path in folder.glob("*.npz") if re.fullmatch("[0-9]+", path.stem)),
-        key=lambda path: int(path.stem),
+    """The files `<number>.npz` of a folder in order of their number, perhaps none.
+
+    Raises `UserError` if the folder cannot be read.
+    """
+    chunks = (path for path in _list(folder) if path.suffix == ".npz" and re.fullmatch("[0-9]+", path.stem))
+    return sorted(chunks, key=lambda path: int(path.stem))
+
+
+def name_others(folder: Path) -> str:
+    """The npz files of a folder that are not named as chunks are, and what to do with them; "" if none."""
+    chunks = list_chunks(folder)
+    others = sorted(
+        path.name
+        for path in _list(folder)
+        if path.suffix.lower() == ".npz" and path not in chunks and not path.name.startswith(".")
     )
+    if not others:
+        return ""
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return f"{', '.join(others[:3])}{more}, which nobody reads; rename to <number>.npz what holds frames"
+
+
+def _list(folder: Path) -> list[Path]:
+    with reading(folder):  # `glob` takes what may not be read for empty
+        return [folder / name for name in os.listdir(folder)]
 
 
 def read_header(path: Path) -> int:
     """Number of frames of a chunk, from its headers alone.
 
-    Raises `UserError` naming the file if it is not a chunk: not a readable npz, no `obs`, wrong shape or
-    type, fewer than three frames.
+    Raises `BadChunk` naming the file if it is not a chunk: not a readable npz, no `obs`, wrong shape or
+    type, fewer than three frames. Raises `UserError` if something keeps it from being read.
     """
     with open_chunk(path) as archive:
         names = archive.namelist()
         if "obs.npy" not in names:
-            raise UserError(f"{path} holds no array `obs`, found: {', '.join(sorted(names)) or 'nothing'}")
+            raise BadChunk(f"{path} holds no array `obs`, found: {', '.join(sorted(names)) or 'nothing'}")
         for name in names:
             archive.open(name).close()  # compares the index's name with the one beside the data
         headers = {key: read_npy_header(archive, key) for key in KEYS if f"{key}.npy" in names}
     shape, dtype = headers.pop("obs")
     if dtype != np.uint8 or len(shape) != 4 or shape[1:] != FRAME_SHAPE:
-        raise UserError(f"{path}: `obs` must be uint8 (N, 64, 64, 3), found {dtype} {shape}")
+        raise BadChunk(f"{path}: `obs` must be uint8 (N, 64, 64, 3), found {dtype} {shape}")
     if shape[0] < WINDOW:
-        raise UserError(f"{path} holds {shape[0]} frames; a chunk needs at least {WINDOW}")
+        raise BadChunk(f"{path} holds {shape[0]} frames; a chunk needs at least {WINDOW}")
     kinds = {"ta": ("iu", "integers"), "done": ("b", "bool")}
     for key, (key_shape, key_dtype) in headers.items():
         kind, kind_name = kinds[key]
         if key_shape != shape[:1] or key_dtype.kind not in kind:
-            raise UserError(
+            raise BadChunk(
                 f"{path}: `{key}` must be {kind_name} ({shape[0]},), found {key_dtype} {key_shape}"
             )
     return shape[0]
@@ -90,28 +133,46 @@ def read_header(path: Path) -> int:
 def read_chunk(path: Path, keys: tuple[str, ...] = KEYS) -> dict[str, np.ndarray]:
     """The arrays `keys` of a chunk, those that it has, checksums verified.
 
-    Raises `UserError` naming a bad file; `read_header` has checked types and shapes before.
+    Raises as `read_header`, which has checked types and shapes before.
     """
     with open_chunk(path) as archive:
         names = archive.namelist()
         chunk = {key: read_npy(archive, key) for key in keys if f"{key}.npy" in names}
     ta = chunk.get("ta")
     if ta is not None and not (ta.min() >= 0 and ta.max() < MAX_ACTIONS):
-        raise UserError(f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, found {ta.min()}..{ta.max()}")
+        raise BadChunk(f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, found {ta.min()}..{ta.max()}")
     return chunk
+
+
+def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -> np.ndarray:
+    """Indices of the first frames of a chunk's windows, (M,) int64.
+
+    With `skip_resets`, a window is left out when any of its frames is marked `done`: data sets differ in
+    whether the mark sits on an episode's last frame or on the next one's first. (What an agent plays itself
+    is marked in one way, see `OnlineDecoder.label`.)
+    """
+    starts = np.arange(num_frames - WINDOW + 1)
+    if done is None or not skip_resets:
+        return starts
+    marked = np.convolve(done.astype(np.int64), np.ones(WINDOW, np.int64), mode="valid")
+    return starts[marked == 0]
 
 
 @contextmanager
 def open_chunk(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The zip archive that a chunk is; whatever a damaged file makes its readers raise becomes UserError."""
+    """The zip archive that a chunk is.
+
+    Whatever a damaged file makes its readers raise becomes `BadChunk`; what keeps a file from being read,
+    `UserError`.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading(path), zipfile.ZipFile(path) as archive:
             yield archive
     except UserError:
         raise
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} is not a readable npz file ({what}); delete it and make it again") from None
+        raise BadChunk(f"{path} is not a readable npz file ({what}); delete it and make it again") from None
 
 
 def read_npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -157,7 +218,7 @@ def chunks_holding(folder: Path, frames: int, skip_bad: bool = False) -> int:
             size = read_header(path)
             if skip_bad:
                 read_chunk(path)
-        except UserError:  # `Windows` names it
+        except BadChunk:  # `Windows` names it
             if not skip_bad:
                 raise
         else:

@@ -41,7 +41,21 @@ class Explorer(Expert):
 
     def act(self, states: list[bytes]) -> np.ndarray:
         """See `Expert`."""
+        return self.draw(states)[0]
+
+    def draw(self, states: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Actions, int32 (N,), and how probable each was, (N,).
+
+        What is taken is the simplest action with the effect of the one that was drawn. So an action is as
+        probable as all those together that it stands for: the expert's, and some of those drawn at random.
+        """
         actions = self.expert.act(states)
         random = self._rng.choice(self.actions, len(states)).astype(np.int32)
         chosen = np.where(self._rng.random(len(states)) < self.share, random, actions)
-        return self.expert.simplest(states, chosen)
+        taken = self.expert.simplest(states, chosen)
+        planned = taken == self.expert.simplest(states, actions)
+        ways = np.zeros(len(states), int)  # in which random leads to what was taken
+        for action in set(self.actions):
+            same = taken == self.expert.simplest(states, np.full(len(states), action, np.int32))
+            ways += self.actions.count(action) * same
+        return taken, (1 - self.share) * planned + self.share * ways / len(self.actions)

@@ -7,7 +7,7 @@ A chunk holds E environments one after another, T frames of each:
     rewards     (E·T,) float32, what the action earned
     ep_returns  (E·T,) float32, return of the episode that the action ended, else 0
     values      (E·T,) float32, discounted rewards up to the end of the episode or of the recording
-    logprobs    (E·T,) float32, of the action; 0: planners are deterministic (but for `--noise`)
+    logprobs    (E·T,) float32, of the action: 0 for planners, which are certain, unless `--noise` explores
 """
 
 import json
@@ -23,7 +23,7 @@ from lapo.experts import registry as experts
 from lapo.experts.expert import Explorer
 from lapo.games.table import GAMES, Visuals
 from lapo.games.vec_env import HELD_OUT_LEVELS, TRAIN_LEVELS, EpisodeTracker, VecEnv, simulator_version
-from lapo.runs.files import write_json
+from lapo.runs.files import reading, write_json
 
 LEVELS = {"train": TRAIN_LEVELS, "test": HELD_OUT_LEVELS}
 DISCOUNT = 0.999
@@ -92,10 +92,16 @@ class Chunk:
 
             return make_player(self.policy.path, self.policy.fingerprint, self.noise, self.simulator_seed)
         expert = experts.make_expert(self.game, self.num_envs)
-        if self.noise:
-            expert = Explorer(expert, self.noise, self.simulator_seed)
-        certain = np.zeros(self.num_envs, np.float32)
-        return lambda frames: (expert.act(env.get_state()), certain)
+        if not self.noise:
+            certain = np.zeros(self.num_envs, np.float32)
+            return lambda frames: (expert.act(env.get_state()), certain)
+        explorer = Explorer(expert, self.noise, self.simulator_seed)
+
+        def explore(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            actions, probability = explorer.draw(env.get_state())
+            return actions, np.log(probability)
+
+        return explore
 
 
 def play_chunk(
@@ -180,7 +186,8 @@ class Dataset:
 
     def _read(self) -> None:
         try:
-            record = {"noise": 0.0, "visuals": "full"} | json.loads(self.file.read_text())
+            with reading(self.file):
+                record = {"noise": 0.0, "visuals": "full"} | json.loads(self.file.read_text())
             found = {key: record[key] for key in self.settings}
             self.recorded_versions, self.chunks = record["versions"], record["chunks"]
         except (ValueError, KeyError, TypeError):

@@ -11,6 +11,7 @@ from lapo.config import Config, to_dict
 from lapo.errors import UserError
 from lapo.games.table import GAMES, relative_return
 from lapo.runs.checkpoints import load_checkpoint, stale, weights_of
+from lapo.runs.files import reading
 
 MODES = ("bc", "scratch", "offline", "online")
 """Modes of stage 3, in the order in which they are shown."""
@@ -67,11 +68,17 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
-        """The record of the stage in `folder`, None if it has saved nothing."""
-        if not (folder / "checkpoint.pt").exists():
-            return None
+        """The record of the stage in `folder`, None if it has saved nothing.
+
+        Raises `UserError` if something is damaged or kept from being read.
+        """
         path, lines = folder / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        with reading(folder):
+            if not (folder / "checkpoint.pt").exists():
+                return None
+        with reading(path):
+            text = path.read_text() if path.exists() else ""
+        for line in text.splitlines():
             with contextlib.suppress(ValueError):  # the last line of a killed run may be cut short
                 lines.append(json.loads(line))
         return cls(load_checkpoint(folder / "checkpoint.pt"), lines)
@@ -84,7 +91,7 @@ class Record:
     def progress(self) -> dict:
         """Steps done (of the environment in the modes that play), whether that is all, and the time taken."""
         seconds, previous = 0.0, 0.0
-        for line in self.lines:  # a continued run counts its seconds from 0 again
+        for line in self.lines:  # older versions counted from 0 again where a run was continued
             seconds += line["seconds"] - (previous if line["seconds"] >= previous else 0)
             previous = line["seconds"]
         steps = self.lines[-1]["step"] if self.lines else 0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lapo.config import ROOT, Config, diff, load_config, to_dict, validate
 from lapo.errors import UserError
+from lapo.runs.files import reading
 
 FORMAT = 3
 FIELDS = (
@@ -32,15 +33,20 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
     """Read a checkpoint: `stage`, `config`, `step`, `finished`, `metrics`, `state`, `provenance`.
 
     `command` is what makes the checkpoint, for the message when it is missing. Raises `UserError` if it is
-    missing, unreadable or of another format.
+    missing, damaged or of another format, or if something keeps it from being read.
     """
-    if not path.is_file():
+    with reading(path):
+        missing = not path.is_file()
+    if missing:
         raise UserError(
             f"the checkpoint {path} does not exist" + (f"; make it with `{command}`" if command else "")
         )
     damaged = UserError(f"the checkpoint {path} cannot be read: damaged, or not one of ours; delete it")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with reading(path):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception:  # whatever the readers raise for a damaged file
         raise damaged from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:

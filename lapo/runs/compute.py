@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lapo.config import Config
 from lapo.errors import UserError
-from lapo.runs.ranks import launched, local_rank, share
+from lapo.runs.ranks import launched, local_processes, local_rank, share
 
 
 @dataclass(frozen=True)
@@ -123,3 +124,15 @@ def to_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:
         return dict(metrics)
     values = torch.stack([value.detach().float().reshape(()) for value in tensors.values()]).tolist()
     return {**metrics, **dict(zip(tensors, values, strict=True))}
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that this process may take on `device`; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return free and free // local_processes()

@@ -4,6 +4,7 @@ A crash or a full disk leaves no half file in the place of a good one.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -56,6 +57,44 @@ def check_json(path: Path | None) -> None:
         raise UserError(f"--json {path} is a folder; name a file in it")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--json {path}: the folder {path.parent} cannot be written to; name another")
+
+
+OF_CONTENT = errno.EINVAL, errno.EISDIR
+"""Errors of the system that tell of what is there: damage that points to before a file's start, a folder."""
+OF_MEMORY = "allocate memory", "not enough memory", "Error -4 while"
+"""What torch and zlib say where others raise MemoryError."""
+
+
+def hindrance(error: BaseException | None) -> str | None:
+    """What kept a file from being read though it may be intact: permissions, memory, an I/O error and such.
+
+    None if `error` tells of the file's content. zipfile hides some errors of the system behind its own: those
+    that came before `error` count as well.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno not in (None, *OF_CONTENT):
+            return os.strerror(error.errno)
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in OF_MEMORY):
+            return "too little memory"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What keeps `path` from being read though it may be intact raises `UserError`; other errors pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = hindrance(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"{path} could not be read ({reason}), which says nothing against what is in it;"
+            " once that is mended, run the same command again"
+        ) from None
 
 
 @contextmanager

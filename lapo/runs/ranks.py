@@ -11,14 +11,22 @@ and prints. Every function here also serves the usual single process, at no cost
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, TimeoutError
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lapo.errors import UserError
+
+T = TypeVar("T")
+QUIET, MEETING, PARTING = 10.0, 600.0, 30.0
+"""Seconds: until who waits for the other processes says so, until it gives up, and for taking leave."""
+NOT_TORCHRUN = "if torchrun did not start this process, unset TORCHELASTIC_RUN_ID"
 
 
 class Share(NamedTuple):
@@ -44,18 +52,27 @@ def by_torchrun() -> bool:
 
 
 def launched() -> int:
-    """How many processes torchrun has started, 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if by_torchrun() else 1
+    """How many processes torchrun has started, 1 without it. Raises `UserError` if it does not say."""
+    return _variable("WORLD_SIZE") if by_torchrun() else 1
 
 
 def local_rank() -> int:
     """This process's number on its machine, which is also its GPU's."""
-    return int(os.environ["LOCAL_RANK"]) if launched() > 1 else 0
+    return _variable("LOCAL_RANK") if launched() > 1 else 0
 
 
 def local_processes() -> int:
     """How many of the processes share this machine's memory."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() > 1 else 1
+    return _variable("LOCAL_WORLD_SIZE") if launched() > 1 else 1
+
+
+def _variable(name: str) -> int:
+    """A number that torchrun leaves in the environment."""
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        found = f"is {value!r}" if value else "is missing"
+        raise UserError(f"TORCHELASTIC_RUN_ID is set, as torchrun does, but {name} {found}; {NOT_TORCHRUN}")
+    return int(value)
 
 
 @contextlib.contextmanager
@@ -63,27 +80,78 @@ def joined() -> Iterator[None]:
     """Meet the other processes that torchrun has started, and part from them at the end.
 
     All but the first print nothing on stdout, and a `UserError` that several of them raise is reported once.
+    Raises `UserError` if the others do not come, and if one of them ends before its time.
     """
     if launched() == 1:
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    store, rank, of = next(dist.rendezvous("env://"))
-    dist.init_process_group(store=store, rank=rank, world_size=of)  # NCCL between GPUs, Gloo between CPUs
+    _take_gpu()
+    store = _meet()
+    rank = dist.get_rank()
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank else sys.stdout):
             yield
     except UserError as error:
-        if store.add(str(error), 1) > 1:
-            sys.exit(2)
+        with contextlib.suppress(dist.DistError):  # who keeps the store may be gone
+            if store.add(str(error), 1) > 1:
+                sys.exit(2)
         raise
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise UserError("another process of this run has ended; the same command continues") from None
     finally:
-        dist.destroy_process_group()
+        # Where others have ended, taking leave of them may fail, and with NCCL hang.
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            _aside(dist.destroy_process_group).result(PARTING)
+
+
+def _take_gpu() -> None:
+    """Make this process's GPU the current one of this thread."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+
+
+def _meet() -> dist.Store:
+    """Wait for the other processes; returns what they share. Raises `UserError` if they do not come."""
+
+    def meet() -> dist.Store:
+        store, rank, of = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING)))
+        dist.init_process_group(store=store, rank=rank, world_size=of)  # NCCL between GPUs, Gloo between CPUs
+        return store
+
+    rank, of = _variable("RANK"), launched()
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    others = f"at {place} for the others of {of} processes"
+    coming = _aside(meet)
+    try:
+        with contextlib.suppress(TimeoutError):
+            return coming.result(QUIET)
+        print(f"process {rank} waits {others}; {NOT_TORCHRUN}", file=sys.stderr, flush=True)
+        return coming.result(MEETING - QUIET)
+    except TimeoutError:
+        what = f"has waited {MEETING / 60:.0f} minutes {others}"
+    except (RuntimeError, ValueError) as error:
+        what = f"could not wait {others} ({str(error).strip().splitlines()[0]})"
+    raise UserError(f"process {rank} {what}; see why they do not come or, {NOT_TORCHRUN}")
+
+
+def _aside(function: Callable[[], T]) -> Future[T]:
+    """Call `function` in a thread of its own, for which nobody waits at the end.
+
+    What waits in C++ hears neither SIGTERM nor Ctrl-C; who waits for the thread does.
+    """
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            _take_gpu()
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
 
 
 def part_of_batch(batch_size: int) -> int:

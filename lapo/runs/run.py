@@ -30,7 +30,7 @@ from lapo.config import Config, diff, to_dict
 from lapo.errors import UserError
 from lapo.runs.checkpoints import FORMAT, checksum, leaves, load_checkpoint, provenance, saved_config, stale
 from lapo.runs.compute import Compute, rng_state, set_rng_state, to_floats
-from lapo.runs.files import atomic_write, lock, writing
+from lapo.runs.files import atomic_write, lock, reading, writing
 from lapo.runs.ranks import by_torchrun, expect_same, greatest, is_first
 from lapo.runs.tracking import NoTracking, start_wandb
 
@@ -80,7 +80,9 @@ class Run:
         self._logged = -1  # step of the last line of metrics; the stage's unit, not always that of `step`
         self._started = self._saved = time.monotonic()
         print(f"{stage} of {cfg.env}, seed {cfg.seed}, on {compute}\n{self.dir}")
-        if self.checkpoint_path.exists():
+        with reading(self.checkpoint_path):
+            saved = self.checkpoint_path.exists()
+        if saved:
             self._continue()
         expect_same(
             self.step, "the run's processes see different checkpoints; results_dir must be shared by all"
@@ -125,6 +127,7 @@ class Run:
         self.metrics, self.state = checkpoint["metrics"], checkpoint["state"]
         self._sums, self._count, self._logged = (checkpoint[key] for key in ("sums", "count", "logged"))
         self._wandb_id = checkpoint["wandb_id"]
+        self._started -= checkpoint.get("seconds", 0.0)  # of the sessions before, not known to older ones
         if self.finished:
             print(f"finished already, at step {self.step:,}")
         else:
@@ -143,8 +146,10 @@ class Run:
         """Drop lines that a killed run wrote after its last checkpoint: they will be written again."""
         if not self.metrics_path.exists():
             return
+        with reading(self.metrics_path):
+            lines = self.metrics_path.read_text().splitlines()
         kept = []
-        for line in self.metrics_path.read_text().splitlines():
+        for line in lines:
             with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] <= self._logged:
                     kept.append(line + "\n")
@@ -226,6 +231,7 @@ class Run:
             "sums": to_floats(self._sums),
             "count": self._count,
             "logged": self._logged,
+            "seconds": time.monotonic() - self._started,
             "rng": rng_state(),
             "wandb_id": self._wandb_id,
             "provenance": self.provenance,

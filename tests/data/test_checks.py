@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lapo import config
-from lapo.data.checks import check, find
+from lapo.data.checks import check, find, report
 from lapo.errors import UserError
 from support import LAPO, PATIENCE, ROOT, numbered_frames, write_chunk, write_game
 
@@ -93,10 +93,34 @@ def test_checksums_of_all_arrays_are_compared(key, tmp_path):
 
 
 def test_a_file_that_is_none_is_bad(tmp_path):
-    (tmp_path / "0.npz").symlink_to(tmp_path / "nowhere")
     (tmp_path / "1.npz").mkdir()
-    for path in find(tmp_path):
-        assert "is not a readable npz file" in check(path).fault
+    assert "is not a readable npz file" in check(tmp_path / "1.npz").fault
+
+
+@pytest.mark.slow
+def test_what_could_not_be_read_is_not_called_bad(tmp_path):
+    write_chunk(tmp_path / "0.npz", numbered_frames(np.arange(40)))
+    (tmp_path / "1.npz").symlink_to(tmp_path / "a disk that is not mounted")
+    (tmp_path / "2.npz").symlink_to(tmp_path / "2.npz")
+    done = run_check(tmp_path)
+    assert (done.returncode, done.stderr) == (2, "")
+    lines = done.stdout.splitlines()
+    for line, reason in ((3, "No such file or directory"), (4, "Too many levels of symbolic links")):
+        assert f"  could not be read ({reason}), which says nothing against what is in it" in lines[line]
+    assert "delete" not in done.stdout
+    assert lines[-1] == "3 chunks, 0.5 MB, 40 frames in good ones: 0 bad, 2 could not be read"
+
+
+def test_files_that_only_look_like_chunks_are_named(tmp_path, capsys):
+    write_game(tmp_path, frames=10, chunks=1)
+    for name in ("traj_1.npz", "2.NPZ", "._0.npz", "notes.txt", "1.npz.part"):
+        (tmp_path / "train" / name).touch()
+    found = report(tmp_path, find(tmp_path))
+    told = f"{tmp_path / 'train'} also holds 2.NPZ, traj_1.npz, which nobody reads; rename to <number>.npz"
+    assert capsys.readouterr().out.count("note: ") == 1
+    report(tmp_path, find(tmp_path))
+    assert f"\nnote: {told} what holds frames\n" in capsys.readouterr().out
+    assert [result.fault for result in found] == [None, None]
 
 
 @pytest.mark.slow
@@ -110,8 +134,11 @@ def test_folders_without_chunks_get_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "maze" / "train").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     for name, place in (("empty", "empty"), ("maze", "maze/train")):
-        with pytest.raises(UserError, match=rf"^{place} holds no chunk \(<number>\.npz\)"):
+        with pytest.raises(UserError, match=rf"^{place} holds no chunk \(<number>\.npz\); expert_data/"):
             find(Path(name))
+    (tmp_path / "empty" / "episode_0.npz").touch()
+    with pytest.raises(UserError, match=r"holds no chunk .*, but episode_0\.npz, which nobody reads; rename"):
+        find(Path("empty"))
 
 
 def test_a_relative_folder_is_looked_for_here_and_then_in_the_repository(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 
 from lapo.acting import Evaluation, play
 from lapo.errors import UserError
-from lapo.experts.expert import LEFT, NOOP, RIGHT, RIGHT_UP, UP, Explorer
+from lapo.experts.expert import LEFT, NOOP, RIGHT, RIGHT_UP, UP, Expert, Explorer
 from lapo.experts.planners import FruitBotExpert
 from lapo.experts.registry import expert_name, find_expert, make_expert
 from lapo.experts.search import SearchSettings, SimulatorSearch
@@ -144,6 +144,35 @@ def test_explorer_takes_its_share_of_random_actions() -> None:
     assert other / 2000 == pytest.approx(0.2 * 3 / 4, abs=0.03)
     assert counts[list(expert.actions)] / 2000 == pytest.approx(1 / 4, abs=0.05)
     assert counts.sum() == 2000
+
+
+class Jumper(Expert):
+    """Always wants to jump, which in the air has the effect of moving on."""
+
+    actions = (RIGHT, LEFT, LEFT, RIGHT_UP)
+
+    def act(self, states: list[bytes]) -> np.ndarray:
+        return np.full(len(states), RIGHT_UP, np.int32)
+
+    def simplest(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
+        in_the_air = np.array([state == b"air" for state in states])
+        return np.where(in_the_air & (actions == RIGHT_UP), RIGHT, actions)
+
+
+def test_probability_of_what_an_explorer_does_counts_all_ways_to_it() -> None:
+    explorer, states = Explorer(Jumper(), 0.4, seed=0), [b"air", b"ground"] * 2000
+    actions, probability = explorer.draw(states)
+    assert actions.dtype == np.int32
+    expected = {
+        b"air": {RIGHT: 0.6 + 0.1 + 0.1, LEFT: 0.2},
+        b"ground": {RIGHT_UP: 0.6 + 0.1, RIGHT: 0.1, LEFT: 0.2},
+    }
+    for start, state in enumerate((b"air", b"ground")):
+        assert set(actions[start::2]) == expected[state].keys()
+        for action, value in expected[state].items():
+            taken = actions[start::2] == action
+            np.testing.assert_allclose(probability[start::2][taken], value)
+            assert taken.mean() == pytest.approx(value, abs=0.04)  # four standard errors
 
 
 def test_simplest_action_has_the_same_effect() -> None:

@@ -1,11 +1,13 @@
 """Checkpoints: what is read, what is refused, and how an earlier stage is found."""
 
 import contextlib
+import errno
 import pickle
 import random
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -35,6 +37,22 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(workplace, monkeyp
         load_stage(workplace.config("--seed", "0"), "stage1", "stage1.py")
     assert f"{path} does not exist" in str(error.value)
     assert "`python stage1.py --exp 'ma in' --preset demo`" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "too little memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "too little memory"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_what_keeps_a_checkpoint_from_being_read_is_not_called_damage(checkpoint, monkeypatch, error, reason):
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    with pytest.raises(UserError) as refusal:
+        load_checkpoint(checkpoint)
+    assert str(refusal.value).startswith(f"{checkpoint} could not be read ({reason}), which says nothing")
+    assert "delete" not in str(refusal.value)
 
 
 def test_an_earlier_stage_that_saw_the_game_otherwise_is_refused(workplace):

@@ -1,11 +1,14 @@
 """Files are whole or absent, and so are folders."""
 
+import errno
+import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 
 from lapo.errors import UserError
-from lapo.runs.files import atomic_write, filled_at_once, filling, is_vacant
+from lapo.runs.files import atomic_write, filled_at_once, filling, hindrance, is_vacant, reading
 
 
 def test_atomic_write_replaces_the_file_once_it_is_whole(tmp_path):
@@ -130,3 +133,44 @@ def test_links_to_one_folder_share_its_lock(tmp_path):
     with filling(tmp_path / "link", "recording"):
         assert names(tmp_path) == ["disk/.maze.lock"]
     assert names(tmp_path) == []
+
+
+def hidden(reason: OSError) -> Exception:
+    """What zipfile makes of an error of the system while it looks for its directory."""
+    try:
+        try:
+            raise reason
+        except OSError:
+            raise zipfile.BadZipFile("File is not a zip file")  # noqa: B904
+    except zipfile.BadZipFile as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(errno.EACCES, "x"), "Permission denied"),
+        (FileNotFoundError(errno.ENOENT, "x"), "No such file or directory"),
+        (OSError(errno.EMFILE, "x"), "Too many open files"),
+        (hidden(OSError(errno.EIO, "x")), "Input/output error"),
+        (MemoryError(), "too little memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "too little memory"),
+        (zlib.error("Error -4 while decompressing data"), "too little memory"),
+        (zlib.error("Error -3 while decompressing data: invalid block type"), None),
+        (hidden(OSError(errno.EINVAL, "Invalid argument")), None),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), None),
+        (OSError("Invalid data stream"), None),
+        (ValueError("x"), None),
+    ],
+)
+def test_what_keeps_a_file_from_being_read_is_told_from_damage(error, reason, tmp_path):
+    assert hindrance(error) == reason
+    with pytest.raises(UserError if reason else type(error)), reading(tmp_path):
+        raise error
+
+
+def test_a_mistake_that_was_told_already_is_not_told_again(tmp_path):
+    mistake = UserError("not a chunk")
+    mistake.__context__ = PermissionError(errno.EACCES, "x")
+    with pytest.raises(UserError, match=r"^not a chunk$"), reading(tmp_path):
+        raise mistake

@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from lapo import stage1_idm_wm, stage2_bc, stage3_decode
-from lapo.config import Config
+from lapo import data_loader, stage1_idm_wm, stage2_bc, stage3_decode
+from lapo.config import Config, load_config
 from lapo.data_loader import RollingWindows, Windows
-from lapo.errors import UserError
+from lapo.errors import UserError, run_main
 from lapo.models import VectorQuantizer, make_idm, make_latent_policy, make_world_model
+from lapo.runs import ranks
 from lapo.runs.checkpoints import load_checkpoint
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.ranks import Share, average, expect_same, greatest, is_first, joined, part_of_batch, share
-from support import LAPO, PATIENCE, Workplace, numbered_frames, read_numbers, write_chunk, write_game
+from support import LAPO, PATIENCE, ROOT, Workplace, numbered_frames, read_numbers, write_chunk, write_game
 
 CPU = torch.device("cpu")
 PLAIN = Compute(CPU, bf16=False, compile=False)
@@ -80,11 +82,41 @@ def test_a_run_does_not_go_on_with_another_number_of_processes(counted):
         alone.expect_order(shared.order)
 
 
+@pytest.mark.parametrize(
+    ("resident", "room", "rolling"),
+    # The largest share has 85 frames, all chunks 125.
+    [("auto", 1000, False), ("always", 1000, False), ("always", 130, True), ("never", 1000, True)],
+)
+def test_without_held_out_frames_every_process_measures_the_shares_of_all(
+    counted, monkeypatch, capsys, resident, room, rolling
+):
+    """The very windows that a single process measures; if they do not fit beside a share, they take turns."""
+    monkeypatch.setattr(data_loader, "free_bytes", lambda device: room * 64 * 64 * 3)
+    place, game = counted.parent.parent, counted.parent.name
+    cfg = load_config(["--env", game, "--data_dir", str(place), "--resident", resident])
+    monkeypatch.setattr(data_loader, "share", lambda: Share(0, 1))
+    alone, measured = data_loader.read_splits(cfg, CPU)
+    assert measured is alone
+    expected = numbers_of(measured, measured.spread(20))
+    for rank in range(2):
+        monkeypatch.setattr(data_loader, "share", partial(Share, rank, 2))
+        mine, measured = data_loader.read_splits(cfg, CPU)
+        assert numbers_of(measured, measured.spread(20)) == expected
+        assert isinstance(measured, RollingWindows) == rolling
+        assert {number // 100 for number in numbers_of(mine, mine.all())} == [{0, 2, 4}, {1, 3}][rank]
+    assert capsys.readouterr().out.count("test: no such folder, so the training windows are measured") == 3
+
+
+def numbers_of(windows: Windows, ids: Tensor) -> list[int]:
+    return np.concatenate([read_numbers(x)[:, 0] for x in windows.iter_frames(ids, 7)]).tolist()
+
+
 # ---------------------------------------------------------------- two ranks
 
 
-def as_rank(rank: int, port: int, function: Callable[..., Any], file: Path, arguments: tuple) -> None:
-    os.environ |= {
+def variables(rank: int, port: int) -> dict[str, str]:
+    """What torchrun tells the processes of a pair."""
+    return {
         "TORCHELASTIC_RUN_ID": "test",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -93,6 +125,16 @@ def as_rank(rank: int, port: int, function: Callable[..., Any], file: Path, argu
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
     }
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def as_rank(rank: int, port: int, function: Callable[..., Any], file: Path, arguments: tuple) -> None:
+    os.environ.update(variables(rank, port))
     torch.set_num_threads(1)
     with joined():
         torch.save(function(*arguments), file)
@@ -100,9 +142,7 @@ def as_rank(rank: int, port: int, function: Callable[..., Any], file: Path, argu
 
 def start_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[BaseProcess]:
     """Two processes that meet, call `function` and leave what it returns in `<rank>.pt`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     fork = multiprocessing.get_context("fork")  # for they have everything imported
     ranks = [
         fork.Process(target=as_rank, args=(rank, port, function, folder / f"{rank}.pt", arguments))
@@ -235,6 +275,127 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert part_of_batch(9) == 9
     for message in on_two_ranks(refuse_batch, tmp_path):
         assert message.startswith("a batch of 9 windows cannot be shared by 2 processes")
+
+
+# ---------------------------------------------------------------- ranks that do not come, or go
+
+
+def alone(environment: dict[str, str]) -> BaseProcess:
+    """A script's process of which torchrun's variables say that there is another one."""
+
+    def meet() -> None:
+        with joined():
+            raise AssertionError("there is nobody to meet")
+
+    def run() -> None:
+        os.environ.update(environment)
+        run_main(meet)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_who_waits_for_a_rank_that_never_comes_says_so_and_obeys(monkeypatch, capfd, rank, number, code):
+    monkeypatch.setattr(ranks, "QUIET", 0.1)
+    environment = variables(rank, free_port())
+    process, said = alone(environment), ""
+    while "\n" not in said:
+        assert process.is_alive()
+        time.sleep(0.01)
+        said += capfd.readouterr().err
+    place = f"127.0.0.1:{environment['MASTER_PORT']}"
+    assert said.startswith(
+        f"process {rank} waits at {place} for the others of 2 processes; if torchrun did not"
+    )
+    os.kill(process.pid, number)
+    process.join(PATIENCE)
+    assert process.exitcode == code
+
+
+@pytest.mark.parametrize("rendezvous", [dist.rendezvous, lambda *place, timeout: time.sleep(3600)])
+def test_who_waits_for_a_rank_that_never_comes_gives_up(monkeypatch, capfd, rendezvous):
+    monkeypatch.setattr(dist, "rendezvous", rendezvous)
+    monkeypatch.setattr(ranks, "QUIET", 0.1)
+    monkeypatch.setattr(ranks, "MEETING", 0.3)
+    process = alone(variables(1, free_port()))
+    process.join(PATIENCE)
+    assert process.exitcode == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: process 1 ")
+    assert last.endswith(
+        "why they do not come or, if torchrun did not start this process, unset TORCHELASTIC_RUN_ID"
+    )
+
+
+def test_a_port_that_is_taken_is_one_sentence(capfd):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        process = alone(variables(0, taken.getsockname()[1]))
+        process.join(PATIENCE)
+    assert process.exitcode == 2
+    assert "error: process 0 could not wait at 127.0.0.1:" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_plain_run_with_torchruns_variables_does_not_hang():
+    """A real process: at its end, a thread still waits in C++."""
+    code = """if True:
+        from lapo.errors import run_main
+        from lapo.runs import ranks
+        ranks.QUIET = 0.1
+        def main():
+            with ranks.joined():
+                pass
+        run_main(main)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | variables(0, free_port()),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "waits at 127.0.0.1:" in process.stderr.readline()
+    process.terminate()
+    _, rest = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, rest) == (143, "terminated; the same command continues\n")
+
+
+@pytest.mark.parametrize(("value", "found"), [(None, "is missing"), ("", "is missing"), ("two", "is 'two'")])
+def test_half_of_torchruns_variables_are_a_mistake(monkeypatch, value, found):
+    for name, number in variables(0, 1).items():
+        monkeypatch.setenv(name, number)
+    assert ranks.launched() == 2
+    monkeypatch.delenv("WORLD_SIZE")
+    if value is not None:
+        monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(
+        UserError, match=f"but WORLD_SIZE {found}; if torchrun did not start this process, un"
+    ):
+        ranks.launched()
+
+
+def fail_alone() -> None:
+    greatest(0)
+    dist.destroy_process_group = partial(time.sleep, 3600)  # as with NCCL, where others have ended
+    if share().rank == 1:
+        raise UserError("I alone cannot go on")
+    greatest(0)
+
+
+def test_after_one_rank_has_failed_alone_none_hangs(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(ranks, "PARTING", 0.1)
+    processes = start_ranks(fail_alone, tmp_path)
+    for process in processes:
+        process.join(PATIENCE)
+    assert all(process.exitcode not in (None, 0) for process in processes)
+    said = capfd.readouterr().err
+    assert "UserError: I alone cannot go on" in said
+    assert "UserError: another process of this run has ended; the same command continues" in said
 
 
 # ---------------------------------------------------------------- whole runs

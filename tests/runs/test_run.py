@@ -1,22 +1,29 @@
 """Runs: what they save, log and refuse, and how they stop."""
 
 import contextlib
+import errno
+import json
 import multiprocessing
 import resource
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
 
+import lapo.runs.run
 from lapo import stage1_idm_wm
 from lapo.config import diff, to_dict
 from lapo.errors import UserError
+from lapo.reporting.summary import Record
 from lapo.runs.checkpoints import FORMAT, load_checkpoint
 from lapo.runs.run import EXPLODED, Run
 from lapo.runs.tracking import NoTracking
-from support import largest_file, logged, result, tiny_run
+from support import CPU, PATIENCE, largest_file, logged, result, tiny_run
 
 
 def test_a_save_that_the_disk_refuses_keeps_the_previous_checkpoint(workplace):
@@ -238,6 +245,46 @@ def test_loop_saves_at_its_interval_and_overdue_by_the_clock(workplace):
             assert step == run.step
         saved.append(sorted(set(steps)))
     assert saved == [[3, 6], [1, 2, 3, 4, 5, 6]]
+
+
+def test_a_run_that_may_not_be_read_is_one_sentence(workplace, monkeypatch):
+    run = tiny_run(workplace)
+    run.log(1)
+    refused = PermissionError(errno.EACCES, "Permission denied")
+    for method, name in (("exists", "checkpoint.pt"), ("read_text", "metrics.jsonl")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, Mock(side_effect=refused))
+            with pytest.raises(UserError, match=rf"{name} could not be read \(Permission denied\)"):
+                Run(run.cfg, "stage1", ("model", "stage1"), CPU)
+
+
+def test_seconds_are_those_of_all_sessions(workplace, monkeypatch):
+    """What a killed session did after its last checkpoint is done again, and so not counted."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(lapo.runs.run, "time", clock)
+    sessions = [(100, {1: 10, 2: 12}, 13), (1000, {3: 15}, 15), (3000, {4: 9}, None), (50, {4: 1}, 2)]
+    for start, logged_at, saved_at in sessions:
+        clock.now = start
+        run = tiny_run(workplace)
+        for step, seconds in logged_at.items():
+            clock.now = start + seconds
+            run.log(step)
+        if saved_at:
+            clock.now = start + saved_at
+            run.save({})
+    lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    assert [(line["step"], line["seconds"]) for line in lines] == [(1, 10), (2, 12), (3, 28), (4, 29)]
+    assert Record.read(run.dir).progress()["seconds"] == 29
+
+
+def test_a_checkpoint_that_does_not_know_its_seconds_is_continued(workplace):
+    run = tiny_run(workplace)
+    run.save({})
+    checkpoint = load_checkpoint(run.checkpoint_path)
+    del checkpoint["seconds"]
+    torch.save(checkpoint, run.checkpoint_path)
+    tiny_run(workplace).log(1)
+    assert json.loads(run.metrics_path.read_text())["seconds"] < PATIENCE
 
 
 def test_loop_gives_signals_back_when_it_ends(workplace):
