@@ -14,6 +14,7 @@ from support import LAPO, PATIENCE, ROOT
 
 LAYERS = (
     ("errors",),
+    ("sources",),
     ("config", "games"),
     ("runs",),
     ("data", "models"),
