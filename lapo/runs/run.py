@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lapo.config import Config, diff, to_dict
-from lapo.errors import UserError
+from lapo.errors import STOPPING, UserError, handle_signals, say
 from lapo.runs.checkpoints import FORMAT, fingerprints, load_checkpoint, provenance, tensors_of
 from lapo.runs.compute import Compute, rng_state, set_rng_state, to_floats
 from lapo.runs.files import atomic_write, lock, writing
@@ -82,7 +82,7 @@ class Run:
             )
             self._trim_metrics()
             self._wandb = start_wandb(cfg, stage, self.dir, self._wandb_id)
-            self._wandb_id = self._wandb.id
+            self._wandb_id = self._wandb.id or self._wandb_id  # which a continuation without wandb keeps
 
     def _keep_others_out(self) -> None:
         """Hold the run's lock as long as this process lives. Raises `UserError` if another process has it."""
@@ -127,16 +127,16 @@ class Run:
     def loop(
         self, total: int, state: Callable[[], dict], *, save_every: int, unit: str, scale: int = 1
     ) -> Iterator[int]:
-        """Yield the steps still to do, with progress, checkpoints, and an orderly stop on SIGTERM or SIGINT.
+        """Yield the steps still to do, with progress, checkpoints, and an orderly stop on a signal.
+
+        The signals are those of `STOPPING`, and Ctrl-C; outside the main thread there are none.
 
         A checkpoint follows the last step too, for whatever the stage measures afterwards may take long.
 
         `state` gives what a continued run needs, as plain data; random states are added. Progress is shown in
-        `unit`s, `scale` per step. Raises SystemExit with 143 or 130 after a signal, having saved.
+        `unit`s, `scale` per step. Raises SystemExit with 128 + its number after a signal, having saved.
         """
-        handlers = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        handlers = handle_signals((*STOPPING, signal.SIGINT), self._on_signal)
         bar = tqdm(
             total=total * scale,
             initial=self.step * scale,
@@ -160,7 +160,7 @@ class Run:
                 if stop:
                     bar.close()
                     if is_first():
-                        print(f"stopped at step {self.step:,}; the same command continues", file=sys.stderr)
+                        say(f"stopped at step {self.step:,}; the same command continues")
                     sys.exit(128 + stop)
         finally:
             bar.close()
