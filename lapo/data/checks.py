@@ -42,7 +42,7 @@ def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
         raise UserError(f"the data folder {folder} does not exist; make it with `{record}`{download}")
     path = folder / "dataset.json"
     try:
-        recorded = json.loads(path.read_text()).get("visuals", "full")
+        recorded = json.loads(path.read_text(encoding="utf-8")).get("visuals", "full")
     except FileNotFoundError:
         recorded = "full"  # downloaded: the published frames
     except (OSError, ValueError, AttributeError):

@@ -180,7 +180,7 @@ class Dataset:
 
     def _read(self) -> None:
         try:
-            record = {"noise": 0.0, "visuals": "full"} | json.loads(self.file.read_text())
+            record = {"noise": 0.0, "visuals": "full"} | json.loads(self.file.read_text(encoding="utf-8"))
             found = {key: record[key] for key in self.settings}
             self.recorded_versions, self.chunks = record["versions"], record["chunks"]
         except (ValueError, KeyError, TypeError):

@@ -58,6 +58,14 @@ def local_processes() -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() > 1 else 1
 
 
+def expect_one_process(script: str) -> None:
+    """Raise `UserError`, once for all, if torchrun has started several processes of a script made for one."""
+    if launched() > 1:
+        if os.environ["RANK"] != "0":
+            sys.exit(2)
+        raise UserError(f"{script} runs in one process, not {launched()}; start it without torchrun")
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Meet the other processes that torchrun has started, and part from them at the end.
@@ -72,7 +80,10 @@ def joined() -> Iterator[None]:
     store, rank, of = next(dist.rendezvous("env://"))
     dist.init_process_group(store=store, rank=rank, world_size=of)  # NCCL between GPUs, Gloo between CPUs
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank else sys.stdout):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere if rank else sys.stdout),
+        ):
             yield
     except UserError as error:
         if store.add(str(error), 1) > 1:

@@ -78,7 +78,7 @@ class Run:
             self._keep_others_out()
             atomic_write(
                 self.dir / "config.yaml",
-                lambda path: path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False)),
+                lambda path: path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False), encoding="utf-8"),
             )
             self._trim_metrics()
             self._wandb = start_wandb(cfg, stage, self.dir, self._wandb_id)
@@ -118,11 +118,11 @@ class Run:
         if not self.metrics_path.exists():
             return
         kept = []
-        for line in self.metrics_path.read_text().splitlines():
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] <= self._logged:
                     kept.append(line + "\n")
-        atomic_write(self.metrics_path, lambda path: path.write_text("".join(kept)))
+        atomic_write(self.metrics_path, lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
     def loop(
         self, total: int, state: Callable[[], dict], *, save_every: int, unit: str, scale: int = 1
@@ -205,7 +205,7 @@ class Run:
             "provenance": provenance(),
         }
         checkpoint["fingerprints"] = fingerprints(checkpoint)
-        with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
+        with writing(self.metrics_path, self._kept()), self.metrics_path.open("a", encoding="utf-8") as file:
             os.fsync(file.fileno())
         atomic_write(self.checkpoint_path, lambda path: torch.save(checkpoint, path), verify=load_checkpoint)
 
@@ -243,7 +243,10 @@ class Run:
             raise self._diverged(_listed(bad), step)
         line = {"step": step, **values, "seconds": round(time.monotonic() - self._started, 1)}
         if is_first():
-            with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
+            with (
+                writing(self.metrics_path, self._kept()),
+                self.metrics_path.open("a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps(line) + "\n")
         self._wandb.log(line, step=step)
         self.metrics |= values

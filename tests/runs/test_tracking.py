@@ -45,7 +45,7 @@ def homes(tmp_path_factory) -> dict[str, Path]:
     for name, options in (("nobody", None), ("usual", []), ("own", ["--host", PLACE])):
         homes[name] = tmp_path_factory.mktemp(name)
         if options is not None:
-            python(homes[name], *"-m wandb login --no-verify".split(), *options, KEY).check_returncode()
+            python(homes[name], *["-m", "wandb", "login", "--no-verify"], *options, KEY).check_returncode()
     return homes
 
 
