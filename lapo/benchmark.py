@@ -96,10 +96,11 @@ def benchmark(args: argparse.Namespace, cfg: Config) -> dict:
                 other = {"stage": stage, "path": "plain"} | measure(make_plain, plain, args.repeats, cfg.seed)
                 result["times_plain"] = other["seconds_per_step"] / result["seconds_per_step"]
                 results.append(other)
-    print(f"\n{rates_table(results)}\n\n{parts_table(results)}")
     report = {"config": to_dict(cfg), "provenance": made_by, "results": results}
-    if args.json:
+    if args.json:  # first, for nobody may be reading any more what is printed
         write_json(args.json, report)
+    print(f"\n{rates_table(results)}\n\n{parts_table(results)}")
+    if args.json:
         print(f"\nwritten to {args.json}")
     return report
 

@@ -5,27 +5,53 @@ types, ranges and help texts; a key that only one of the two knows is an error.
 """
 
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lapo.errors import UserError
+from lapo.sources import merge, nested, read_options, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = Path(__file__).resolve().parent / "config.yaml"
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
-Count = Annotated[int, Field(ge=1)]
+PUBLISHED_STEPS = {"stage1": 50_000, "stage2": 60_000, "stage3": 4_000_000}
+"""Steps of the published runs, in stage 3 env steps: the lengths that schedules are given for."""
+
+
+def _whole(value: Any) -> Any:
+    """`4e6` as the whole number that it is; anything else as it came."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d[\d_]*(\.\d*)?[eE]\+?\d{1,2}\s*", value):
+        number = float(value)
+        return int(number) if number.is_integer() else value
+    return value
+
+
+def _items(value: Any) -> Any:
+    """The items of a list as a command line or a sweep may write it: `64 32`, `64,32`, `[64, 32]`."""
+    words = [value] if isinstance(value, str) else value
+    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        return value
+    text = " ".join(words).strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1].strip()
+    return re.split(r"\s*,\s*|\s+", text) if text else []
+
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Int = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Widths = Annotated[list[Count], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Widths = Annotated[list[Count], BeforeValidator(_items)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -55,7 +81,7 @@ class ModelConfig:
     """Width multiplier of the IDM's IMPALA encoder."""
     policy_scale: Count
     """Width multiplier of the policy's IMPALA encoder."""
-    wm_width: Annotated[int, Field(ge=2, multiple_of=2)]
+    wm_width: Annotated[Int, Field(ge=2, multiple_of=2)]
     """Base width of the world model's U-Net (even)."""
 
 
@@ -70,7 +96,7 @@ class VQConfig:
     """Independent codebooks."""
     num_latents: Count
     """Latent slots per codebook."""
-    num_embs: Annotated[int, Field(ge=2)]
+    num_embs: Annotated[Int, Field(ge=2)]
     """Codes per codebook."""
     emb_dim: Count
     """Size of a code."""
@@ -96,7 +122,7 @@ class SupervisedConfig:
     __pydantic_config__ = STRICT
     steps: Count
     """Optimisation steps."""
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[Int, Field(ge=2)]
     """Windows per step."""
     lr: Positive
     """Learning rate (AdamW)."""
@@ -127,7 +153,7 @@ class ProbeConfig:
     """How the true action is read from the latent one, as a measurement."""
 
     __pydantic_config__ = STRICT
-    windows: Annotated[int, Field(ge=4)]
+    windows: Annotated[Int, Field(ge=4)]
     """Windows used at most; half train the probe, half test it. The world model is judged on up to 16,384."""
     hidden: Count
     """Width of the probe's two hidden layers."""
@@ -158,7 +184,7 @@ class Ramp:
     """A learning-rate factor: 0 until `hold`, `peak` at `peak_at`, 0 at the end, linear between."""
 
     __pydantic_config__ = STRICT
-    hold: Annotated[int, Field(ge=0)]
+    hold: Annotated[Int, Field(ge=0)]
     """Env steps with factor 0 (at the published length)."""
     peak_at: Count
     """Env steps at which the factor peaks (at the published length)."""
@@ -218,11 +244,11 @@ class DecoderConfig:
     """Learning rate (Adam)."""
     label_smoothing: Fraction
     """Label smoothing of the cross-entropy."""
-    start: Annotated[int, Field(ge=0)]
+    start: Annotated[Int, Field(ge=0)]
     """Env steps after which training starts (at the published length)."""
-    until: Annotated[int, Field(ge=0)]
+    until: Annotated[Int, Field(ge=0)]
     """Env steps at which it ends (at the published length)."""
-    every_update_until: Annotated[int, Field(ge=0)]
+    every_update_until: Annotated[Int, Field(ge=0)]
     """Env steps up to which it is trained after every update (at the published length)."""
     every: Count
     """Updates between trainings from then on."""
@@ -320,7 +346,7 @@ class Config:
     """Procgen game, or any name with a folder in data_dir."""
     exp: Name
     """Experiment: results lie in <results_dir>/<exp>/<env>/seed<seed>."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    seed: Annotated[Int, Field(ge=0, lt=2**31)]
     """Seed of everything random."""
     visuals: Literal["full", "plain"]
     """How Procgen draws: full, as in the paper; plain: no backgrounds, one look for all levels."""
@@ -328,7 +354,7 @@ class Config:
     """Folder of the games' chunks; relative to the repository's root."""
     results_dir: str
     """Folder of all results; relative to the repository's root."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"]
     """Auto: bf16 where the hardware computes it natively."""
@@ -402,18 +428,18 @@ def load_config(
 ) -> Config:
     """Read config.yaml, `--config`, `--preset` and the command line, in this order of precedence.
 
-    Any key of the config is an option: `--stage1.lr 1e-4`, `--stage1.lr=1e-4`; a list takes several values.
-    `short` gives further names of keys. `--help` prints `description` and all keys, and exits. Raises
-    `UserError` for an unknown key, a wrong type, an impossible value or a missing file.
+    Any key of the config is an option: `--stage1.lr 1e-4`, `--stage1.lr=1e-4`; a list takes several values,
+    and of an option given twice the last counts. `short` gives further names of keys. `--help` prints
+    `description` and all keys, and exits. Raises `UserError` for an unknown key, a wrong type, an impossible
+    value or schedule, or a missing file.
     """
-    options = _options(sys.argv[1:] if argv is None else argv)
-    options = {(short or {}).get(name, name): words for name, words in options.items()}
+    options = read_options(sys.argv[1:] if argv is None else argv, short or {}, several=("config", "preset"))
     files, presets = options.pop("config", []), options.pop("preset", [])
-    values = _read_yaml(DEFAULTS)
+    values = read_yaml(DEFAULTS)
     source = DEFAULTS.name
     for file in files:
         source = file
-        values = _merge(values, _read_yaml(Path(file).expanduser()), source)
+        values = merge(values, read_yaml(Path(file).expanduser()), source)
     known = values.pop("presets", None) or {}
     if not isinstance(known, dict):
         raise UserError(f"{source}: 'presets' must hold one group of settings per name, found {known!r}")
@@ -421,13 +447,15 @@ def load_config(
         if name not in known:
             raise UserError(f"unknown preset '{name}'; the presets are: {', '.join(known) or 'none'}")
         source = f"preset {name}"
-        values = _merge(values, known[name], source)
+        values = merge(values, known[name], source)
     cfg = validate(values, source=source)
     if "help" in options:
         tyro.cli(Config, default=cfg, args=["--help"], description=description + _HELP, config=(FLAGS,))
     for key, words in options.items():
-        values = _merge(values, _nested(key, words), "the command line")
-    return validate(values, source="the command line")
+        values = merge(values, nested(key, words), "the command line")
+    cfg = validate(values, source="the command line")
+    _check_schedules(cfg)
+    return cfg
 
 
 FLAGS = tyro.conf.FlagConversionOff
@@ -437,62 +465,29 @@ names only what it changes, and --preset NAME, e.g. demo.
 """
 
 
-def _options(argv: list[str]) -> dict[str, list[str]]:
-    """The words of a command line by option: `--a.b-c 1 2` → {"a.b_c": ["1", "2"]}."""
-    options: dict[str, list[str]] = {}
-    words: list[str] | None = None
-    for word in argv:
-        if word in ("-h", "--help"):
-            options["help"] = []
-        elif word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            words = options.setdefault(name.replace("-", "_"), [])
-            words.extend([value] if equals else [])
-        elif words is None:
-            raise UserError(f"the command line: found '{word}' where an option such as --env was expected")
-        else:
-            words.append(word)
-    empty = next((name for name, words in options.items() if not words and name != "help"), None)
-    if empty:
-        raise UserError(f"the command line: --{empty} needs a value")
-    return options
+def _check_schedules(cfg: Config) -> None:
+    """Raise `UserError` for schedules out of order, or that the run would end before.
 
-
-def _nested(key: str, words: list[str]) -> dict:
-    """`a.b` and its words as {"a": {"b": words}}; validation turns words into numbers and lists."""
-    value: Any = words[0] if len(words) == 1 else words
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config file {path}: {error}") from None
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold `key: value` lines, found a {type(values).__name__}")
-    return values
-
-
-def _merge(base: dict, changes: Any, source: str) -> dict:
-    """`base` with `changes`, which come from `source`, laid over it, group by group."""
-    if not isinstance(changes, dict):
-        raise UserError(f"{source} must hold `key: value` lines, found {changes!r}")
-    merged = dict(base)
-    for key, value in changes.items():
-        nested = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value, source) if nested else value
-    return merged
+    A run shorter than the published one shrinks the points in proportion, so these count up to the published
+    length; a longer one keeps them, and they count up to its own.
+    """
+    ends = {stage: max(getattr(cfg, stage).steps, steps) for stage, steps in PUBLISHED_STEPS.items()}
+    pairs = [
+        *((f"{stage}.lr_warmup", f"the end of {stage}") for stage in ("stage1", "stage2")),
+        ("decoder.start", "decoder.until"),
+        ("decoder.start", "the end of stage3"),
+    ]
+    for ramp in ("policy_head", "value_head", "fc"):
+        pairs += [(f"ppo.{ramp}.hold", f"ppo.{ramp}.peak_at"), (f"ppo.{ramp}.peak_at", "the end of stage3")]
+    points = {f"the end of {stage}": end for stage, end in ends.items()}
+    for key in {key for pair in pairs for key in pair} - points.keys():
+        points[key] = reduce(getattr, key.split("."), cfg)
+    for earlier, later in pairs:
+        if points[earlier] >= points[later]:
+            raise UserError(
+                f"{earlier} is {points[earlier]:,}, but must come before {later}, {points[later]:,}"
+                " (points of a schedule are given for the published length, see config.yaml)"
+            )
 
 
 def _explain(error: ValidationError, kind: type, source: str) -> str:
@@ -508,4 +503,6 @@ def _explain(error: ValidationError, kind: type, source: str) -> str:
         return f"{source}: unknown key '{key}'; allowed here: {allowed}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{source}: the key '{key}' is missing; config.yaml shows every key"
+    if problem["input"] is None:
+        return f"{source}: '{key}' has no value; give it one (the word null in quotes), or leave the line out"
     return f"{source}: '{key}' is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

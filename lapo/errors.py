@@ -1,13 +1,19 @@
 """The one way a user's mistake is reported: a sentence on stderr and a non-zero exit code."""
 
 import argparse
+import contextlib
+import io
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""How schedulers, closed terminals and time limits tell a process to stop; beside them, Ctrl-C."""
 
 
 class UserError(Exception):
@@ -22,8 +28,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` (exit code 2), Ctrl-C (130) and SIGTERM (143) become one line."""
-    signal.signal(signal.SIGTERM, _stop)
+    """Run a script's `main`; what ends it becomes one line and an exit code.
+
+    The code is 2 for a `UserError`, 130 for Ctrl-C, 128 + its number for a signal of `STOPPING`. What a
+    terminal has no signs for is printed as an escape sequence, and ends nothing.
+    """
+    handle_signals(STOPPING, _stop)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
@@ -36,13 +52,32 @@ def run_main(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        _say("interrupted; the same command continues")
+        say("interrupted; the same command continues")
         sys.exit(130)
 
 
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, all of which get the signal
-        print(line, file=sys.stderr)
+def handle_signals(
+    numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]
+) -> dict[int, Any]:
+    """Let `handler` deal with signals; returns what dealt with them before, by their numbers.
+
+    Python allows that in its main thread alone; in another one, as Jupyter or Ray may train in, nothing
+    changes. A SIGHUP that is ignored stays so: `nohup` wants that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    # None stands for a handler that is not Python's, and that Python could not put back.
+    return {
+        number: signal.signal(number, handler) or signal.SIG_DFL for number in numbers if number not in kept
+    }
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, once for all of torchrun's processes; the terminal may have gone."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr)
 
 
 def _reader_has_gone() -> bool:
@@ -53,6 +88,7 @@ def _reader_has_gone() -> bool:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # schedulers repeat it
-    _say("terminated; the same command continues")
+    for other in STOPPING:  # schedulers repeat it
+        signal.signal(other, signal.SIG_IGN)
+    say("terminated; the same command continues")
     sys.exit(128 + number)

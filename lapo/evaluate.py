@@ -33,6 +33,7 @@ from lapo.games.table import GAMES, Visuals, check_game, relative_return
 from lapo.runs.checkpoints import saved_config
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.files import check_json, write_json
+from lapo.runs.ranks import expect_one_process
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Arguments:
 
 def main() -> None:
     """Play as the command line says."""
+    expect_one_process("evaluate.py")
     defaults = load_config([])
     args = tyro.cli(
         Arguments,
@@ -119,9 +121,10 @@ def evaluate(args: Arguments, cfg: Config) -> dict:
         "mean_length": float(played.lengths.mean()),
         "steps_per_cpu_second": played.speed,
     }
+    if args.json:  # first, for nobody may be reading any more what is printed
+        write_json(args.json, result)
     print(describe(result))
     if args.json:
-        write_json(args.json, result)
         print(f"written to {args.json}")
     return result
 

@@ -45,14 +45,16 @@ def main() -> None:
             raise UserError(f"{path} is no result of `evaluate.py --json`") from None
     if args.add:
         ordered = {game: results[game] for game in GAMES if game in results}
-        atomic_write(args.file, lambda path: path.write_text(json.dumps(ordered, indent=1) + "\n"))
+        atomic_write(
+            args.file, lambda path: path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+        )
     print(table(HEAD, [row(game, results.get(game, {})) for game in GAMES]))
 
 
 def read(path: Path) -> dict:
     """A JSON file's content. Raises UserError if it cannot be read."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 

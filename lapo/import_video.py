@@ -211,7 +211,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
         return False
     way_out = "choose another --env or --data-dir, or delete it"
     try:
-        record = json.loads((folder / "dataset.json").read_text())
+        record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         found = {key: record[key] for key in settings}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} holds something else already; {way_out}") from None

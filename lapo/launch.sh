@@ -27,6 +27,9 @@ die() {
     exit 2
 }
 
+# Of a script that it is given, sbatch runs a copy elsewhere.
+[[ -f $here/config.yaml ]] || die "$here/${0##*/} is a copy of launch.sh without the repository; on a cluster, start slurm.sh: bash slurm.sh --gpus=1 -- bigfish"
+
 games=() seeds="" stages=1,2,3 modes="" list="" task="" passed=()
 while (($#)); do
     case $1 in
@@ -62,6 +65,12 @@ while (($#)); do
     shift
 done
 [[ $stages =~ ^[123](,[123])*$ ]] || die "--stages is '$stages', but must list some of 1,2,3"
+for word in ${passed[@]+"${passed[@]}"}; do # the last of the two would count
+    case $word in
+        --seed | --seed=*) [[ -z $seeds ]] || die "--seed and --seeds: give one of the two" ;;
+        --stage3.mode | --stage3.mode=*) [[ -z $modes ]] || die "--stage3.mode and --modes: give one of the two" ;;
+    esac
+done
 set -- ${passed[@]+"${passed[@]}"} # what the stages get; old versions of bash call an empty array unbound
 
 python=$here/../.venv/bin/python
@@ -130,7 +139,7 @@ done
 # ended. Bash also makes background commands ignore Ctrl-C, so the stage is told to stop by SIGTERM.
 stop() {
     # A scheduler tells all processes of a job, and perhaps again: while the stage saves, that changes nothing.
-    trap '' TERM HUP
+    trap '' TERM HUP USR1
     trap - INT
     local running
     running=$(jobs -pr)
@@ -144,6 +153,7 @@ stop() {
 trap 'stop INT 130' INT
 trap 'stop TERM 143' TERM
 trap 'stop HUP 129' HUP
+trap 'stop USR1 138' USR1
 
 summary="" failed=0
 for run in "${runs[@]}"; do

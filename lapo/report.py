@@ -28,6 +28,7 @@ from lapo.reporting.tables import table
 from lapo.runs.checkpoints import inherit, saved_config
 from lapo.runs.compute import Compute
 from lapo.runs.files import atomic_write, write_json
+from lapo.runs.ranks import expect_one_process
 
 NAMES = {
     "random": "random",
@@ -42,6 +43,7 @@ NAMES = {
 
 def main() -> None:
     """Report on the run that the command line names."""
+    expect_one_process("report.py")
     report(load_config(description=__doc__))
 
 

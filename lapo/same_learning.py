@@ -104,7 +104,7 @@ def read(path: Path | None, cfg: Config) -> dict:
     if not (path and path.exists()):
         return {"config": config, "provenance": provenance(), "runs": []}
     try:
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
         changes = diff(report["config"], config)
         report["runs"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

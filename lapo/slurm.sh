@@ -18,6 +18,9 @@ die() {
     exit 2
 }
 
+# Of a script that it is given, sbatch runs a copy elsewhere.
+[[ -f $here/launch.sh ]] || die "$here/${0##*/} is a copy of slurm.sh without the repository; start it with bash, it calls sbatch itself: bash slurm.sh --gpus=1 -- bigfish"
+
 # ---- at the user's prompt: submit
 
 if [[ -z ${SLURM_ARRAY_TASK_ID-} ]]; then

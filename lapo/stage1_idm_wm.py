@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lapo.config import Config, load_config
+from lapo.config import PUBLISHED_STEPS, Config, load_config
 from lapo.data.checks import check_data, check_frames
 from lapo.data.chunks import identify
 from lapo.data_loader import Windows, read_splits
@@ -22,7 +22,6 @@ from lapo.runs.ranks import average, joined, part_of_batch
 from lapo.runs.run import Run
 
 STAGE = "stage1"
-PUBLISHED_STEPS = 50_000
 
 
 def main() -> None:
@@ -79,7 +78,7 @@ class Trainer:
         self.batch_size = part_of_batch(cfg.stage1.batch_size)
         groups = [{"params": self.params, "lr": cfg.stage1.lr}]
         self.optimizer = make_optimizer(torch.optim.AdamW, groups, networks)
-        self.schedule = warmup_schedule(cfg.stage1, PUBLISHED_STEPS)
+        self.schedule = warmup_schedule(cfg.stage1, PUBLISHED_STEPS[STAGE])
         self.losses = compute.compiled(self._losses)
 
     def update(self, step: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lapo.config import Config, load_config
+from lapo.config import PUBLISHED_STEPS, Config, load_config
 from lapo.data.checks import check_data, check_frames
 from lapo.data.chunks import identify
 from lapo.data_loader import Windows, read_splits
@@ -21,7 +21,6 @@ from lapo.runs.ranks import average, joined, part_of_batch
 from lapo.runs.run import Run
 
 STAGE = "stage2"
-PUBLISHED_STEPS = 60_000
 
 
 def main() -> None:
@@ -80,7 +79,7 @@ class Trainer:
         self.batch_size = part_of_batch(cfg.stage2.batch_size)
         groups = [{"params": self.params, "lr": cfg.stage2.lr}]
         self.optimizer = make_optimizer(torch.optim.AdamW, groups, [policy])
-        self.schedule = warmup_schedule(cfg.stage2, PUBLISHED_STEPS)
+        self.schedule = warmup_schedule(cfg.stage2, PUBLISHED_STEPS[STAGE])
         self.loss_of = compute.compiled(self._loss_of)
 
     def update(self, step: int) -> dict[str, Tensor]:

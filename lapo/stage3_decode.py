@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lapo.acting import score
-from lapo.config import Config, load_config
+from lapo.config import PUBLISHED_STEPS, Config, load_config
 from lapo.data.checks import check_data, check_frames
 from lapo.data.chunks import KEYS, chunks_holding, identify
 from lapo.data_loader import INFERENCE_BATCH, Windows
@@ -30,9 +30,6 @@ from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, ramp_schedule, set_lr
 from lapo.runs.ranks import joined, share
 from lapo.runs.run import Run
-
-PUBLISHED_STEPS = 4_000_000
-"""Env steps of a published run: the length that schedules are given for."""
 
 
 def main() -> None:
@@ -84,7 +81,7 @@ def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: VecEnv) ->
     ]
     optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
     ramps = [
-        ramp_schedule(ramp, cfg.stage3.steps, PUBLISHED_STEPS)
+        ramp_schedule(ramp, cfg.stage3.steps, PUBLISHED_STEPS["stage3"])
         for ramp in (cfg.ppo.policy_head, cfg.ppo.value_head, cfg.ppo.fc)
     ]
 
@@ -106,7 +103,7 @@ def scratch(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
 
 def decoder_updates(cfg: Config) -> list[int]:
     """The PPO updates (from 1) after which the decoder is trained."""
-    scale = min(1.0, cfg.stage3.steps / PUBLISHED_STEPS)
+    scale = min(1.0, cfg.stage3.steps / PUBLISHED_STEPS["stage3"])
     return training_updates(cfg.decoder, *num_updates(cfg), scale)
 
 

@@ -23,6 +23,7 @@ from lapo.games.vec_env import VecEnv, simulator_version
 from lapo.models import make_acting_policy
 from lapo.ppo import num_updates, train_from_scratch
 from lapo.runs.compute import Compute, seed_everything
+from lapo.runs.ranks import expect_one_process
 from lapo.runs.run import Run
 
 STAGE = "expert"
@@ -30,6 +31,7 @@ STAGE = "expert"
 
 def main() -> None:
     """Train as the command line says."""
+    expect_one_process("train_expert.py")
     train(load_config(description=__doc__, short={"teacher": "expert.teacher"}))
 
 

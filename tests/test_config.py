@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lapo.config import Config, load_config, to_dict, validate
+from lapo.config import PUBLISHED_STEPS, Config, load_config, to_dict, validate
 from lapo.errors import UserError
+from lapo.runs.optim import ramp_schedule, warmup_schedule
 from support import LAPO, ROOT
 
 YAML = yaml.safe_load((LAPO / "config.yaml").read_text())
@@ -143,6 +144,87 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(yaml_file):
     assert load_config(["--config", yaml_file("stage1: {lr: 3e-4}")]).stage1.lr == 3e-4
 
 
+@pytest.mark.parametrize(
+    "word",
+    ["1.10", "0010", "1_000", "1e5", "0x1F", "off", "yes", "NO", "True", "2024-01-15", "2024-99-99", "007.5"],
+)
+def test_names_arrive_as_they_are_written(yaml_file, word):
+    """YAML 1.1 would make numbers, booleans and dates of them; in quotes they are the same."""
+    for text in (f"exp: {word}", f"exp: '{word}'", f"exp: {word}   # a name"):
+        assert load_config(["--config", yaml_file(text)]).exp == word
+    assert load_config(["--exp", word]).exp == word
+    assert (
+        load_config(["--config", yaml_file(f"presets: {{{word}: {{seed: 7}}}}"), "--preset", word]).seed == 7
+    )
+
+
+def test_words_that_yaml_takes_for_true_and_false_are_what_their_key_takes_them_for(yaml_file):
+    cfg = load_config(["--config", yaml_file("compile: off\neval: {greedy: yes}\nvq: {enabled: off}")])
+    assert (cfg.compile, cfg.eval.greedy, cfg.vq.enabled) == ("off", True, False)
+    assert load_config(["--config", yaml_file("compile: on")]).compile == "on"
+
+
+def test_numbers_are_decimal_whatever_their_zeros(yaml_file):
+    cfg = load_config(["--config", yaml_file("seed: 0010\nstage1: {lr: 1e-4, steps: +7, clip_norm: 1_0.5}")])
+    assert (cfg.seed, cfg.stage1.lr, cfg.stage1.steps, cfg.stage1.clip_norm) == (10, 1e-4, 7, 10.5)
+
+
+@pytest.mark.parametrize(("word", "steps"), [("4e6", 4_000_000), ("1.5e3", 1500), ("2.E+1", 20), ("3.0", 3)])
+def test_whole_numbers_may_have_an_exponent(yaml_file, word, steps):
+    for cfg in (
+        load_config(["--stage1.steps", word]),
+        load_config(["--config", yaml_file(f"stage1: {{steps: {word}}}")]),
+    ):
+        assert cfg.stage1.steps == steps
+        assert type(cfg.stage1.steps) is int
+
+
+@pytest.mark.parametrize("value", ["[64, 32]", "64,32", "64, 32", "[ 64,32 ]", "64 32"])
+def test_a_list_may_be_written_as_sweeps_write_it(yaml_file, value):
+    for arguments in (
+        [f"--decoder.hidden={value}"],
+        ["--decoder.hidden", *value.split(" ")],
+        ["--config", yaml_file(f"decoder: {{hidden: '{value}'}}")],
+    ):
+        assert load_config(arguments).decoder.hidden == [64, 32]
+    assert load_config(["--config", yaml_file("decoder: {hidden: 64}")]).decoder.hidden == [64]
+
+
+def test_a_group_of_which_nothing_is_left_changes_nothing(yaml_file):
+    for empty in (
+        "stage1:\n#  lr: 1\n",
+        "stage1: null\n",
+        "ppo:\n  fc:\n#    hold: 1\n",
+        "presets:\n# tiny:\n",
+    ):
+        assert load_config(["--config", yaml_file(empty + "seed: 3")]) == load_config(["--seed", "3"])
+    file = yaml_file("presets:\n  tiny:\n#   seed: 3\n")
+    assert load_config(["--config", file, "--preset", "tiny"]) == load_config([])
+
+
+def test_groups_may_be_merged_and_what_they_change_is_no_repetition(yaml_file):
+    text = (
+        "stage1: &a {steps: 70, lr: 1e-4}\nstage2: &b {<<: *a, steps: 90}\n"
+        "presets: {x: {stage1: {<<: *b, lr: 2e-4}}, y: {stage1: {<<: [*b, *a]}}}"
+    )
+    cfg = load_config(["--config", yaml_file(text)])
+    assert (cfg.stage1.steps, cfg.stage2.steps, cfg.stage2.lr) == (70, 90, 1e-4)
+    cfg = load_config(["--config", yaml_file(text), "--preset", "x"])
+    assert (cfg.stage1.steps, cfg.stage1.lr) == (90, 2e-4)
+
+
+@pytest.mark.parametrize("text", ["\ufeffseed: 4\n", "# größer\r\nseed: 4\r\nstage1:\r\n  steps: 9\r\n"])
+def test_files_of_other_editors(tmp_path, text):
+    file = tmp_path / "sweep.yaml"
+    file.write_bytes(text.encode())
+    assert load_config(["--config", str(file)]).seed == 4
+
+
+def test_what_a_run_leaves_is_a_config_file(yaml_file):
+    cfg = load_config(["--preset", "demo", "--exp", "0010", "--stage1.lr", "1e-5", "--decoder.hidden", "7"])
+    assert load_config(["--config", yaml_file(yaml.safe_dump(to_dict(cfg)))]) == cfg
+
+
 def test_a_file_changes_only_what_it_names(yaml_file):
     cfg = load_config(["--config", yaml_file("seed: 4\nstage1:\n  steps: 7\nenv: maze\n")])
     expected = leaves(to_dict(load_config([]))) | {"seed": 4, "stage1.steps": 7, "env": "maze"}
@@ -163,6 +245,84 @@ def test_a_file_may_bring_presets(yaml_file):
     file = yaml_file("presets: {tiny: {stage1: {steps: 3}}}")
     assert load_config(["--config", file, "--preset", "tiny"]).stage1.steps == 3
     assert load_config(["--config", file, "--preset", "demo"]).exp == "demo"
+
+
+def test_of_an_option_given_twice_the_last_counts(yaml_file, tmp_path):
+    assert load_config(["--seed", "0", "--env", "maze", "--seed=1"]).seed == 1
+    assert load_config(["--decoder.hidden", "5", "6", "--decoder.hidden", "7"]).decoder.hidden == [7]
+    assert load_config(["--stage1.log-every", "5", "--stage1.log_every", "6"]).stage1.log_every == 6
+    short = {"teacher": "expert.teacher"}
+    for last, other in (("teacher", "expert.teacher"), ("expert.teacher", "teacher")):
+        words = [f"--{last}", "none", f"--{other}", "none", f"--{last}", "planner"]
+        assert load_config(words, short=short).expert.teacher == "planner"
+    # Files and presets are laid over each other.
+    other = tmp_path / "other.yaml"
+    other.write_text("env: maze")
+    cfg = load_config(["--config", yaml_file("seed: 3"), "--seed", "5", "--config", str(other)])
+    assert (cfg.env, cfg.seed) == ("maze", 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--ppo.fc.hold 200000", "ppo.fc.hold is 200,000, but must come before ppo.fc.peak_at, 200,000 "),
+        (
+            "--ppo.value_head.peak_at 20000",
+            "ppo.value_head.hold is 25,000, but must come before ppo.value",
+        ),
+        (
+            "--ppo.policy_head.peak_at 4000000 --stage3.steps 100",
+            "ppo.policy_head.peak_at is 4,000,000, but must come before the end of stage3, 4,000,000 ",
+        ),
+        (
+            "--ppo.policy_head.peak_at 5000000 --stage3.steps 5e6",
+            "ppo.policy_head.peak_at is 5,000,000, but must come before the end of stage3, 5,000,000 ",
+        ),
+        (
+            "--stage1.lr_warmup 50000",
+            "stage1.lr_warmup is 50,000, but must come before the end of stage1",
+        ),
+        (
+            "--stage2.lr_warmup 60000 --preset demo",
+            "stage2.lr_warmup is 60,000, but must come before the end",
+        ),
+        ("--decoder.start 400000", "decoder.start is 400,000, but must come before decoder.until, 400,000"),
+        (
+            "--decoder.start 4e6 --decoder.until 5e6",
+            "decoder.start is 4,000,000, but must come before the end of stage3, 4,000,000",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(arguments, sentence):
+    assert sentence in refusal(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--stage2.steps 3",  # shrinks to a fraction of a step
+        "--stage2.lr_warmup 59999 --stage2.steps 3",
+        "--stage1.lr_warmup 60000 --stage1.steps 60001",
+        "--ppo.fc.peak_at 3999999 --stage3.steps 64",
+        "--ppo.fc.hold 199999",
+        "--ppo.fc.peak_at 5e6 --stage3.steps 6e6",
+        "--decoder.until 1e9",  # to the end
+        "--stage3.steps 1",
+    ],
+)
+def test_a_schedule_that_can_be_rises_to_its_peak_and_falls_within_the_run(arguments):
+    cfg = load_config(arguments.split())
+    schedules = [
+        warmup_schedule(cfg.stage1, PUBLISHED_STEPS["stage1"]),
+        warmup_schedule(cfg.stage2, PUBLISHED_STEPS["stage2"]),
+        *(
+            ramp_schedule(ramp, cfg.stage3.steps, PUBLISHED_STEPS["stage3"])
+            for ramp in (cfg.ppo.policy_head, cfg.ppo.value_head, cfg.ppo.fc)
+        ),
+    ]
+    for points in schedules:
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps))
 
 
 def test_files_on_the_command_line_are_looked_for_in_the_working_directory(monkeypatch, yaml_file, tmp_path):
@@ -198,6 +358,10 @@ def test_files_on_the_command_line_are_looked_for_in_the_working_directory(monke
         ("--seed -1", "'seed' is '-1'"),
         ("--seed 2147483648", "'seed' is '2147483648'"),
         ("--seed 1 2", "'seed' is ['1', '2']"),
+        ("--seed 1e999", "'seed' is '1e999': input should be a valid integer"),
+        ("--stage1.steps 1e-1", "'stage1.steps' is '1e-1': input should be a valid integer"),
+        ("--decoder.hidden 8,,8", "'decoder.hidden.1' is ''"),
+        ("--decoder.hidden [8", "'decoder.hidden.0' is '[8'"),
         ("--seed", "--seed needs a value"),
         ("--seed 1 --exp", "--exp needs a value"),
         ("bigfish", "found 'bigfish' where an option such as --env was expected"),
@@ -214,17 +378,35 @@ def test_a_mistake_on_the_command_line_is_named(arguments, sentence):
     [
         ("stage1: {stepz: 5}", "unknown key 'stage1.stepz'; allowed here: steps,"),
         ("stag1: {steps: 5}", "unknown key 'stag1'"),
-        ("stage1:\n  lr: [1, 2]", "'stage1.lr' is [1, 2]"),
-        ("stage1:\n  lr: .nan", "'stage1.lr' is nan"),
-        ("stage1:", "'stage1' is None"),
-        ("stage1: 5", "'stage1' is 5"),
-        ("ppo: {fc: {peak: -1}}", "'ppo.fc.peak' is -1"),
-        ("vq: {num_embs: 0}", "'vq.num_embs' is 0: input should be greater than or equal to 2"),
+        ("stage1:\n  lr: [1, 2]", "'stage1.lr' is ['1', '2']"),
+        ("stage1:\n  lr: .nan", "'stage1.lr' is '.nan'"),
+        ("stage1: 5", "'stage1' is '5'"),
+        ("seed:", "'seed' has no value; give it one (the word null in quotes), or leave the line out"),
+        ("exp: null", "'exp' has no value"),
+        ("~: 5", "unknown key '~'"),
+        ("ppo: {fc: {peak: -1}}", "'ppo.fc.peak' is '-1'"),
+        ("vq: {num_embs: 0}", "'vq.num_embs' is '0': input should be greater than or equal to 2"),
         ("1: 2", "'1'"),
         ("- 1\n- 2", "must hold `key: value` lines, found a list"),
         ("a: b: c", "line 1 is not valid YAML"),
         ("seed: 1\nstage1: {", "line 2 is not valid YAML"),
-        ("exp: 2024-99-99", "is not valid YAML"),
+        ("seed: yes", "'seed' is 'yes': input should be a valid integer"),
+        ("seed: 0x10", "'seed' is '0x10': input should be a valid integer"),
+        ("stage1: {steps: 1:30}", "'stage1.steps' is '1:30': input should be a valid integer"),
+        ("stage1: {steps: 15e-1}", "'stage1.steps' is '15e-1'"),
+        ("stage1: {steps: 1.25e1}", "'stage1.steps' is '1.25e1'"),
+        ("wandb: off", "'wandb' is 'off': input should be 'online', 'offline' or 'disabled'"),
+        (
+            "env: maze\nseed: 1\nenv: ninja",
+            "line 3 is not valid YAML: 'env' stands there twice, first in line 1",
+        ),
+        ("stage1:\n  lr: 1\nseed: 1\n'stage1': {}", "line 4 is not valid YAML: 'stage1' stands there twice"),
+        ("ppo: {fc: {hold: 1, hold: 1}}", "'hold' stands there twice, first in line 1; keep one"),
+        ("seed: 4\t# the seed", "line 1 is not valid YAML: found character '\\t'"),
+        ("exp: \x01", "is not valid YAML: unacceptable character #x0001"),
+        ("exp: &a [*a]", "'exp' is"),
+        ("exp: !name x", "is not valid YAML: could not determine a constructor for the tag '!name'"),
+        ("seed: 1\n---\nseed: 2", "line 2 is not valid YAML"),
         ("presets: 5", "'presets' must hold"),
         ("exp: !!python/object/apply:os.mkdir [executed]", "is not valid YAML"),
     ],

@@ -61,6 +61,20 @@ def test_command_line_repeats_the_result_of_stage_3(trained, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
 
 
+def test_a_result_is_written_before_it_is_printed(call, tmp_path, monkeypatch):
+    """Whoever read what is printed may have gone meanwhile."""
+    file, describe = tmp_path / "out.json", evaluate.describe
+
+    def spy(result: dict) -> str:
+        assert json.loads(file.read_text()) == result
+        return describe(result)
+
+    monkeypatch.setattr(evaluate, "describe", spy)
+    status, out, err = call("--policy", "random", "--env", GAME, "--json", str(file))
+    assert (status, err) == (0, "")
+    assert f"written to {file}" in out
+
+
 def test_random_policy_needs_no_run(call, trained, tmp_path):
     file = tmp_path / "out.json"
     arguments = ("--policy", "random", "--env", GAME, "--exp", "nowhere", "--seed", "5", "--json", str(file))

@@ -158,7 +158,12 @@ def test_failing_game_does_not_stop_the_others_and_a_rerun_continues(repo):
         (["maze", "--modes"], "error: --modes needs a list, as in: --stages 1,2 or --modes online,offline"),
         (["maze", "--seeds", "1,"], "error: --seeds is '1,', but must list some, as in: --seeds 0,1,2"),
         (["maze", "--seeds", "9999999999"], "'seed' is '9999999999'"),
-        (["maze", "--seeds", "1", "--seed", "2"], "'seed' is ['2', '1']"),
+        (["maze", "--seeds", "1", "--seed", "2"], "error: --seed and --seeds: give one of the two"),
+        (["maze", "--seed=2", "--seeds=1"], "error: --seed and --seeds: give one of the two"),
+        (
+            ["maze", "--modes", "bc", "--stage3.mode", "online"],
+            "error: --stage3.mode and --modes: give one of the two",
+        ),
         (["maze", "--seeds", "1,2", "--task", "2"], "error: --task is 2, but there are 2 runs"),
         (["maze", "--task", "x"], "error: --task is 'x', but must be the number of a run"),
         (["maze", "--env", "ninja"], "error: games are named first and without --env"),
@@ -190,7 +195,12 @@ def test_interpreter_without_the_packages_is_one_sentence(repo, tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "send", "status"),
-    [(signal.SIGINT, os.killpg, 130), (signal.SIGTERM, os.kill, 143)],  # Ctrl-C reaches the whole group
+    [
+        (signal.SIGINT, os.killpg, 130),  # Ctrl-C reaches the whole group
+        (signal.SIGTERM, os.kill, 143),
+        (signal.SIGHUP, os.kill, 129),
+        (signal.SIGUSR1, os.kill, 138),
+    ],
 )
 def test_signal_stops_the_stage_and_everything_after_it(repo, number, send, status):
     process = repo.start("maze", "ninja", SLOW="stage2_bc")
@@ -353,6 +363,22 @@ def test_a_mistake_is_found_before_anything_is_submitted(cluster, arguments, sen
     status, out, err = cluster.launch(*arguments, script="slurm.sh")
     assert (status, out) == (2, "")
     assert sentence in err
+    assert called(cluster, "sbatch") == []
+
+
+@pytest.mark.parametrize("name", ["slurm.sh", "launch.sh"])
+def test_a_script_given_to_sbatch_itself_says_what_to_do(cluster, name):
+    """Slurm runs a copy in a folder of its own, as a task of an array where one was asked for."""
+    copy = cluster.folder / "slurm_script"
+    shutil.copy(cluster.folder / "lapo" / name, copy)
+    for environment in (os.environ, job(cluster, 0)):
+        done = subprocess.run(
+            ["bash", str(copy), "--", "maze"], env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: {copy} is a copy of {name} without the repository; ")
+        assert line.endswith(": bash slurm.sh --gpus=1 -- bigfish")
     assert called(cluster, "sbatch") == []
 
 

@@ -17,6 +17,7 @@ from support import LAPO, PATIENCE, ROOT
 
 LAYERS = (
     ("errors",),
+    ("sources",),
     ("config", "games"),
     ("runs",),
     ("data", "models"),
@@ -81,6 +82,19 @@ def test_no_file_is_long():
     assert {
         name: lines for name, path in NAMES.items() if (lines := len(path.read_text().splitlines())) > 550
     } == {}
+
+
+def test_text_files_are_utf8_in_every_locale():
+    """`read_text` and `write_text` name it; what the system shows below /proc is ASCII."""
+    unnamed = []
+    for name, path in NAMES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                call = ast.unparse(node)
+                named = any(keyword.arg == "encoding" for keyword in node.keywords)
+                if node.func.attr in ("read_text", "write_text") and not named and "/proc/" not in call:
+                    unnamed.append(f"{name}: {call}")
+    assert unnamed == []
 
 
 @pytest.mark.parametrize("package", sorted(path.parent.name for path in LAPO.glob("*/__init__.py")))

@@ -57,7 +57,10 @@ def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
     path = folder / "dataset.json"
     try:
         with reading(path):
-            recorded = json.loads(path.read_text()).get("visuals", "full") if path.exists() else "full"
+            text = (
+                path.read_text(encoding="utf-8") if path.exists() else "{}"
+            )  # downloaded: the published frames
+        recorded = json.loads(text).get("visuals", "full")
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{path} is damaged; record the data again, or delete this file") from None
     if recorded != visuals:

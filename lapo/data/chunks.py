@@ -237,9 +237,9 @@ def identify(cfg: Config, keys: tuple[str, ...] = ("obs", "done")) -> dict[str, 
         paths = list_chunks(cfg.game_data / split)[:limit]
         for path in paths:
             try:
-                with zipfile.ZipFile(path) as archive:
+                with reading(path), zipfile.ZipFile(path) as archive:
                     members = {info.filename: (info.CRC, info.file_size) for info in archive.infolist()}
-            except (OSError, zipfile.BadZipFile):  # whoever reads it says what is wrong with it
+            except zipfile.BadZipFile:  # whoever reads it says what is wrong with it
                 members = {}
             digest.update(repr([members.get(f"{key}.npy") for key in keys]).encode())
         if paths:

@@ -187,7 +187,8 @@ class Dataset:
     def _read(self) -> None:
         try:
             with reading(self.file):
-                record = {"noise": 0.0, "visuals": "full"} | json.loads(self.file.read_text())
+                text = self.file.read_text(encoding="utf-8")
+            record = {"noise": 0.0, "visuals": "full"} | json.loads(text)
             found = {key: record[key] for key in self.settings}
             self.recorded_versions, self.chunks = record["versions"], record["chunks"]
         except (ValueError, KeyError, TypeError):

@@ -77,7 +77,7 @@ class Record:
             if not (folder / "checkpoint.pt").exists():
                 return None
         with reading(path):
-            text = path.read_text() if path.exists() else ""
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
         for line in text.splitlines():
             with contextlib.suppress(ValueError):  # the last line of a killed run may be cut short
                 lines.append(json.loads(line))
@@ -159,7 +159,7 @@ def made_from(mode: str, record: Record) -> str:
 def random_return(cfg: Config) -> dict:
     """The random policy's row: that of the last summary, if it was judged alike, or else played now."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        last = json.loads((cfg.run_dir / "summary.json").read_text())
+        last = json.loads((cfg.run_dir / "summary.json").read_text(encoding="utf-8"))
         if (last["eval"], last["visuals"]) == (to_dict(cfg.eval), cfg.visuals):
             return last["returns"]["random"]
     print(f"the random policy plays {cfg.eval.episodes} episodes")
@@ -171,7 +171,7 @@ def random_return(cfg: Config) -> dict:
 def expert_return(cfg: Config) -> dict:
     """The expert's row: of the recorded frames if they say what it earned, or else of the published ones."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        recording = json.loads((cfg.game_data / "dataset.json").read_text())
+        recording = json.loads((cfg.game_data / "dataset.json").read_text(encoding="utf-8"))
         played = recording["train"]
         metrics = {
             "return_mean": float(played["mean_return"]),

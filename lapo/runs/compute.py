@@ -41,9 +41,11 @@ class Compute:
             if name != "cuda":
                 raise UserError(f"device {name} cannot serve {launched()} processes; use cuda, one each")
             name = f"cuda:{local_rank()}"
+        there = torch.cuda.device_count()
+        # Compared as words: PyTorch knows no number above 127, and would raise an error of its own.
+        if name.startswith("cuda") and (name.partition(":")[2] or "0") not in map(str, range(there)):
+            raise UserError(f"device {name} is not there: {there} CUDA devices; use cpu")
         device = torch.device(name)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"device {name} is not there: {torch.cuda.device_count()} CUDA devices; use cpu")
         if device.type == "cpu":
             keep_freed_memory()
         bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and _has_bf16(device))

@@ -44,7 +44,7 @@ def atomic_write(
 def write_json(path: Path, data: Any) -> None:
     """Put plain data in place as `atomic_write` does."""
     text = json.dumps(data, indent=2) + "\n"
-    atomic_write(path, lambda part: part.write_text(text))
+    atomic_write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def check_json(path: Path | None) -> None:

@@ -75,6 +75,14 @@ def _variable(name: str) -> int:
     return int(value)
 
 
+def expect_one_process(script: str) -> None:
+    """Raise `UserError`, once for all, if torchrun has started several processes of a script made for one."""
+    if launched() > 1:
+        if os.environ["RANK"] != "0":
+            sys.exit(2)
+        raise UserError(f"{script} runs in one process, not {launched()}; start it without torchrun")
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Meet the other processes that torchrun has started, and part from them at the end.
@@ -89,7 +97,10 @@ def joined() -> Iterator[None]:
     store = _meet()
     rank = dist.get_rank()
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank else sys.stdout):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere if rank else sys.stdout),
+        ):
             yield
     except UserError as error:
         with contextlib.suppress(dist.DistError):  # who keeps the store may be gone

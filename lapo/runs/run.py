@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lapo.config import Config, diff, to_dict
-from lapo.errors import UserError
+from lapo.errors import STOPPING, UserError, handle_signals, say
 from lapo.runs.checkpoints import FORMAT, checksum, leaves, load_checkpoint, provenance, saved_config, stale
 from lapo.runs.compute import Compute, rng_state, set_rng_state, to_floats
 from lapo.runs.files import atomic_write, lock, reading, writing
@@ -94,11 +94,13 @@ class Run:
             self._keep_others_out()
             atomic_write(
                 self.dir / "config.yaml",
-                lambda path: path.write_text(yaml.safe_dump(to_dict(self.cfg), sort_keys=False)),
+                lambda path: path.write_text(
+                    yaml.safe_dump(to_dict(self.cfg), sort_keys=False), encoding="utf-8"
+                ),
             )
             self._trim_metrics()
             self._wandb = start_wandb(self.cfg, stage, self.dir, self._wandb_id)
-            self._wandb_id = self._wandb.id
+            self._wandb_id = self._wandb.id or self._wandb_id  # which a continuation without wandb keeps
 
     def _keep_others_out(self) -> None:
         """Hold the run's lock as long as this process lives. Raises `UserError` if another process has it."""
@@ -147,27 +149,27 @@ class Run:
         if not self.metrics_path.exists():
             return
         with reading(self.metrics_path):
-            lines = self.metrics_path.read_text().splitlines()
+            lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
         kept = []
         for line in lines:
             with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] <= self._logged:
                     kept.append(line + "\n")
-        atomic_write(self.metrics_path, lambda path: path.write_text("".join(kept)))
+        atomic_write(self.metrics_path, lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
     def loop(
         self, total: int, state: Callable[[], dict], *, save_every: int, unit: str, scale: int = 1
     ) -> Iterator[int]:
-        """Yield the steps still to do, with progress, checkpoints, and an orderly stop on SIGTERM or SIGINT.
+        """Yield the steps still to do, with progress, checkpoints, and an orderly stop on a signal.
+
+        The signals are those of `STOPPING`, and Ctrl-C; outside the main thread there are none.
 
         A checkpoint follows the last step too, for whatever the stage measures afterwards may take long.
 
         `state` gives what a continued run needs, as plain data; random states are added. Progress is shown in
-        `unit`s, `scale` per step. Raises SystemExit with 143 or 130 after a signal, having saved.
+        `unit`s, `scale` per step. Raises SystemExit with 128 + its number after a signal, having saved.
         """
-        handlers = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        handlers = handle_signals((*STOPPING, signal.SIGINT), self._on_signal)
         bar = tqdm(
             total=total * scale,
             initial=self.step * scale,
@@ -191,7 +193,7 @@ class Run:
                 if stop:
                     bar.close()
                     if is_first():
-                        print(f"stopped at step {self.step:,}; the same command continues", file=sys.stderr)
+                        say(f"stopped at step {self.step:,}; the same command continues")
                     sys.exit(128 + stop)
         finally:
             bar.close()
@@ -238,7 +240,7 @@ class Run:
             "built_on": self.built_on,
         }
         checkpoint["checksum"] = checksum(checkpoint)
-        with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
+        with writing(self.metrics_path, self._kept()), self.metrics_path.open("a", encoding="utf-8") as file:
             os.fsync(file.fileno())
         atomic_write(self.checkpoint_path, lambda path: torch.save(checkpoint, path), verify=load_checkpoint)
 
@@ -276,7 +278,10 @@ class Run:
             raise self._diverged(_listed(bad), step)
         line = {"step": step, **values, "seconds": round(time.monotonic() - self._started, 1)}
         if is_first():
-            with writing(self.metrics_path, self._kept()), self.metrics_path.open("a") as file:
+            with (
+                writing(self.metrics_path, self._kept()),
+                self.metrics_path.open("a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps(line) + "\n")
         self._wandb.log(line, step=step)
         self.metrics |= values

@@ -1,10 +1,10 @@
 """Weights & Biases, or nothing in its place."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from lapo.config import Config, to_dict
+from lapo.errors import UserError
 
 
 class NoTracking:
@@ -23,18 +23,12 @@ def start_wandb(cfg: Config, stage: str, folder: Path, run_id: str | None) -> An
     """A wandb run in project lapo_stage1..3 or lapo_expert, continued if `run_id` is known; or its stand-in.
 
     Without an account at hand, or without a connection, metrics are kept offline, with a notice: never a
-    prompt, never a crash.
+    prompt, never a crash. Raises `UserError` if wandb cannot do even that.
     """
     if cfg.wandb == "disabled":
         return NoTracking()
     import wandb
 
-    mode = cfg.wandb
-    if mode == "online" and not _has_account():
-        print(
-            "wandb: nobody is logged in here, so metrics are kept offline; `wandb login`, then `wandb sync`"
-        )
-        mode = "offline"
     options = {
         "project": f"lapo_{stage[:6]}",
         "name": f"{cfg.exp}/{cfg.env}/seed{cfg.seed}/{stage}",
@@ -45,21 +39,37 @@ def start_wandb(cfg: Config, stage: str, folder: Path, run_id: str | None) -> An
         "resume": "allow",
     }
     try:
-        return wandb.init(mode=mode, settings=wandb.Settings(silent=True, init_timeout=60), **options)
-    except (wandb.Error, OSError) as error:
-        print(f"wandb: no connection ({' '.join(str(error).split())}), so metrics are kept offline")
+        if cfg.wandb == "online" and _has_account():
+            try:
+                return wandb.init(
+                    mode="online", settings=wandb.Settings(silent=True, init_timeout=60), **options
+                )
+            except (wandb.Error, OSError) as error:
+                print(f"wandb: no connection ({_flat(error)}), so metrics are kept offline")
         return wandb.init(mode="offline", settings=wandb.Settings(silent=True), **options)
+    except Exception as error:  # such as an address of wandb's server that is none
+        raise UserError(
+            f"wandb cannot start ({_flat(error)}); mend that, or choose --wandb disabled"
+        ) from None
 
 
 def _has_account() -> bool:
-    """Whether wandb would find a key without asking: in the environment or in a netrc file."""
-    import netrc
-    from urllib.parse import urlparse
+    """Whether wandb knows a key for the host in force, which it looks up without a prompt and a connection.
 
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    Prints a notice if not.
+    """
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True, mode="online"))  # that is what --wandb says, whatever WANDB_MODE
+    reason = "nobody is logged in here"
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        if wandb.login(prompt=False, verify=False):
+            return True
+    except wandb.Error as error:
+        reason = _flat(error)
+    print(f"wandb: {reason}, so metrics are kept offline; `wandb login`, then `wandb sync`")
+    return False
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

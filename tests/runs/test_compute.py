@@ -86,6 +86,11 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
         compute(monkeypatch, "--device", "cuda")
     with pytest.raises(UserError, match="device cuda:1 is not there: 1 CUDA devices"):
         compute(monkeypatch, "--device", "cuda:1", cuda=True)
+    for number in ("128", "200", "99999999999999999999", "9" * 5000, "00"):
+        with pytest.raises(UserError, match=f"^device cuda:{number} is not there: 1 CUDA devices; use cpu"):
+            compute(monkeypatch, "--device", f"cuda:{number}", cuda=True)
+    with pytest.raises(UserError, match="'device' is 'cuda:٣'"):
+        compute(monkeypatch, "--device", "cuda:٣", cuda=True)
 
 
 def test_placed_convolutions_are_channels_last():

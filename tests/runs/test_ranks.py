@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lapo import data_loader, stage1_idm_wm, stage2_bc, stage3_decode
+from lapo import data_loader, evaluate, report, stage1_idm_wm, stage2_bc, stage3_decode, train_expert
 from lapo.config import Config, load_config
 from lapo.data_loader import RollingWindows, Windows
 from lapo.errors import UserError, run_main
@@ -471,3 +471,13 @@ def test_stage_3_is_for_one_process(monkeypatch):
     monkeypatch.setattr(stage3_decode, "share", lambda: Share(0, 2))
     with pytest.raises(UserError, match="stage 3 runs in one process, not 2"):
         stage3_decode.main()
+
+
+@pytest.mark.parametrize("script", [evaluate, report, train_expert])
+def test_a_script_for_one_process_says_so_once(call_main, monkeypatch, script):
+    name = script.__name__.rpartition(".")[2]
+    sentence = f"error: {name}.py runs in one process, not 2; start it without torchrun\n"
+    for rank, said in (("0", sentence), ("1", "")):
+        for key, value in (("TORCHELASTIC_RUN_ID", "none"), ("WORLD_SIZE", "2"), ("RANK", rank)):
+            monkeypatch.setenv(key, value)
+        assert call_main(script.main) == (2, "", said)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import resource
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,14 +159,16 @@ def test_all_terms_that_are_no_good_are_named(workplace):
 
 
 def test_a_continued_run_is_the_same_run_to_wandb(workplace, monkeypatch):
+    """Also where it was continued without wandb in between."""
     asked, tracking = [], NoTracking()
-    tracking.id = "abc123"
     monkeypatch.setattr(
         "lapo.runs.run.start_wandb", lambda cfg, stage, folder, id: asked.append(id) or tracking
     )
-    tiny_run(workplace).save({})
+    for number in ("abc123", None, "abc123"):
+        tracking.id = number
+        tiny_run(workplace).save({})
     tiny_run(workplace)
-    assert asked == [None, "abc123"]
+    assert asked == [None, "abc123", "abc123", "abc123"]
 
 
 def test_lines_written_after_the_last_checkpoint_are_dropped_when_a_run_continues(workplace):
@@ -287,15 +290,48 @@ def test_a_checkpoint_that_does_not_know_its_seconds_is_continued(workplace):
     assert json.loads(run.metrics_path.read_text())["seconds"] < PATIENCE
 
 
+STOPPED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
 def test_loop_gives_signals_back_when_it_ends(workplace):
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(number) for number in STOPPED_BY]
     for _ in tiny_run(workplace).loop(2, dict, save_every=9, unit="step"):
-        assert signal.getsignal(signal.SIGTERM) not in handlers
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+        assert not {signal.getsignal(number) for number in STOPPED_BY} & set(handlers)
+    assert [signal.getsignal(number) for number in STOPPED_BY] == handlers
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_lets_the_step_end_saves_and_exits(workplace, capsys, number, code):
+def test_a_hangup_that_is_ignored_stays_so(workplace):
+    """`nohup` wants that; all else still stops the run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = tiny_run(workplace)
+        for step in run.loop(3, dict, save_every=9, unit="step"):
+            if step == 1:
+                signal.raise_signal(signal.SIGHUP)
+        assert run.step == 3
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_may_go_on_in_a_thread(workplace):
+    """As in notebooks and Ray; signals are the main thread's affair there."""
+    handlers = [signal.getsignal(number) for number in STOPPED_BY]
+    run, seen = tiny_run(workplace), []
+
+    def work() -> None:
+        for _ in run.loop(3, dict, save_every=9, unit="step"):
+            seen.append([signal.getsignal(number) for number in STOPPED_BY])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [handlers] * 3
+    assert load_checkpoint(run.checkpoint_path)["step"] == 3
+
+
+@pytest.mark.parametrize("number", STOPPED_BY)
+def test_a_signal_lets_the_step_end_saves_and_exits(workplace, capsys, number):
     run = tiny_run(workplace)
     finished = []
 
@@ -307,11 +343,31 @@ def test_a_signal_lets_the_step_end_saves_and_exits(workplace, capsys, number, c
 
     with pytest.raises(SystemExit) as stop:
         work()
-    assert stop.value.code == code
+    assert stop.value.code == 128 + number
     checkpoint = load_checkpoint(run.checkpoint_path)
     assert (checkpoint["step"], checkpoint["finished"]) == (5, False)
     assert checkpoint["state"] == {"finished": [0, 1, 2, 3, 4]}
     assert "stopped at step 5; the same command continues\n" in capsys.readouterr().err
+
+
+def test_a_run_whose_terminal_has_gone_saves_and_exits(workplace, monkeypatch):
+    """What is written there fails with EIO, as on a terminal that was closed."""
+
+    class Gone:
+        def write(self, text: str) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        flush = isatty = lambda self: False
+
+    run = tiny_run(workplace)
+    monkeypatch.setattr("sys.stderr", Gone())
+    steps = run.loop(9, dict, save_every=100, unit="step")
+    assert [next(steps), next(steps)] == [0, 1]
+    signal.raise_signal(signal.SIGHUP)
+    with pytest.raises(SystemExit) as stop:
+        next(steps)
+    assert stop.value.code == 129
+    assert load_checkpoint(run.checkpoint_path)["step"] == 2
 
 
 def test_sigterm_again_leaves_the_step_its_time_and_ctrl_c_again_does_not(workplace):
