@@ -258,8 +258,8 @@ def test_of_an_option_given_twice_the_last_counts(yaml_file, tmp_path):
     # Files and presets are laid over each other.
     other = tmp_path / "other.yaml"
     other.write_text("env: maze")
-    cfg = load_config(["--config", yaml_file("seed: 3"), "--seed", "5", "--config", str(other)])
-    assert (cfg.env, cfg.seed) == ("maze", 5)
+    cfg = load_config(["--config", yaml_file("seed: 3"), "--stage1.steps", "5", "--config", str(other)])
+    assert (cfg.env, cfg.seed, cfg.stage1.steps) == ("maze", 3, 5)
 
 
 @pytest.mark.parametrize(
