@@ -98,8 +98,9 @@ def name_others(folder: Path) -> str:
 
 
 def _list(folder: Path) -> list[Path]:
+    """What a folder holds; nothing if it is not there."""
     with reading(folder):  # `glob` takes what may not be read for empty
-        return [folder / name for name in os.listdir(folder)]
+        return [folder / name for name in os.listdir(folder)] if folder.is_dir() else []
 
 
 def read_header(path: Path) -> int:

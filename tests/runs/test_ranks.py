@@ -108,7 +108,8 @@ def test_without_held_out_frames_every_process_measures_the_shares_of_all(
 
 
 def numbers_of(windows: Windows, ids: Tensor) -> list[int]:
-    return np.concatenate([read_numbers(x)[:, 0] for x in windows.iter_frames(ids, 7)]).tolist()
+    batches = [windows.gather(part) for part in windows.parts(ids, 7)]
+    return np.concatenate([read_numbers(x)[:, 0] for x in batches]).tolist()
 
 
 # ---------------------------------------------------------------- two ranks
