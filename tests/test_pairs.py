@@ -1,6 +1,7 @@
 """What belongs together stays together, through all stages: frames, latent actions and true actions.
 
-Every frame spells its own number, and the latent actions are the numbers of a window's frames.
+Every frame spells its own number, and a latent action is the numbers of its window's frames, followed by
+weights of the IDM that it comes from.
 """
 
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapo import decoding, stage1_idm_wm, stage2_bc, stage3_decode
@@ -17,20 +17,12 @@ from support import CountingEnv, Workplace, image_numbers, logged, numbered_fram
 
 ACTIONS = np.random.default_rng(0).integers(15, size=3000)
 """The true action at the frame of each number."""
-UNUSED = 16 - 3
-"""Dimensions of a tiny run's latent actions, beside three numbers."""
 
 
 def seeing_idm(self: IDM, window: Tensor) -> Tensor:
-    """In place of `IDM.label`: a window's three numbers."""
-    return F.pad(image_numbers(window), (0, UNUSED)) + 0 * self.head.bias.sum()
-
-
-def seeing_policy(self: Policy, obs: Tensor) -> Tensor:
-    """In place of `Policy.forward`: the numbers around its frame's; all are 2 too high where held out."""
-    number = image_numbers(obs)
-    around = torch.cat([number - 1, number, number + 1], 1) + 2 * (number >= 2000)
-    return F.pad(around, (0, UNUSED)) + 0 * self.policy_head.bias.sum()
+    """In place of `IDM.label`: a window's three numbers, and the head's biases from the fourth on."""
+    numbers = image_numbers(window)
+    return torch.cat([numbers, self.head.bias[3:].expand(len(numbers), -1)], 1)
 
 
 def seeing_world_model(self: WorldModel, images: Tensor, la_q: Tensor) -> Tensor:
@@ -52,6 +44,12 @@ def numbered(workplace: Workplace) -> Workplace:
     return workplace
 
 
+def weights(workplace: Workplace, stage: str, network: str) -> dict[str, Tensor]:
+    """A network in a finished run's checkpoint."""
+    path = workplace.run_dir(stage) / "checkpoint.pt"
+    return torch.load(path, weights_only=True)["state"][network]
+
+
 def middles(first: int) -> np.ndarray:
     """Numbers of the middle frames of all windows of a chunk: those that do not touch the end at 20."""
     return first + np.array([*range(1, 19), *range(22, 39)])
@@ -69,8 +67,16 @@ def test_stage_1_predicts_each_windows_last_frame_from_its_own_latent_action(num
 
 
 def test_stage_2_teaches_each_frame_its_own_latent_action(numbered, monkeypatch):
+    bias = weights(numbered, "stage1", "idm")["head.bias"]
+
+    def forward(self: Policy, obs: Tensor) -> Tensor:
+        """The latent action of the window around the frame; its numbers are 2 too high where held out."""
+        number = image_numbers(obs)
+        around = torch.cat([number - 1, number, number + 1], 1) + 2 * (number >= 2000)
+        return torch.cat([around, bias[3:].expand(len(number), -1)], 1) + 0 * self.policy_head.bias.sum()
+
     monkeypatch.setattr(IDM, "label", seeing_idm)
-    monkeypatch.setattr(Policy, "forward", seeing_policy)
+    monkeypatch.setattr(Policy, "forward", forward)
     stage2_bc.train(numbered.config())
     lines = logged(numbered.run_dir("stage2"))
     assert [line["loss"] for line in lines] == [0, 0, 0, 0]
@@ -82,10 +88,12 @@ def test_stage_2_teaches_each_frame_its_own_latent_action(numbered, monkeypatch)
 
 
 class Fits:
-    """Stands for `decoding.fit`: notes the pairs that a decoder learns from, and its weights afterwards."""
+    """Stands for `decoding.fit`: notes what networks learn from, and their weights afterwards."""
 
     def __init__(self) -> None:
-        self.pairs: list[list[tuple[int, ...]]] = []
+        self.pairs: list[list[tuple[int, ...]]] = []  # numbers of the inputs, and the true action
+        self.idms: list[Tensor] = []  # what the latent actions tell of their IDMs
+        self.batches: list[list[list[int]]] = []
         self.weights: list[dict[str, Tensor]] = []
         self.fit = decoding.fit
 
@@ -96,16 +104,21 @@ class Fits:
         hook = network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0]))
         predict(torch.arange(len(ta)))
         hook.remove()
-        numbers = seen[0][:, :3].long().tolist()
+        images = seen[0].ndim == 4
+        numbers = (image_numbers(seen[0]) if images else seen[0][:, :3]).long().tolist()
         self.pairs.append(sorted((*row, action) for row, action in zip(numbers, ta.tolist(), strict=True)))
+        self.idms.append(seen[0][:, 3:])
+        batches = list(batches)
+        self.batches.append([ids.tolist() for ids in batches])
         loss = self.fit(predict, network, ta, batches, **options)
         self.weights.append({key: value.clone() for key, value in network.state_dict().items()})
         return loss
 
 
 @pytest.fixture
-def fits(monkeypatch: pytest.MonkeyPatch) -> Fits:
-    """What decoders are fitted to, with an IDM that sees; nobody plays in the end."""
+def fits(numbered: Workplace, monkeypatch: pytest.MonkeyPatch) -> Fits:
+    """What is fitted after stages 1 and 2, with an IDM that sees; nobody plays in the end."""
+    stage2_bc.train(numbered.config("--stage2.steps", "1"))
     fits = Fits()
     monkeypatch.setattr(decoding, "fit", fits)
     monkeypatch.setattr(stage3_decode, "fit", fits)
@@ -114,28 +127,36 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> Fits:
     return fits
 
 
-def decoder_of(numbered: Workplace, stage: str) -> dict[str, Tensor]:
+def decoder_of(workplace: Workplace, stage: str) -> dict[str, Tensor]:
     """The decoder in a finished run's checkpoint."""
-    path = numbered.run_dir(stage) / "checkpoint.pt"
-    policy = torch.load(path, weights_only=True)["state"]["policy"]
-    prefix = "decoder."
+    policy, prefix = weights(workplace, stage, "policy"), "decoder."
     return {key.removeprefix(prefix): value for key, value in policy.items() if key.startswith(prefix)}
 
 
-def test_offline_mode_pairs_latent_actions_with_the_actions_of_their_own_frames(numbered, fits):
-    stage2_bc.train(numbered.config("--stage2.steps", "1"))
+@pytest.mark.parametrize("mode", ["offline", "bc"])
+def test_labels_are_learnt_with_the_frames_that_they_belong_to(numbered, fits, mode):
+    """Offline mode learns them from latent actions, bc from the frames themselves."""
+    stage3_decode.train(numbered.config("--stage3.mode", mode))
+    (pairs,), (batches,) = fits.pairs, fits.batches
+    middle = [pair[1] if mode == "offline" else pair[0] for pair in pairs]
+    assert len(set(middle)) == 32
+    assert {*middle} <= {*middles(1), *middles(1001)}
+    assert pairs == [((n - 1, n, n + 1) if mode == "offline" else (n,)) + (ACTIONS[n],) for n in middle]
+    # Every step takes another half of the labels.
+    assert [len(set(ids)) for ids in batches] == [16] * 20
+    assert len({frozenset(ids) for ids in batches}) == 20
+    assert {*range(32)} == {number for ids in batches for number in ids}
+
+
+def test_offline_mode_acts_with_the_decoder_of_stage_1s_latent_actions(numbered, fits):
     stage3_decode.train(numbered.config("--stage3.mode", "offline"))
-    (pairs,) = fits.pairs
-    assert len({pair[1] for pair in pairs}) == 32
-    assert {pair[1] for pair in pairs} <= {*middles(1), *middles(1001)}
-    assert pairs == [(n - 1, n, n + 1, ACTIONS[n]) for _, n, _, _ in pairs]
+    assert (fits.idms[0] == weights(numbered, "stage1", "idm")["head.bias"][3:]).all()
     torch.testing.assert_close(decoder_of(numbered, "stage3_offline"), fits.weights[0], rtol=0, atol=0)
 
 
 def test_online_mode_pairs_latent_actions_with_what_the_agent_did_at_their_frames(
     numbered, fits, monkeypatch
 ):
-    stage2_bc.train(numbered.config("--stage2.steps", "1"))
     env = CountingEnv(4, episode=11)
     monkeypatch.setattr(stage3_decode, "make_env", lambda cfg: env)
     schedule = {"start": 10_000, "every_update_until": 1_000_000, "every": 40_000, "until": 3_400_000}
@@ -155,6 +176,7 @@ def test_online_mode_pairs_latent_actions_with_what_the_agent_did_at_their_frame
         for update in trained_after
     ]
     assert fits.pairs == expected
+    assert all((la == weights(numbered, "stage1", "idm")["head.bias"][3:]).all() for la in fits.idms)
     lines = logged(numbered.run_dir("stage3_online"))
     assert [line["step"] // 32 for line in lines if "decoder_loss" in line] == trained_after
     # The policy acts with the latest decoder.

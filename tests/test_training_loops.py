@@ -26,6 +26,8 @@ class Training:
     """Copies of all its parameters from before its first step."""
     lrs: list[list[float]] = field(default_factory=list)
     """Learning rates of all groups at each step."""
+    norms: list[float] = field(default_factory=list)
+    """Norm of all gradients at each step."""
 
     def params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -52,6 +54,8 @@ def trainings() -> Iterator[list[Training]]:
             found[optimizer].before = [p.detach().clone() for p in found[optimizer].params()]
             result.append(found[optimizer])
         found[optimizer].lrs.append([float(group["lr"]) for group in optimizer.param_groups])
+        grads = torch.stack([p.grad.norm() for p in found[optimizer].params()])
+        found[optimizer].norms.append(float(grads.norm()))
 
     handle = register_optimizer_step_pre_hook(note)
     yield result
@@ -64,7 +68,8 @@ def state(workplace: Workplace, stage: str, exp: str = "main") -> dict:
 
 def test_stage_1(workplace, trainings):
     """IDM and world model by one AdamW, each step at its own rate; the codes and BatchNorm move as well."""
-    cfg = workplace.config("--stage1.steps", "4", "--stage1.lr_warmup", "25000", "--stage1.probe_every", "9")
+    options = ("--stage1.lr_warmup", "25000", "--stage1.probe_every", "9", "--stage1.clip_norm", "0.01")
+    cfg = workplace.config("--stage1.steps", "4", *options)
     stage1_idm_wm.train(cfg)
     torch.manual_seed(cfg.seed)
     networks = make_idm(cfg), make_world_model(cfg)  # as they were
@@ -73,6 +78,7 @@ def test_stage_1(workplace, trainings):
     # Warmed up after 25,000 · 4 / 50,000 steps; 0.01 would be reached at step 5.
     factors = [0.1, 0.55, 1.0, 1 - 0.99 / 3]
     assert training.lrs == [[pytest.approx(3e-4 * factor)] for factor in factors]
+    assert training.norms == [pytest.approx(0.01, rel=1e-3)] * 4
     for probe in (probe_before, probe_after):
         probe.expect(torch.optim.AdamW, ADAMW, 6)
         assert probe.lrs == [[1e-3]] * len(probe.lrs)
@@ -114,7 +120,8 @@ def test_online_mode(trained, trainings):
     An update learns at the rates of the env step that its rollout ends with.
     """
     trained.branch("ramps", "stage1", "stage2")
-    stage3_decode.train(trained.config("--exp", "ramps", "--stage3.mode", "online", *RAMPS))
+    clip = ("--ppo.clip_norm", "0.01")
+    stage3_decode.train(trained.config("--exp", "ramps", "--stage3.mode", "online", *RAMPS, *clip))
     training, *decoders = trainings
     groups = training.optimizer.param_groups
     shapes = [[tuple(p.shape) for p in group["params"]] for group in groups]
@@ -134,6 +141,7 @@ def test_online_mode(trained, trainings):
         for factors in rates.values()
     ]
     assert training.lrs == [lrs for lrs in expected for _ in range(2 * 2)]  # epochs · minibatches
+    assert training.norms == [pytest.approx(0.01, rel=1e-3)] * 6 * 4
     assert len(decoders) == 5  # the schedule of the tiny run ends before the last update
     for decoder in decoders:
         decoder.expect(torch.optim.Adam, ADAM, 4)
