@@ -399,6 +399,10 @@ def test_two_path_policy_trains_its_rl_path_alone():
     assert not policy.policy_head.weight.any()
     assert not policy.policy_head.bias.any()
     assert policy.policy_head.weight.shape == (15, 256)
+    _, value = policy(*policy.encode(frames(2)))
+    value.sum().backward()  # teaches the hidden layer as well
+    assert policy.value_head.weight.grad.any()
+    assert policy.fc.weight.grad.any()
 
 
 def test_two_path_policys_rollout_encoding_carries_no_gradient():
