@@ -45,6 +45,45 @@ def read_numbers(frames: torch.Tensor | np.ndarray) -> np.ndarray:
     return pixels @ (256 ** np.arange(3))
 
 
+def image_numbers(images: torch.Tensor) -> torch.Tensor:
+    """The numbers (B, T) of T frames as networks see them, side by side on the channels: (B, 3·T, 64, 64)."""
+    pixels = ((images[:, :, 0, 0] + 0.5) * 255).round().unflatten(1, (-1, 3))
+    return pixels @ torch.tensor([1.0, 256.0, 65536.0])
+
+
+class CountingEnv:
+    """Frames that count the steps of each environment, from 1000 · environment on.
+
+    An action is rewarded by its own number. Episodes end at different times in different environments.
+    """
+
+    def __init__(self, num_envs: int, episode: int):
+        self.num_envs, self.episode = num_envs, episode
+        self.time = 0
+        self.actions: list[np.ndarray] = []
+
+    def observe(self) -> np.ndarray:
+        return numbered_frames(1000 * np.arange(self.num_envs) + self.time)
+
+    def act(self, actions: np.ndarray) -> None:
+        self.actions.append(actions)
+
+    def result(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        dones = self.ends(self.time)
+        self.time += 1
+        return self.observe(), self.actions[-1].astype(np.float32), dones
+
+    def ends(self, time: int | np.ndarray) -> np.ndarray:
+        """Whether the actions at `time`, any shape (..., 1) or a number, end the episodes: (..., N)."""
+        return (time + 1 + np.arange(self.num_envs)) % self.episode == 0
+
+    def get_state(self) -> list[bytes]:
+        return [b"counted"] * self.num_envs
+
+    def close(self) -> None:
+        pass
+
+
 def write_chunk(path: Path, obs: np.ndarray, **arrays: np.ndarray) -> Path:
     """A chunk file with `obs` and whatever else is given."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -153,6 +153,12 @@ def test_configured_splits_and_what_is_printed_of_them(workplace, capsys):
     assert not torch.equal(train.frames, test.frames)
     assert "train: 40 frames in 1 chunks, 35 windows, with true actions" in capsys.readouterr().out
     assert len(read_splits(workplace.config("--data.skip_resets", "false"), CPU)[0]) == 2 * 38
+    held_out = workplace.data / workplace.GAME / "test"
+    shutil.copy(held_out / "0.npz", held_out / "1.npz")
+    for chunks in ((2, 1), (1, 2)):
+        options = ("--data.train_chunks", str(chunks[0]), "--data.test_chunks", str(chunks[1]))
+        splits = read_splits(workplace.config(*options), CPU)
+        assert [len(split) for split in splits] == [35 * number for number in chunks]
 
     shutil.rmtree(workplace.data / workplace.GAME / "test")
     train, test = read_splits(workplace.config(), CPU)

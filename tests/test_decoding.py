@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lapo.config import DecoderConfig, load_config
 from lapo.decoding import OnlineDecoder, epochs, fit, training_updates
 from lapo.models import Decoder
-from support import CPU, numbered_frames
+from support import CPU, image_numbers, numbered_frames
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,7 @@ class SeeingIDM(nn.Module):
     """Its latent actions are the numbers of the three frames it is shown."""
 
     def label(self, window: Tensor) -> Tensor:
-        pixels = ((window[:, :, 0, 0] + 0.5) * 255).round().view(-1, 3, 3)
-        return pixels @ torch.tensor([1.0, 256.0, 65536.0])
+        return image_numbers(window)
 
 
 class Play:

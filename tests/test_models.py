@@ -216,14 +216,17 @@ def unet_shapes(la_dim: int, b: int) -> dict[str, tuple[int, ...]]:
 
 
 def unet(weights: dict[str, Tensor], images: Tensor, la_q: Tensor, training: bool) -> Tensor:
-    """The U-Net's description, functionally; the action as constant channels."""
+    """The U-Net's description, functionally; the action as constant channels.
+
+    In training, the running statistics among the weights move.
+    """
 
     def conv(name: str, x: Tensor, **options) -> Tensor:
         return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **options)
 
     def norm(name: str, x: Tensor) -> Tensor:
         w = [weights[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
-        return F.batch_norm(x, w[0].clone(), w[1].clone(), w[2], w[3], training)
+        return F.batch_norm(x, *w, training)
 
     def residual(name: str, x: Tensor) -> Tensor:
         inner = conv(f"{name}.conv0", x.relu(), padding=1)
@@ -272,8 +275,15 @@ def test_world_model_equals_a_functional_statement(fold_action, training):
     images, la_q = example(3, 10)
     model(*example(4, 10))  # running statistics that are not the initial ones
     model.train(training)
-    expected = unet(copy.deepcopy(model.state_dict()), images, la_q, training)
+    before = copy.deepcopy(model.state_dict())
+    weights = copy.deepcopy(before)
+    expected = unet(weights, images, la_q, training)
     torch.testing.assert_close(model(images, la_q), expected, **EXACT)
+    statistics = [key for key in before if "running" in key]
+    assert len(statistics) == 2 * 11
+    for key in statistics:
+        torch.testing.assert_close(model.state_dict()[key], weights[key], **EXACT)
+        assert torch.equal(weights[key], before[key]) != training, key
 
 
 def test_world_models_output_is_an_image_within_plus_minus_a_half():
@@ -389,6 +399,10 @@ def test_two_path_policy_trains_its_rl_path_alone():
     assert not policy.policy_head.weight.any()
     assert not policy.policy_head.bias.any()
     assert policy.policy_head.weight.shape == (15, 256)
+    _, value = policy(*policy.encode(frames(2)))
+    value.sum().backward()  # teaches the hidden layer as well
+    assert policy.value_head.weight.grad.any()
+    assert policy.fc.weight.grad.any()
 
 
 def test_two_path_policys_rollout_encoding_carries_no_gradient():

@@ -26,7 +26,7 @@ from lapo.ppo import (
     sample,
 )
 from lapo.runs.compute import Compute
-from support import numbered_frames, read_numbers
+from support import CountingEnv, read_numbers
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -223,7 +223,7 @@ def test_one_update_equals_the_same_steps_written_out(cfg):
     policy = Linear()
     rollout, last_value = full_rollout(policy, [torch.randn(6, 5, 3)])
     by_hand = copy.deepcopy(policy)
-    ppo_update(
+    metrics = ppo_update(
         policy, torch.optim.SGD(policy.parameters(), 1.0), rollout, last_value, cfg, contextlib.nullcontext
     )
 
@@ -232,12 +232,16 @@ def test_one_update_equals_the_same_steps_written_out(cfg):
     )
     logits, value = by_hand(rollout.encoded[0].reshape(30, 3))
     rows = (rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
-    loss, _ = ppo_loss(logits, value, *(x.reshape(30) for x in rows), cfg)
+    loss, expected = ppo_loss(logits, value, *(x.reshape(30) for x in rows), cfg)
     grads = torch.autograd.grad(loss, list(by_hand.parameters()))
     norm = math.sqrt(sum(g.square().sum().item() for g in grads))
     assert norm > cfg.clip_norm  # so that clipping is seen
     for after, before, grad in zip(policy.parameters(), by_hand.parameters(), grads, strict=True):
         torch.testing.assert_close(after, before - grad * cfg.clip_norm / norm, **EXACT)
+    share = np.var((returns - rollout.values).numpy()) / np.var(returns.numpy())
+    assert not 0.9 < share < 1.1  # so that the two variances are told apart
+    expected |= {"grad_norm": torch.tensor(norm), "unexplained_variance": torch.tensor(share)}
+    torch.testing.assert_close(metrics, expected, check_dtype=False, **EXACT)
 
 
 def test_update_shows_every_step_to_the_policy_once_per_epoch(cfg):
@@ -293,27 +297,6 @@ def test_rollout_is_overwritten_in_place_by_the_next():
 # ---------------------------------------------------------------- playing
 
 
-class CountingEnv:
-    """Frames that count the steps of each environment; the action is rewarded by its own number."""
-
-    def __init__(self, num_envs: int, episode: int):
-        self.num_envs, self.episode = num_envs, episode
-        self.time = 0
-        self.actions: list[np.ndarray] = []
-
-    def observe(self) -> np.ndarray:
-        return numbered_frames(1000 * np.arange(self.num_envs) + self.time)
-
-    def act(self, actions: np.ndarray) -> None:
-        self.actions.append(actions)
-
-    def result(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        self.time += 1
-        # Episodes end at different times in different environments.
-        dones = (self.time + np.arange(self.num_envs)) % self.episode == 0
-        return self.observe(), self.actions[-1].astype(np.float32), dones
-
-
 class FramePolicy(nn.Module):
     """Encodes a frame by the number it spells; the value is that number."""
 
@@ -337,7 +320,7 @@ def test_collector_keeps_what_was_seen_beside_what_was_done_and_what_came_of_it(
         times = start + np.arange(5)
         numbers = 1000 * np.arange(3) + times[:, None]
         actions = np.stack(env.actions[start:])
-        dones = (times[:, None] + 1 + np.arange(3)) % 7 == 0
+        dones = env.ends(times[:, None])
         np.testing.assert_array_equal(rollout.encoded[0][..., 0], numbers)
         np.testing.assert_array_equal(rollout.values, numbers)
         np.testing.assert_array_equal(rollout.actions, actions)

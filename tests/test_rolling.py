@@ -20,7 +20,7 @@ from lapo.models import infer_latents, make_idm, make_latent_policy, normalize
 from lapo.runs.checkpoints import load_checkpoint
 from lapo.runs.compute import Compute
 from lapo.runs.run import Run
-from support import PATIENCE, Workplace, numbered_frames, write_chunk, write_game
+from support import PATIENCE, Workplace, numbered_frames, read_numbers, write_chunk, write_game
 
 CPU = torch.device("cpu")
 SIZES = (9, 4, 14, 7, 11, 5, 8)
@@ -36,6 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_chunk(folder / f"{number}.npz", numbered_frames(numbers), ta=numbers % 15, done=done)
         first += size
     return folder
+
+
+def chunk_of(windows: Windows, ids: torch.Tensor) -> np.ndarray:
+    """The chunks (B,) that the windows numbered (B,) lie in, as their frames tell."""
+    numbers = read_numbers(windows.middle_frames(ids))
+    return np.searchsorted(np.cumsum(SIZES), numbers, side="right")
 
 
 def roll(folder: Path, pool_chunks: int, **options) -> RollingWindows:
@@ -86,10 +92,22 @@ def test_any_step_can_be_the_next(folder, pool_chunks, steps):
 
 
 def test_the_windows_of_a_pool_are_mixed(folder):
-    windows = roll(folder, 3)
+    windows, resident = roll(folder, 3), Windows(folder, device=CPU)
     order = torch.cat([windows.batch(step, 1, 0) for step in range(len(windows))])
-    chunks = windows._chunk_of[order]
-    assert (chunks.diff() != 0).sum() > len(SIZES) + 3
+    assert (np.diff(chunk_of(resident, order)) != 0).sum() > len(SIZES) + 3
+
+
+def test_every_epoch_takes_the_chunks_in_another_order(folder):
+    """A pool is a chunk: the chunks are served one after the other."""
+    windows, resident, orders = roll(folder, 1), Windows(folder, device=CPU), []
+    for epoch in range(6):
+        steps = range(epoch * len(windows), (epoch + 1) * len(windows))
+        chunks = chunk_of(resident, torch.cat([windows.batch(step, 1, 0) for step in steps]))
+        orders.append(tuple(dict.fromkeys(chunks.tolist())))
+        assert (np.diff(chunks) != 0).sum() == len(SIZES) - 1
+    assert len(set(orders)) == 6
+    first = [roll(folder, 1).batch(0, 1, seed) for seed in range(10)]
+    assert len(set(chunk_of(resident, torch.cat(first)))) > 2
 
 
 def test_a_slow_disk_is_waited_for_and_read_ahead_by_one_pool(folder, monkeypatch):
@@ -104,10 +122,12 @@ def test_a_slow_disk_is_waited_for_and_read_ahead_by_one_pool(folder, monkeypatc
     monkeypatch.setattr(data_loader, "read_chunk", slowly)
     windows = roll(folder, 2)
     assert len(windows.frames) == 2 * 2 * max(SIZES)
+    served = set()
     for step in range(len(windows)):
         ids = windows.batch(step, 1, 0)
         assert torch.equal(windows.gather(ids), resident.gather(ids))
-        assert len(read) <= 2 * (windows._pool_of(step, 0) + 2)  # this pool and the next one
+        served.update(chunk_of(windows, ids))
+        assert len(read) <= len(served) + 1 + 2  # this pool and the next one
     assert len(read) >= len(SIZES)
 
 
@@ -119,7 +139,6 @@ def test_host_memory_holds_one_decoded_chunk(tmp_path):
     tracemalloc.start()
     for step in range(2 * 6 * 9):
         windows.batch(step, 100, 0)
-    windows._reader.shutdown()
     peak = tracemalloc.get_traced_memory()[1]  # torch's own memory, 4 chunks, is not traced
     tracemalloc.stop()
     assert peak < 1.5 * size * 64 * 64 * 3
@@ -133,14 +152,13 @@ def test_windows_that_are_not_there_cannot_be_gathered(folder):
     windows.gather(ids)
     for step in range(len(windows)):
         windows.batch(step, 1, 0)
-    windows._coming[2].result()
-    there = sum(1 for chunk in range(len(SIZES)) if can_gather(windows, chunk))
-    assert 1 <= there <= 2  # the chunks of the pool being served
+    there = [number for number in windows.all() if can_gather(windows, number[None])]
+    assert 1 <= len(set(chunk_of(windows, torch.stack(there)))) <= 2  # the chunks of the pool being served
 
 
-def can_gather(windows: RollingWindows, chunk: int) -> bool:
+def can_gather(windows: RollingWindows, ids: torch.Tensor) -> bool:
     try:
-        windows.gather(torch.nonzero(windows._chunk_of == chunk)[:1, 0])
+        windows.gather(ids)
     except IndexError:
         return False
     return True
@@ -261,5 +279,5 @@ def test_a_run_does_not_go_on_with_other_data(workplace, monkeypatch):
     with pytest.raises(SystemExit, match="7"):
         stage1_idm_wm.train(workplace.config())
     write_game(workplace.data / workplace.GAME, chunks=3)
-    with pytest.raises(UserError, match=r"\(windows: 70 → 105; chunks: 2 → 3\); give it"):
+    with pytest.raises(UserError, match="was built on other train frames and test frames"):
         stage1_idm_wm.train(workplace.config())

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from procgen import ProcgenGym3Env
 
 from lapo.errors import UserError
 from lapo.games.simulator_state import State
@@ -44,6 +45,20 @@ def test_seed_decides_everything_and_threads_nothing() -> None:
     assert any(dones.any() for _, _, dones in runs[0])
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("visuals", ["full", "plain"])
+def test_games_are_procgens_own_in_easy_mode(visuals) -> None:
+    plain = visuals == "plain"
+    options = {"distribution_mode": "easy", "start_level": 7, "num_levels": 3, "rand_seed": 5}
+    theirs = ProcgenGym3Env(4, "coinrun", use_backgrounds=not plain, restrict_themes=plain, **options)
+    ours = VecEnv("coinrun", 4, seed=5, levels=(7, 3), visuals=visuals)
+    for step in range(20):
+        np.testing.assert_array_equal(ours.observe(), theirs.observe()[1]["rgb"])
+        actions = np.full(4, 5 + step % 4, np.int32)
+        theirs.act(actions)
+        ours.act(actions)
+    theirs.close()
 
 
 def test_arrays_are_the_callers_to_keep() -> None:
