@@ -206,6 +206,7 @@ def test_a_batch_depends_on_seed_and_step_alone(seventeen):
     for step in (19, 3, 11, 0, 3):
         torch.rand(7)
         assert torch.equal(second.batch(step, 5, 0), in_order[step])
+    assert not torch.equal(second.batch(3, 5, 1), in_order[3])
     state = torch.get_rng_state()
     second.batch(40, 5, 0)
     assert torch.equal(torch.get_rng_state(), state)
