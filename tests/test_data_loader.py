@@ -234,6 +234,8 @@ def test_a_batch_depends_on_seed_and_step_alone(seventeen):
     for step in (19, 3, 11, 0, 3):
         torch.rand(7)
         assert torch.equal(second.batch(step, 5, 0), in_order[step])
+    orders = [second.batch(0, 5, seed).tolist() for seed in (0, 1, 0)]  # one after the other
+    assert orders[0] == orders[2] != orders[1]
     state = torch.get_rng_state()
     second.batch(40, 5, 0)
     assert torch.equal(torch.get_rng_state(), state)

@@ -182,6 +182,16 @@ def test_return_normalizer_equals_a_naive_one() -> None:
                 returns[i] = 0.0
 
 
+def test_scaled_rewards_lie_within_ten() -> None:
+    normalizer = ReturnNormalizer(100, gamma=0.9)
+    alive, rewards = np.zeros(100, bool), np.zeros(100)
+    rewards[:2] = 1000, -1000
+    for _ in range(5):
+        normalizer(np.zeros(100), alive)
+    scaled = normalizer(rewards, alive)
+    assert (scaled[0], scaled[1], scaled[2]) == (10, -10, 0)
+
+
 def test_normalizer_and_tracker_continue_from_their_state() -> None:
     rng = np.random.default_rng(0)
     rewards, dones = rng.normal(size=(20, 2)), rng.random((20, 2)) < 0.2
