@@ -25,6 +25,8 @@ FIELDS = (
     *("wandb_id", "provenance"),
 )
 """What a checkpoint of any age holds beside its format; newer ones also have `built_on` and `checksum`."""
+STAGE3_GROUPS = "stage3", "ppo", "decoder", "offline", "eval"
+"""Groups of the config that no earlier stage reads."""
 NETWORKS = "idm", "world_model", "policy"
 """The parts of a stage's state that later stages build on."""
 
@@ -115,7 +117,12 @@ def load_stage(cfg: Config, stage: str, script: str) -> dict:
     Raises `UserError` naming the command that makes it, if it is missing or unfinished: `script` with this
     process's own options, as every stage takes the same. Also if it was trained on another game or look.
     """
-    command = shlex.join(["python", script, *sys.argv[1:]])
+    words, reads = ["python", script], True
+    for word in sys.argv[1:]:
+        if word.startswith("--"):
+            reads = word[2:].split(".")[0] not in STAGE3_GROUPS
+        words += [word] * reads
+    command = shlex.join(words)
     path = cfg.run_dir / stage / "checkpoint.pt"
     checkpoint = load_checkpoint(path, command)
     if not checkpoint["finished"]:

@@ -29,7 +29,21 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_a_missing_checkpoint_names_the_command_that_makes_it(workplace, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["stage2.py", "--exp", "ma in", "--preset", "demo"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "stage3.py",
+            "--exp",
+            "ma in",
+            "--decoder.hidden",
+            "64",
+            "32",
+            "--stage3.mode=online",
+            "--preset",
+            "demo",
+        ],
+    )
     path = workplace.run_dir("stage1") / "checkpoint.pt"
     with pytest.raises(UserError, match=r"checkpoint\.pt does not exist$"):
         load_checkpoint(path)
