@@ -24,7 +24,8 @@ OTHER = ["--stage1.lr", "3e-3"]
 def place(trained, tmp_path) -> Workplace:
     """A copy of a workplace in which stages 1 and 2 are done."""
     workplace = Workplace(tmp_path)
-    shutil.copytree(trained.results, workplace.results)
+    for stage in ("stage1", "stage2"):  # other tests may have left more there
+        shutil.copytree(trained.run_dir(stage), workplace.run_dir(stage))
     return workplace
 
 
