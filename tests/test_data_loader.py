@@ -515,6 +515,7 @@ def read_fully(path: Path) -> dict[str, np.ndarray]:
     return chunk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @settings(max_examples=200)
 @given(data=st.data())
@@ -563,6 +564,7 @@ def npy(array: np.ndarray, **claims) -> bytes:
     return file.getvalue() + array.tobytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(data=st.data())
 def test_a_chunk_that_lies_is_refused_or_read_correctly(tmp_path_factory, data):

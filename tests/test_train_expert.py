@@ -208,6 +208,7 @@ def test_the_latest_frames_are_kept_each_with_its_own_label():
     assert list(dagger.recent) == [10.0] * 4 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("game", ["maze", "coinrun"])
 def test_labels_are_what_the_teacher_does_at_exactly_the_frames_seen(game):
     """A teacher who has seen nothing before; the one in coinrun carries out plans of several steps."""
@@ -272,6 +273,7 @@ def test_what_is_saved_brings_back_all_frames():
     assert again.env.get_state() == dagger.env.get_state()
 
 
+@pytest.mark.slow
 def test_learning_to_go_where_the_teacher_goes():
     """Behind the same wall of pixels, half of the environments are told left and half right."""
 

@@ -80,6 +80,7 @@ def test_maze_expert_finds_the_cheese() -> None:
     assert result.lengths.max() < 100
 
 
+@pytest.mark.slow
 def test_coinrun_expert_gets_the_coin_and_keeps_to_plain_actions() -> None:
     env = VecEnv("coinrun", 4, seed=0, levels=HELD_OUT_LEVELS, num_threads=0)
     expert = make_expert("coinrun", 4)
@@ -95,6 +96,7 @@ def test_coinrun_expert_gets_the_coin_and_keeps_to_plain_actions() -> None:
     assert play(act, env, episodes=8).mean >= 8
 
 
+@pytest.mark.slow
 def test_bigfish_expert_eats_and_lives() -> None:
     env = VecEnv("bigfish", 16, seed=0, levels=HELD_OUT_LEVELS, num_threads=0)
     expert = make_expert("bigfish", 16)
@@ -125,6 +127,7 @@ def test_expert_is_a_function_of_what_it_was_shown(game: str) -> None:
     assert set(played[0]) <= {*expert.actions, NOOP, LEFT, RIGHT}
 
 
+@pytest.mark.slow
 def test_jumper_expert_finds_the_carrot() -> None:
     assert evaluate("jumper", num_envs=4, episodes=12).mean >= 6
 
@@ -212,6 +215,7 @@ def test_expert_is_far_better_than_chance(game: str, num_envs: int, episodes: in
     assert evaluate(game, num_envs=num_envs, episodes=episodes).mean >= least
 
 
+@pytest.mark.slow
 def test_leaper_hops_land_safely_one_cell_on() -> None:
     """Most hops end where the expert foresaw; new cars and logs, which nobody can foresee, are rare."""
     env = VecEnv("leaper", 32, seed=0, num_threads=0)

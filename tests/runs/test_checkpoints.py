@@ -103,6 +103,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, save):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_or_read_correctly(checkpoint, tmp_path):
     whole, content = load_checkpoint(checkpoint), checkpoint.read_bytes()
     draw = random.Random(0)
@@ -138,6 +139,7 @@ def as_pickled(number: int) -> bytes:
     return pickle.dumps(number, 2)[2:-1]  # without the frame of a pickle of its own
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(data=st.data())
 def test_a_checkpoint_that_lies_is_refused_or_read_correctly(checkpoint, tmp_path_factory, data):
