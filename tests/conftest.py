@@ -21,7 +21,18 @@ torch.set_num_threads(1)
 
 
 TRAINING = {
-    *("workplace", "trained", "finished", "recorded", "policy", "distilled", "measured", "server", "clones"),
+    *(
+        "workplace",
+        "trained",
+        "finished",
+        "recorded",
+        "policy",
+        "distilled",
+        "measured",
+        "server",
+        "clones",
+        "repo",
+    ),
 }
 """Fixtures that train, record, or start processes: whatever uses them is left out by `make quick`."""
 
