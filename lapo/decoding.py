@@ -4,6 +4,7 @@ Dimensions: S rollout steps · N environments · M pairs · T frames of a window
 """
 
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,17 @@ from lapo.runs.compute import Compute
 from lapo.runs.optim import make_optimizer
 
 LABEL_BATCH = 512
+
+
+class Steps(Protocol):
+    """What is needed of S steps that N environments played; `ppo.Rollout` is one."""
+
+    frames: Tensor
+    """(S+1, N, H, W, C) uint8, that were seen; the last ones after the last step."""
+    actions: Tensor
+    """(S, N) int64, that were taken at them."""
+    dones: Tensor
+    """(S, N) bool: whether they ended the episode."""
 
 
 def fit(
@@ -70,49 +82,44 @@ def training_updates(cfg: DecoderConfig, updates: int, steps_per_update: int, sc
 class OnlineDecoder:
     """Learns the decoder of online mode from the agent's own steps.
 
-    During a rollout `watch` sees every step; after the PPO update `learn` labels the new windows with the
-    IDM and, after the `updates` named (see `training_updates`), trains a new decoder on all pairs so far and
-    hands its weights to the policy's `decoder`. Windows that span an episode's end are left out. After the
-    last training nothing is kept or labelled.
+    After every PPO update `learn` lets the IDM infer the latent actions of the rollout's windows and, after
+    the `updates` named (see `training_updates`), trains a new decoder on all pairs so far and hands its
+    weights to the policy's `decoder`. Windows that span an episode's end are left out. After the last
+    training nothing is kept or inferred.
     """
 
     def __init__(self, decoder: Decoder, idm: IDM, cfg: DecoderConfig, compute: Compute, updates: list[int]):
         self.decoder, self.idm, self.cfg, self.compute, self.updates = decoder, idm, cfg, compute, updates
-        # What the next windows need of the past: frames (N, H, W, C), actions (N,), dones (N,) of each step.
-        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        # What the next windows need of the past: frames (N, H, W, C), actions (N,), dones (N,) of a step.
+        self.past: tuple[Tensor, Tensor, Tensor] | None = None
         self.la: list[Tensor] = []
         self.ta: list[Tensor] = []
         self.active = bool(updates)
 
-    def watch(self, frames: Tensor, action: Tensor, done: Tensor) -> None:
-        """Take in one step: `frames` seen, `action` taken at them, whether it ended the episode."""
-        if self.active:
-            self.steps.append((frames, action, done))
-
-    def learn(self, frames: Tensor, update: int) -> dict[str, Tensor]:
+    def learn(self, rollout: Steps, update: int) -> dict[str, Tensor]:
         """Label the rollout's windows and train the decoder if it is time; returns metrics.
 
-        `frames` (N, H, W, C): the observation after the last step; `update`: how many updates are done.
+        `update`: how many updates are done.
         """
         if not self.active:
             return {}
-        self.label(frames)
+        self.label(rollout)
         metrics = self.train() if update in self.updates else {}
         if update >= self.updates[-1]:
             self.active = False
-            self.steps, self.la, self.ta = [], [], []
+            self.past, self.la, self.ta = None, [], []
         return metrics
 
     @torch.no_grad()
-    def label(self, frames: Tensor) -> None:
-        """Turn the watched steps, after which `frames` (N, H, W, C) were seen, into pairs.
-
-        The last step stays, as the past of the next rollout's first.
-        """
-        if len(self.steps) < WINDOW - 1:
+    def label(self, rollout: Steps) -> None:
+        """Turn the rollout's steps into pairs. The last step stays: the past of the next rollout's first."""
+        steps = rollout.frames[:-1], rollout.actions, rollout.dones
+        past = [[x[None]] for x in self.past] if self.past else [[], [], []]
+        self.past = tuple(x[-1].clone() for x in steps)  # the next rollout overwrites its own
+        seen = torch.cat([*past[0], rollout.frames])  # (S+1, N, H, W, C), where S counts the past as well
+        actions, dones = (torch.cat([*before, x]) for before, x in zip(past[1:], steps[1:], strict=True))
+        if len(seen) < WINDOW:
             return
-        seen, actions, dones = (torch.stack(x) for x in zip(*self.steps, strict=True))
-        seen = torch.cat([seen, frames[None]])  # (S+1, N, H, W, C)
         # Window s holds frames s to s+2, its action was taken at s+1. Steps s and s+1 may not end an episode;
         # s+2 may: our marks stand where the action was taken, recorded ones perhaps not, see `window_starts`.
         windows = seen.unfold(0, WINDOW, 1).movedim(-1, 2)  # (S-1, N, T, H, W, C)
@@ -120,7 +127,6 @@ class OnlineDecoder:
         windows, ta = windows[valid], actions[1:][valid]
         self.la.append(infer_latents(self.idm, windows.split(LABEL_BATCH), self.compute))
         self.ta.append(ta)
-        self.steps = self.steps[-1:]
 
     def train(self) -> dict[str, Tensor]:
         """Fit a new decoder to all pairs and hand its weights over; returns metrics, none without a pair."""
@@ -141,11 +147,12 @@ class OnlineDecoder:
     def state_dict(self) -> dict:
         """All that changes, as plain data."""
         pairs = [torch.cat(x) if x else None for x in (self.la, self.ta)]
-        return {"active": self.active, "steps": [list(step) for step in self.steps], "pairs": pairs}
+        steps = [list(self.past)] if self.past else []
+        return {"active": self.active, "steps": steps, "pairs": pairs}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what `state_dict` gave."""
         device = self.compute.device
         self.active = state["active"]
-        self.steps = [tuple(x.to(device) for x in step) for step in state["steps"]]
+        self.past = next((tuple(x.to(device) for x in step) for step in state["steps"]), None)
         self.la, self.ta = ([] if x is None else [x.to(device)] for x in state["pairs"])

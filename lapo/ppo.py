@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from lapo.errors import UserError
 from lapo.games.table import ACTIONS
 from lapo.games.vec_env import EpisodeTracker, VecEnv
 from lapo.models import make_acting_policy
-from lapo.runs.compute import Compute
+from lapo.runs.compute import Compute, HostLink
 from lapo.runs.optim import make_optimizer
 from lapo.runs.run import Run
 
@@ -30,7 +31,11 @@ from lapo.runs.run import Run
 class Rollout:
     """S steps of N environments, in tensors allocated once and overwritten by every rollout."""
 
-    def __init__(self, num_steps: int, num_envs: int, device: torch.device):
+    def __init__(self, num_steps: int, num_envs: int, device: torch.device, keep_frames: bool = False):
+        """For `num_steps` of `num_envs` environments; `keep_frames`: the frames as well as their encoding."""
+        self.keep_frames = keep_frames
+        self.frames: Tensor | None = None  # (S+1, N, H, W, C) uint8: the last ones were seen after the end
+
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(num_steps, num_envs, dtype=dtype, device=device)
 
@@ -41,15 +46,31 @@ class Rollout:
         self.rewards = zeros(torch.float32)
         self.dones = zeros(torch.bool)  # the action of this step ended the episode
 
-    def record(
-        self, step: int, encoded: tuple[Tensor, ...], action: Tensor, logprob: Tensor, value: Tensor
-    ) -> None:
-        """Keep what the policy saw and did at `step`; the environment's answer goes to `rewards`, `dones`."""
+    def record(self, step: int, frames: Tensor, decision: "Decision") -> None:
+        """Copy what the policy saw and did at `step`; the environment's answer goes to `rewards`, `dones`."""
         if not self.encoded:
-            self.encoded = [x.new_zeros(len(self.actions), *x.shape) for x in encoded]
-        for kept, x in zip(self.encoded, encoded, strict=True):
+            self.encoded = [x.new_zeros(len(self.actions), *x.shape) for x in decision.encoded]
+            if self.keep_frames:
+                self.frames = frames.new_zeros(len(self.actions) + 1, *frames.shape)
+        for kept, x in zip(self.encoded, decision.encoded, strict=True):
             kept[step] = x
-        self.actions[step], self.logprobs[step], self.values[step] = action, logprob, value
+        if self.frames is not None:
+            self.frames[step] = frames
+        self.actions[step], self.logprobs[step] = decision.action, decision.logprob
+        self.values[step] = decision.value
+
+
+class Decision(NamedTuple):
+    """What a policy makes of N frames."""
+
+    encoded: tuple[Tensor, ...]
+    """What a rollout keeps of the frames, each (N, ...)."""
+    action: Tensor
+    """(N,) int64, sampled."""
+    logprob: Tensor
+    """(N,) of that action."""
+    value: Tensor
+    """(N,)"""
 
 
 def sample(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,14 +227,12 @@ class ReturnNormalizer:
 
 RECENT_EPISODES = 100
 
-Watch = Callable[[Tensor, Tensor, Tensor], None]
-
 
 class Collector:
     """Plays N environments of a game with a policy that learns meanwhile.
 
     Attributes
-        frames   (N, H, W, C) uint8 on the device: what the policy sees next
+        frames   (N, H, W, C) uint8 on the device: what the policy sees next, in memory that is used again
         recent   raw returns of the last 100 finished episodes
     """
 
@@ -222,36 +241,25 @@ class Collector:
         self.normalize = ReturnNormalizer(env.num_envs, gamma=gamma)
         self.tracker = EpisodeTracker(env.num_envs)
         self.recent: deque[float] = deque(maxlen=RECENT_EPISODES)
-        self.frames = self._upload(env.observe())
+        self.observations, self.actions = HostLink(compute.device), HostLink(compute.device)
+        self.frames = self.observations.up(env.observe())
 
-    @torch.no_grad()
-    def collect(self, policy: nn.Module, rollout: Rollout, watch: Watch | None = None) -> Tensor:
-        """Fill `rollout`; `watch` sees each step's frames, actions (N,) and dones (N,).
-
-        Returns the value (N,) of the observation after the last step.
-        """
+    def collect(self, decide: Callable[[Tensor], Decision], rollout: Rollout) -> None:
+        """Fill `rollout` with what the policy whose `decide` is given (frames → decision) does and gets."""
         rewards, dones = [], []
         for step in range(len(rollout.actions)):
-            with self.compute.autocast():
-                encoded = policy.encode(self.frames)
-                logits, value = policy(*encoded)
-            action, logprob = sample(logits)
-            self.env.act(action.cpu().numpy())
-            rollout.record(step, encoded, action, logprob, value)
+            decision = decide(self.frames)
+            self.env.act(self.actions.down(decision.action))
+            rollout.record(step, self.frames, decision)  # while the environments are at work
             obs, reward, done = self.env.result()
             self.recent.extend(self.tracker.update(reward, done)[0].tolist())
             rewards.append(self.normalize(reward, done))
             dones.append(done)
-            if watch:
-                watch(self.frames, action, torch.from_numpy(done).to(action.device))
-            self.frames = self._upload(obs)
+            self.frames = self.observations.up(obs)  # the ones before came before the actions above
         rollout.rewards.copy_(torch.from_numpy(np.stack(rewards)))
         rollout.dones.copy_(torch.from_numpy(np.stack(dones)))
-        with self.compute.autocast():
-            return policy(*policy.encode(self.frames))[1]
-
-    def _upload(self, obs: np.ndarray) -> Tensor:
-        return torch.from_numpy(obs).to(self.compute.device)
+        if rollout.frames is not None:
+            rollout.frames[-1] = self.frames
 
     def state_dict(self) -> dict:
         """Everything the next rollout depends on, the simulator's state included, as plain data."""
@@ -267,7 +275,7 @@ class Collector:
     def load_state_dict(self, state: dict) -> None:
         """Continue from what `state_dict` gave."""
         self.env.set_state([part.numpy().tobytes() for part in state["env"]])
-        self.frames = state["frames"].to(self.compute.device)
+        self.frames = self.observations.up(state["frames"].numpy())
         self.normalize.load_state_dict(state["normalize"])
         self.tracker.load_state_dict(state["tracker"])
         self.recent = deque(state["recent"], maxlen=RECENT_EPISODES)
@@ -306,12 +314,27 @@ class PPOTrainer:
         self.cfg, self.compute, self.policy, self.optimizer = cfg.ppo, compute, policy, optimizer
         self.set_lrs, self.decoder = set_lrs, decoder
         self.collector = Collector(env, cfg.ppo.gamma, compute)
-        self.rollout = Rollout(cfg.ppo.rollout_steps, cfg.ppo.num_envs, compute.device)
+        self.rollout = Rollout(
+            cfg.ppo.rollout_steps, cfg.ppo.num_envs, compute.device, keep_frames=decoder is not None
+        )
         self.forward = compute.compiled(policy)
+        self.decide = compute.replayed(self._decide)
 
     def collect(self) -> Tensor:
         """Play a rollout; returns the value (N,) of the observation after its last step."""
-        return self.collector.collect(self.policy, self.rollout, self.decoder.watch if self.decoder else None)
+        self.collector.collect(self.decide, self.rollout)
+        return self._evaluate(self.collector.frames)[2]
+
+    @torch.no_grad()
+    def _evaluate(self, frames: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Frames (N, H, W, C) uint8 → what a rollout keeps of them, logits (N, A), value (N,)."""
+        with self.compute.autocast():
+            encoded = self.policy.encode(frames)
+            return encoded, *self.policy(*encoded)
+
+    def _decide(self, frames: Tensor) -> Decision:
+        encoded, logits, value = self._evaluate(frames)
+        return Decision(encoded, *sample(logits), value)
 
     def improve(self, env_steps: int, last_value: Tensor) -> dict[str, Tensor]:
         """Learn from the rollout that ended at `env_steps` with values `last_value` (N,); returns metrics."""
@@ -322,7 +345,7 @@ class PPOTrainer:
 
     def decode(self, update: int) -> dict[str, Tensor]:
         """Let the decoder, if there is one, learn from the rollout of `update` (from 1); returns metrics."""
-        return self.decoder.learn(self.collector.frames, update) if self.decoder else {}
+        return self.decoder.learn(self.rollout, update) if self.decoder else {}
 
     def _parts(self) -> dict:
         parts = {"policy": self.policy, "optimizer": self.optimizer, "collector": self.collector}

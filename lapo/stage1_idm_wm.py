@@ -66,7 +66,7 @@ def train(cfg: Config) -> None:
 
 
 class Trainer:
-    """Trains IDM and world model jointly. A step is `load`, `backward`, `apply`."""
+    """Trains IDM and world model jointly. A step is `set_lr`, `load`, `backward`, `apply`."""
 
     def __init__(self, cfg: Config, compute: Compute, windows: Windows, idm: IDM, world_model: WorldModel):
         self.cfg, self.compute, self.windows = cfg, compute, windows
@@ -80,11 +80,17 @@ class Trainer:
         self.optimizer = make_optimizer(torch.optim.AdamW, groups, networks)
         self.schedule = warmup_schedule(cfg.stage1, PUBLISHED_STEPS[STAGE])
         self.losses = compute.compiled(self._losses)
+        self.learn = compute.replayed(self._learn)
 
     def update(self, step: int) -> dict[str, Tensor]:
-        """Make training step `step`; returns its metrics."""
-        metrics = self.backward(self.load(step))
-        return metrics | self.apply(step)
+        """Make training step `step`; returns its metrics, valid until the next one."""
+        self.set_lr(step)
+        return self.learn(self.load(step))
+
+    def set_lr(self, step: int) -> None:
+        """Set the learning rate of training step `step`."""
+        factor = piecewise_linear(step, self.schedule)
+        set_lr(self.optimizer.param_groups[0], self.cfg.stage1.lr * factor)
 
     def load(self, step: int) -> Tensor:
         """Frames of the step's windows, (B, T, H, W, C) uint8."""
@@ -98,10 +104,8 @@ class Trainer:
         average([p.grad for p in self.params] + self.statistics + list(metrics.values()))
         return metrics
 
-    def apply(self, step: int) -> dict[str, Tensor]:
+    def apply(self) -> dict[str, Tensor]:
         """Change the weights by the gradients, clipped; returns the gradients' norm."""
-        factor = piecewise_linear(step, self.schedule)
-        set_lr(self.optimizer.param_groups[0], self.cfg.stage1.lr * factor)
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.cfg.stage1.clip_norm)
         self.optimizer.step()
         return {"grad_norm": norm}
@@ -115,6 +119,9 @@ class Trainer:
         if held_out.ta is not None:
             metrics |= train_probe(la, held_out.actions(ids), self.cfg.probe, self.cfg.seed)
         return metrics
+
+    def _learn(self, frames: Tensor) -> dict[str, Tensor]:
+        return self.backward(frames) | self.apply()
 
     def _losses(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with self.compute.autocast():

@@ -70,7 +70,7 @@ def train(cfg: Config) -> None:
 class Trainer:
     """Trains the latent policy to predict the latent actions `la` (M, la_dim) of all windows.
 
-    A step is `load`, `backward`, `apply`.
+    A step is `set_lr`, `load`, `backward`, `apply`.
     """
 
     def __init__(self, cfg: Config, compute: Compute, windows: Windows, la: Tensor, policy: Policy):
@@ -80,13 +80,18 @@ class Trainer:
         groups = [{"params": self.params, "lr": cfg.stage2.lr}]
         self.optimizer = make_optimizer(torch.optim.AdamW, groups, [policy])
         self.schedule = warmup_schedule(cfg.stage2, PUBLISHED_STEPS[STAGE])
-        self.loss_of = compute.compiled(self._loss_of)
+        self.loss = compute.compiled(self._loss)
+        self.learn = compute.replayed(self._learn)
 
     def update(self, step: int) -> dict[str, Tensor]:
-        """Make training step `step`; returns its metrics."""
-        metrics = self.backward(*self.load(step))
-        self.apply(step)
-        return metrics
+        """Make training step `step`; returns its metrics, valid until the next one."""
+        self.set_lr(step)
+        return self.learn(*self.load(step))
+
+    def set_lr(self, step: int) -> None:
+        """Set the learning rate of training step `step`."""
+        factor = piecewise_linear(step, self.schedule)
+        set_lr(self.optimizer.param_groups[0], self.cfg.stage2.lr * factor)
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
         """What the step learns from: frames o[t] (B, H, W, C) uint8, latent actions (B, la_dim)."""
@@ -95,24 +100,23 @@ class Trainer:
 
     def backward(self, frames: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Compute the loss on what `load` gave and all gradients; returns the loss."""
-        loss = self.loss_of(frames, target)
+        loss = self.loss(frames, target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         metrics = {"loss": loss.detach()}
         average([p.grad for p in self.params] + list(metrics.values()))
         return metrics
 
-    def apply(self, step: int) -> None:
+    def apply(self) -> None:
         """Change the weights by the gradients."""
-        factor = piecewise_linear(step, self.schedule)
-        set_lr(self.optimizer.param_groups[0], self.cfg.stage2.lr * factor)
         self.optimizer.step()
 
     @torch.no_grad()
     def measure(self, held_out: Windows, la_test: Tensor) -> dict[str, Tensor]:
         """The error on held-out windows, whose latent actions are `la_test` (M, la_dim)."""
         parts = held_out.parts(held_out.all())
-        errors = [self.loss_of(held_out.middle_frames(ids), la_test[ids]) * len(ids) for ids in parts]
+        # Not the compiled loss: other batch sizes would compile it anew.
+        errors = [self._loss(held_out.middle_frames(ids), la_test[ids]) * len(ids) for ids in parts]
         constant = self.la.mean(0)
         average([constant])
         # The error of always predicting the mean latent action: what a policy that sees nothing reaches.
@@ -121,7 +125,12 @@ class Trainer:
             "constant_loss_test": F.mse_loss(constant.expand_as(la_test), la_test),
         }
 
-    def _loss_of(self, frames: Tensor, target: Tensor) -> Tensor:
+    def _learn(self, frames: Tensor, target: Tensor) -> dict[str, Tensor]:
+        metrics = self.backward(frames, target)
+        self.apply()
+        return metrics
+
+    def _loss(self, frames: Tensor, target: Tensor) -> Tensor:
         with self.compute.autocast():
             predicted = self.policy(normalize(frames))
         return F.mse_loss(predicted, target)

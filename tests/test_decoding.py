@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,13 +77,13 @@ class Play:
     def frames(self, time: int) -> Tensor:
         return torch.from_numpy(numbered_frames(1000 * np.arange(self.envs) + time))
 
-    def show(self, decoder: OnlineDecoder, start: int, end: int) -> Tensor:
-        """One rollout: what the agent sees and does from `start` on; returns the frames at `end`."""
-        for time in range(start, end):
-            decoder.watch(
-                self.frames(time), torch.from_numpy(self.actions[time]), torch.from_numpy(self.dones[time])
-            )
-        return self.frames(end)
+    def rollout(self, start: int, end: int) -> SimpleNamespace:
+        """What the agent sees and does from `start` until before `end`, and sees then."""
+        return SimpleNamespace(
+            frames=torch.stack([self.frames(time) for time in range(start, end + 1)]),
+            actions=torch.from_numpy(self.actions[start:end]),
+            dones=torch.from_numpy(self.dones[start:end]),
+        )
 
     def pairs(self, end: int) -> list[tuple[int, ...]]:
         """By loops: numbers of the three frames of each window within an episode, and the middle action."""
@@ -115,9 +116,9 @@ def test_pairs_hold_each_window_within_an_episode_beside_the_action_at_its_middl
     decoder = online_decoder(cfg, [99])
     time = 0
     for update, length in enumerate(rollouts, start=1):
-        frames = play.show(decoder, time, time + length)
+        rollout = play.rollout(time, time + length)
         time += length
-        assert decoder.learn(frames, update) == {}
+        assert decoder.learn(rollout, update) == {}
         if time > 1:
             assert kept_pairs(decoder) == play.pairs(time)
 
@@ -126,7 +127,7 @@ def test_training_takes_all_pairs_so_far(cfg):
     play = Play(40, 3, 0.1)
     decoder = online_decoder(cfg, [2, 4])
     for update in range(1, 5):
-        metrics = decoder.learn(play.show(decoder, 10 * update - 10, 10 * update), update)
+        metrics = decoder.learn(play.rollout(10 * update - 10, 10 * update), update)
         if update in (2, 4):
             assert metrics["decoder_pairs"] == len(play.pairs(10 * update))
         else:
@@ -137,7 +138,7 @@ def test_nothing_is_labelled_or_kept_after_the_last_training(cfg):
     play = Play(30, 3, 0.0)
     decoder = online_decoder(cfg, [2])
     for update in range(1, 4):
-        decoder.learn(play.show(decoder, 10 * update - 10, 10 * update), update)
+        decoder.learn(play.rollout(10 * update - 10, 10 * update), update)
     state = decoder.state_dict()
     assert not state["active"]
     assert not state["steps"]
@@ -147,7 +148,7 @@ def test_nothing_is_labelled_or_kept_after_the_last_training(cfg):
 def test_a_decoder_that_is_never_trained_keeps_nothing(cfg):
     play = Play(10, 3, 0.0)
     decoder = online_decoder(cfg, [])
-    assert decoder.learn(play.show(decoder, 0, 10), 1) == {}
+    assert decoder.learn(play.rollout(0, 10), 1) == {}
     assert not decoder.state_dict()["steps"]
 
 
@@ -155,7 +156,7 @@ def test_without_a_single_pair_the_decoder_stays_as_it_is(cfg):
     play = Play(10, 3, 1.0)
     decoder = online_decoder(cfg, [1, 2])
     before = copy.deepcopy(decoder.decoder.state_dict())
-    assert decoder.learn(play.show(decoder, 0, 10), 1) == {}
+    assert decoder.learn(play.rollout(0, 10), 1) == {}
     torch.testing.assert_close(decoder.decoder.state_dict(), before, rtol=0, atol=0)
 
 
@@ -173,9 +174,9 @@ def test_training_equals_adam_on_smoothed_labels_from_a_new_start(cfg):
     """Fewer pairs than a batch holds, so every epoch is one step whatever the order."""
     play = Play(12, 3, 0.1)
     decoder = online_decoder(cfg, [1, 2])
-    frames = play.show(decoder, 0, 12)
+    rollout = play.rollout(0, 12)
     torch.manual_seed(7)
-    metrics = decoder.learn(frames, 1)
+    metrics = decoder.learn(rollout, 1)
 
     torch.manual_seed(7)
     fresh = Decoder(3, 15, (192, 128, 64))
@@ -203,9 +204,9 @@ def test_every_training_starts_anew(cfg):
         with torch.no_grad():
             for param in decoder.decoder.parameters():
                 param.mul_(scale)
-        frames = play.show(decoder, 0, 12)
+        rollout = play.rollout(0, 12)
         torch.manual_seed(0)
-        decoder.learn(frames, 1)
+        decoder.learn(rollout, 1)
         weights.append(decoder.decoder.state_dict())
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
@@ -215,7 +216,7 @@ def test_a_trained_decoder_hands_over_its_weights_and_stays_frozen(cfg):
     acting = decoder.decoder.requires_grad_(False)
     before = copy.deepcopy(acting.state_dict())
     play = Play(12, 3, 0.1)
-    decoder.learn(play.show(decoder, 0, 12), 1)
+    decoder.learn(play.rollout(0, 12), 1)
     assert decoder.decoder is acting
     assert not torch.equal(acting[0].weight, before["0.weight"])
     assert not any(p.requires_grad for p in acting.parameters())
@@ -229,9 +230,9 @@ def test_a_restored_decoder_continues_as_if_nothing_had_happened(cfg, interrupte
 
     def learn(decoder: OnlineDecoder, first: int, last: int) -> None:
         for update in range(first, last + 1):
-            frames = play.show(decoder, 10 * update - 10, 10 * update)
+            rollout = play.rollout(10 * update - 10, 10 * update)
             torch.manual_seed(update)
-            decoder.learn(frames, update)
+            decoder.learn(rollout, update)
 
     whole = online_decoder(cfg, [2, 3, 5])
     learn(whole, 1, 6)

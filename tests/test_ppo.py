@@ -17,6 +17,7 @@ from lapo.models import Decoder, Policy, TwoPathPolicy
 from lapo.ppo import (
     RECENT_EPISODES,
     Collector,
+    Decision,
     ReturnNormalizer,
     Rollout,
     compute_gae,
@@ -210,7 +211,7 @@ def full_rollout(policy: nn.Module, encoded: list[Tensor], seed: int = 0) -> tup
         for step in range(steps):
             seen = tuple(x[step] for x in encoded)
             logits, value = policy(*seen)
-            rollout.record(step, seen, *sample(logits), value)
+            rollout.record(step, seen[0], Decision(seen, *sample(logits), value))
     rollout.rewards.normal_()
     rollout.dones.copy_(torch.rand(steps, envs) < 0.1)
     return rollout, torch.randn(envs)
@@ -287,7 +288,7 @@ def test_rollout_is_overwritten_in_place_by_the_next():
     for base in (0.0, 10.0):
         for step in range(2):
             x = torch.full((3, 4), base + step)
-            rollout.record(step, (x,), torch.full((3,), step), x[:, 0], -x[:, 0])
+            rollout.record(step, x, Decision((x,), torch.full((3,), step), x[:, 0], -x[:, 0]))
         kept = rollout.encoded[0]
         torch.testing.assert_close(kept[:, 0, 0], torch.tensor([base, base + 1]))
         torch.testing.assert_close(rollout.values[:, 2], -torch.tensor([base, base + 1]))
@@ -297,14 +298,10 @@ def test_rollout_is_overwritten_in_place_by_the_next():
 # ---------------------------------------------------------------- playing
 
 
-class FramePolicy(nn.Module):
-    """Encodes a frame by the number it spells; the value is that number."""
-
-    def encode(self, frames: Tensor) -> tuple[Tensor]:
-        return (torch.from_numpy(read_numbers(frames)).float()[:, None],)
-
-    def forward(self, number: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros(len(number), 4), number.squeeze(-1)
+def decide(frames: Tensor) -> Decision:
+    """Keeps the number that a frame spells; the value is that number; all of four actions are as likely."""
+    numbers = torch.from_numpy(read_numbers(frames)).float()
+    return Decision((numbers[:, None],), *sample(torch.zeros(len(numbers), 4)), numbers)
 
 
 def test_collector_keeps_what_was_seen_beside_what_was_done_and_what_came_of_it():
@@ -312,11 +309,10 @@ def test_collector_keeps_what_was_seen_beside_what_was_done_and_what_came_of_it(
     env = CountingEnv(num_envs=3, episode=7)
     collector = Collector(env, 0.9, Compute(torch.device("cpu"), False, False))
     normalizer = ReturnNormalizer(3, gamma=0.9)
-    rollout = Rollout(5, 3, torch.device("cpu"))
+    rollout = Rollout(5, 3, torch.device("cpu"), keep_frames=True)
     finished, current = [], np.zeros(3)
     for start in (0, 5, 10):
-        watched = []
-        last_value = collector.collect(FramePolicy(), rollout, lambda *step, seen=watched: seen.append(step))
+        collector.collect(decide, rollout)
         times = start + np.arange(5)
         numbers = 1000 * np.arange(3) + times[:, None]
         actions = np.stack(env.actions[start:])
@@ -326,11 +322,10 @@ def test_collector_keeps_what_was_seen_beside_what_was_done_and_what_came_of_it(
         np.testing.assert_array_equal(rollout.actions, actions)
         np.testing.assert_array_equal(rollout.dones, dones)
         torch.testing.assert_close(rollout.logprobs, torch.full((5, 3), -math.log(4)))
-        np.testing.assert_array_equal(last_value, 1000 * np.arange(3) + start + 5)
-        for step, (frames, action, done) in enumerate(watched):
-            np.testing.assert_array_equal(read_numbers(frames), numbers[step])
-            np.testing.assert_array_equal(action, actions[step])
-            np.testing.assert_array_equal(done, dones[step])
+        np.testing.assert_array_equal(read_numbers(collector.frames), 1000 * np.arange(3) + start + 5)
+        np.testing.assert_array_equal(read_numbers(rollout.frames[-1]), read_numbers(collector.frames))
+        for step in range(5):
+            np.testing.assert_array_equal(read_numbers(rollout.frames[step]), numbers[step])
             reward = actions[step].astype(np.float32)
             np.testing.assert_array_equal(rollout.rewards[step], normalizer(reward, dones[step]))
             current += reward

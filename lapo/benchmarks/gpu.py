@@ -12,14 +12,16 @@ import argparse
 import contextlib
 import gc
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +37,7 @@ from lapo.data.chunks import FRAME_SHAPE, WINDOW, write_chunk
 from lapo.data_loader import WHOLE, RollingWindows, Windows
 from lapo.errors import Parser, UserError, run_main
 from lapo.models import infer_latents, make_idm, make_latent_policy
+from lapo.ppo import PPOTrainer
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.files import check_json, write_json
 
@@ -59,8 +62,13 @@ class Bench:
         if not (dry or torch.cuda.is_available()):
             raise UserError("PyTorch finds no CUDA device that it can use; --dry tries the checks on the CPU")
         demo = ["--preset", "demo", "--env", "jumper"]
-        full = load_config([*demo, *DRY.split()] if dry else ["--env", "jumper"])
-        return cls(dry, CPU if dry else torch.device("cuda:0"), load_config(demo), full)
+        if dry:
+            return cls(dry, CPU, load_config([*demo, *DRY.split()]), load_config([*demo, *DRY.split()]))
+        return cls(dry, torch.device("cuda:0"), load_config(demo), load_config(["--env", "jumper"]))
+
+    def compute(self, *, bf16: bool = True, compiled: bool = True, graphs: bool = False) -> Compute:
+        """How tensors are computed; in a dry run nothing is compiled and there are no CUDA graphs."""
+        return Compute(self.device, bf16, compiled and not self.dry, graphs and not self.dry)
 
     def windows(self, frames: int, dry_frames: int = 64) -> Windows:
         """Windows of random frames on the device."""
@@ -82,16 +90,6 @@ class Bench:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-@dataclass(frozen=True)
-class Variant(Compute):
-    """A way to compile training steps; one that leaves out a part of a step is refused."""
-
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def compiled(self, function: Callable) -> Callable:
-        return torch.compile(function, fullgraph=True, **self.options) if self.compile else function
 
 
 class CheckError(Exception):
@@ -138,7 +136,8 @@ def check(bench: Bench, file: Path | None = None) -> tuple[dict[str, Any], list[
         if file:
             write_json(file, results)
     if not (bench.dry or {"stage 1", "stage 2", "stage 3"} & set(failed)):
-        results["minutes per game"] = minutes_per_game(bench.full, results)
+        paths = "compiled", "graphs"
+        results["minutes per game"] = {path: minutes_per_game(bench.full, results, path) for path in paths}
         print(f"minutes per game, without loading: {results['minutes per game']}")
         if file:
             write_json(file, results)
@@ -199,26 +198,18 @@ def gather_far(bench: Bench) -> str:
 
 def same_as_cpu(bench: Bench) -> dict[str, float]:
     """The gradients of a step of stage 1 are those of the CPU in fp32."""
-    places = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = False
-    try:
-        expected = first_step(bench.demo, Compute(CPU, bf16=False, compile=False))
-        found = {}
-        for name, bf16, compiled, tolerance in (
-            ("fp32", False, False, 1e-3),
-            ("fp32 compiled", False, True, 1e-3),
-            ("bf16", True, False, 0.1),
-            ("bf16 compiled", True, True, 0.1),
-        ):
-            got = first_step(bench.demo, Compute(bench.device, bf16, compiled and not bench.dry))
-            found[name] = difference([got], [expected])
-            expect(found[name] < tolerance, f"in {name}, the gradients differ by {found[name]:.1e}")
-        return found
-    finally:
-        for place, allowed in zip(places, before, strict=True):
-            place.allow_tf32 = allowed
+    expected = first_step(bench.demo, Compute(CPU, bf16=False, compile=False))
+    found = {}
+    for name, bf16, compiled, tolerance in (
+        ("fp32", False, False, 1e-3),
+        ("fp32 compiled", False, True, 1e-3),
+        ("bf16", True, False, 0.1),
+        ("bf16 compiled", True, True, 0.1),
+    ):
+        got = first_step(bench.demo, bench.compute(bf16=bf16, compiled=compiled))
+        found[name] = difference([got], [expected])
+        expect(found[name] < tolerance, f"in {name}, the gradients differ by {found[name]:.1e}")
+    return found
 
 
 def first_step(cfg: Config, compute: Compute) -> Tensor:
@@ -282,39 +273,150 @@ def continued(bench: Bench) -> dict[str, float]:
     return {"difference of the weights": found}
 
 
+def graphs_do_the_same(bench: Bench) -> dict[str, float]:
+    """Steps launched as CUDA graphs compute what they compute otherwise, up to what two runs differ by."""
+    torch.backends.cudnn.deterministic = True
+    try:
+        found = {}
+        for name, train in (("stage 1", train_stage1), ("stage 2", train_stage2), ("stage 3", play)):
+            for bf16, compiled in ((False, False), (True, True))[: 1 if bench.dry else 2]:
+                first, again, replayed = (
+                    train(bench, bench.compute(bf16=bf16, compiled=compiled, graphs=graphs))
+                    for graphs in (False, False, True)
+                )
+                noise, far = difference(again, first), difference(replayed, first)
+                kind = f"{name}, {'bf16 compiled' if compiled else 'fp32 eager'}"
+                found[kind] = {"graphs": far, "two runs": noise}
+                expect(far <= 10 * noise + 1e-6, f"{kind}: {far:.1e}, two runs differ by {noise:.1e}")
+        return found
+    finally:
+        torch.backends.cudnn.deterministic = False
+
+
+def train_stage1(bench: Bench, compute: Compute) -> list[Tensor]:
+    """All weights and statistics of stage 1 after a few steps, and their metrics."""
+    torch.compiler.reset()
+    trainer = stage1_trainer(bench.demo, compute, bench.windows(1000))
+    metrics = [x.clone() for step in range(8) for x in trainer.update(step).values()]
+    state = [*trainer.idm.state_dict().values(), *trainer.world_model.state_dict().values()]
+    return [torch.stack(metrics), *(x.float() for x in state)]
+
+
+def train_stage2(bench: Bench, compute: Compute) -> list[Tensor]:
+    """All weights of stage 2 after a few steps, and its losses."""
+    torch.compiler.reset()
+    windows = bench.windows(1000)
+    seed_everything(0)
+    la = torch.randn(len(windows), bench.demo.vq.la_dim).to(bench.device)
+    policy = compute.place(make_latent_policy(bench.demo))
+    trainer = stage2_bc.Trainer(bench.demo, compute, windows, la, policy)
+    losses = [trainer.update(step)["loss"].clone() for step in range(8)]
+    return [torch.stack(losses), *(x.float() for x in policy.state_dict().values())]
+
+
+def play(bench: Bench, compute: Compute) -> list[Tensor]:
+    """Two updates of online mode: what was done in them and what the decoder learnt from."""
+    torch.compiler.reset()
+    seed_everything(0)
+    with contextlib.closing(workloads.TimedEnv.of(bench.demo)) as env:
+        trainer = online_trainer(bench.demo, compute, env)
+        played = []
+        for update in range(1, 3):
+            trainer.improve(
+                update * bench.demo.ppo.num_envs * bench.demo.ppo.rollout_steps, trainer.collect()
+            )
+            trainer.decoder.label(trainer.rollout)
+            rollout = trainer.rollout
+            played += [x.float() for x in (rollout.actions, rollout.logprobs, rollout.values, rollout.frames)]
+        return [*played, *trainer.decoder.la, *(x.float() for x in trainer.decoder.ta)]
+
+
+def online_trainer(cfg: Config, compute: Compute, env: workloads.TimedEnv) -> PPOTrainer:
+    """What trains in online mode, on random weights."""
+    states = {
+        "stage1": {"idm": make_idm(cfg).state_dict()},
+        "stage2": {"policy": make_latent_policy(cfg).state_dict()},
+    }
+    return stage3_decode.online_trainer(cfg, compute, states, env)
+
+
 def collectives(bench: Bench) -> str:
-    """Two processes meet and part, as torchrun starts them; they compute on the CPU."""
+    """Two processes meet, compare numbers on the CPU and part, as torchrun starts them."""
     code = "from lapo.runs.ranks import greatest, joined, share\n"
     code += "with joined():\n    assert greatest(share().rank, 7) == (1, 7)\n"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "--no-python", sys.executable, "-c", code],
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    run([*launcher, sys.executable, "-c", code])
+    return "ok"
+
+
+def run(words: list[str], stop_after: float | None = None) -> str:
+    """What a Python command prints; after `stop_after` seconds it is told to stop, as by Ctrl-C."""
+    process = subprocess.Popen(
+        [sys.executable, *words],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
-    errors = [line for line in done.stderr.splitlines() if "Error" in line]
-    expect(done.returncode == 0, "; ".join(errors) or done.stderr)
-    return "ok"
+    try:
+        out, errors = process.communicate(timeout=stop_after or 300)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=60)
+        stopped = 128 + signal.SIGTERM
+        expect(stop_after is not None and process.returncode == stopped, f"did not stop: {errors[-300:]}")
+        return out
+    lines = [line for line in errors.splitlines() if "rror" in line]
+    expect(process.returncode == 0, "; ".join(lines)[-400:] or errors[-400:])
+    expect(stop_after is None, f"was done before it could be stopped: {out[-200:]}")
+    return out
+
+
+def real_run(bench: Bench) -> dict[str, Any]:
+    """Frames are recorded, the stages train on them, stopped once and continued, and the policy is played."""
+    with TemporaryDirectory() as folder:
+        options = ["--env", "jumper", "--preset", "demo", "--data-dir", f"{folder}/data"]
+        options += ["--results-dir", folder, "--eval.episodes", "64"]
+        if bench.dry:
+            options += ["--device", "cpu", *DRY.split(), "--probe.windows", "64"]
+        else:
+            options += ["--compile", "graphs"]
+        start = time.perf_counter()
+        frames = ["2048", "1024"] if bench.dry else ["16384", "4096"]
+        record = ["lapo/record_expert.py", "--env", "jumper", "--visuals", "plain", "--expert", "planner"]
+        run([*record, "--noise", "0.2", "--frames", frames[0], "--test-frames", frames[1], *options[4:6]])
+        recorded = time.perf_counter()
+        first = ["lapo/stage1.py", *options, "--stage1.steps", "20" if bench.dry else "2000"]
+        run(first, stop_after=None if bench.dry else 25)
+        printed = run(first)
+        expect(bench.dry or "continues from step" in printed, f"stage 1 began anew: {printed}")
+        run(["lapo/stage2.py", *options, "--stage2.steps", "20" if bench.dry else "1500"])
+        steps = "1024" if bench.dry else "32768"
+        printed = run(["lapo/stage3.py", *options, "--stage3.mode", "online", "--stage3.steps", steps])
+        numbers = dict(re.findall(r"^  (\w+) +(\S+)$", printed, re.MULTILINE))
+        return {
+            "frames recorded/s": round(sum(map(int, frames)) / (recorded - start)),
+            "seconds of the stages": round(time.perf_counter() - recorded, 1),
+            "return": float(numbers["return_mean"]),
+        }
 
 
 # ---------------------------------------------------------------- fast
 
 
 def stage1_speed(bench: Bench) -> dict[str, dict]:
-    """Steps of stage 1, eager and compiled in several ways."""
+    """Steps of stage 1, eager, compiled, and launched as a CUDA graph."""
     windows = bench.windows(20_000)
 
-    def timed(count: int, **options: Any) -> dict:
+    def timed(count: int, **options: bool) -> dict:
         return speed(bench, lambda compute: stage1_trainer(bench.full, compute, windows), count, **options)
 
     return {
         "eager": timed(50, compiled=False),
         "compiled": timed(200),
-        "compiled, cudnn.benchmark": timed(200, benchmark=True),
-        "reduce-overhead": timed(200, mode="reduce-overhead"),
+        "graphs": timed(200, graphs=True),
+        "graphs, cudnn.benchmark": timed(200, graphs=True, benchmark=True),
     }
 
 
@@ -336,8 +438,10 @@ def stage2_speed(bench: Bench) -> dict[str, Any]:
 
     return {
         "windows labelled/s": labelled,
+        "eager": speed(bench, trainer, 50, compiled=False),
         "compiled": speed(bench, trainer, 200),
-        "reduce-overhead": speed(bench, trainer, 200, mode="reduce-overhead"),
+        "graphs": speed(bench, trainer, 200, graphs=True),
+        "graphs, cudnn.benchmark": speed(bench, trainer, 200, graphs=True, benchmark=True),
     }
 
 
@@ -347,7 +451,7 @@ def speed(
     count: int,
     *,
     compiled: bool = True,
-    mode: str | None = None,
+    graphs: bool = False,
     benchmark: bool = False,
 ) -> dict[str, Any]:
     """Milliseconds per step, of them the host's, over `count` steps between two waits; memory and kernels.
@@ -355,7 +459,7 @@ def speed(
     Fails if a step waits for the device, or compiles anew after the first five.
     """
     if bench.dry:
-        count, compiled = 2, False
+        count = 2
     gc.collect()
     torch.compiler.reset()
     if not bench.dry:
@@ -364,18 +468,18 @@ def speed(
     torch.backends.cudnn.benchmark = benchmark
     try:
         start = time.perf_counter()
-        trainer = make(Variant(bench.device, bf16=True, compile=compiled, options={"mode": mode}))
-        trainer.update(0)
-        trainer.update(1)
+        trainer = make(bench.compute(compiled=compiled, graphs=graphs))
+        for step in range(5):  # a graph is recorded in the fourth
+            trainer.update(step)
         bench.wait()
         first = time.perf_counter() - start
         with bench.no_waiting():
-            for step in range(2, 5):  # the epoch's order is on the device by now
+            for step in range(5, 8):  # the epoch's order is on the device by now
                 trainer.update(step)
         torch._dynamo.config.error_on_recompile = compiled
         bench.wait()
         start = time.perf_counter()
-        for step in range(5, 5 + count):
+        for step in range(8, 8 + count):
             trainer.update(step)
         host = time.perf_counter() - start
         bench.wait()
@@ -383,9 +487,9 @@ def speed(
         return {
             "ms": round(1e3 * seconds / count, 3),
             "host ms": round(1e3 * host / count, 3),
-            "first two steps s": round(first, 1),
+            "first five steps s": round(first, 1),
             "peak GB": 0 if bench.dry else round(torch.cuda.max_memory_allocated() / 1e9, 2),
-            "kernels": kernels(bench, lambda: trainer.update(5 + count)),
+            "kernels": kernels(bench, lambda: trainer.update(8 + count)),
         }
     finally:
         torch._dynamo.config.error_on_recompile = False
@@ -411,32 +515,34 @@ def kernels(bench: Bench, step: Callable[[], Any]) -> dict[str, Any]:
     }
 
 
-def stage3_speed(bench: Bench) -> dict[str, float]:
-    """Updates of stage 3's online mode, of which the third is shown."""
-    cfg, compute = bench.full, Compute(bench.device, bf16=True, compile=not bench.dry)
-    states = {
-        "stage1": {"idm": make_idm(cfg).state_dict()},
-        "stage2": {"policy": make_latent_policy(cfg).state_dict()},
-    }
+def stage3_speed(bench: Bench) -> dict[str, dict]:
+    """Updates of stage 3's online mode, with and without CUDA graphs."""
+    return {"compiled": online_speed(bench, graphs=False), "graphs": online_speed(bench, graphs=True)}
+
+
+def online_speed(bench: Bench, graphs: bool) -> dict[str, float]:
+    """Milliseconds of an update of stage 3's online mode and of its parts: the last one of four."""
+    torch.compiler.reset()
+    cfg = bench.full
     with contextlib.closing(workloads.TimedEnv.of(cfg)) as env:
-        trainer = stage3_decode.online_trainer(cfg, compute, states, env)
+        trainer = online_trainer(cfg, bench.compute(graphs=graphs), env)
         steps = cfg.ppo.rollout_steps
-        for update in range(1, 4):
+        for update in range(1, 5):
             env.take_waited()
             bench.wait()
             begun = time.perf_counter()
             value = trainer.collect()
             bench.wait()
             played = time.perf_counter()
-            with bench.no_waiting() if update == 3 else contextlib.nullcontext():  # the first one compiles
+            with bench.no_waiting() if update == 4 else contextlib.nullcontext():  # the first one compiles
                 trainer.improve(update * steps * cfg.ppo.num_envs, value)
             host = time.perf_counter() - played
             bench.wait()
             learnt = time.perf_counter()
         waited = env.take_waited()
-        kept = torch.stack([actions for _, actions, _ in trainer.decoder.steps[-steps:]])
-        expect(torch.equal(kept, trainer.rollout.actions), "the decoder's actions are not those played")
-        trainer.decoder.label(trainer.collector.frames)
+        trainer.decoder.label(trainer.rollout)
+        bench.wait()
+        labelled = time.perf_counter()
         trainer.decoder.train()
         bench.wait()
         decoded = time.perf_counter()
@@ -446,33 +552,36 @@ def stage3_speed(bench: Bench) -> dict[str, float]:
         "env steps/s": round(cfg.ppo.num_envs * steps / (learnt - begun)),
         "update ms": round(1e3 * (learnt - played), 2),
         "its host ms": round(1e3 * host, 2),
-        "label and decoder ms": round(1e3 * (decoded - learnt), 1),
+        "latents ms": round(1e3 * (labelled - learnt), 1),
+        "decoder ms": round(1e3 * (decoded - labelled), 1),
     }
 
 
-def minutes_per_game(cfg: Config, results: dict[str, Any]) -> dict[str, float]:
-    """Minutes that a game takes at these rates, as configured and compiled; loading left out."""
+def minutes_per_game(cfg: Config, results: dict[str, Any], path: str) -> dict[str, float]:
+    """Minutes that a game takes at the rates of `path`, as configured; loading left out."""
     first, second, third = (results[name] for name in ("stage 1", "stage 2", "stage 3"))
-    labelled = workloads.published_frames(cfg) / second["windows labelled/s"]
+    inferred = workloads.published_frames(cfg) / second["windows labelled/s"]
     seconds = {
-        "stage 1": cfg.stage1.steps * first["compiled"]["ms"] / 1e3,
-        "stage 2": cfg.stage2.steps * second["compiled"]["ms"] / 1e3 + labelled,
-        "stage 3": cfg.stage3.steps / third["env steps/s"],
-        "compiling": sum(stage["compiled"]["first two steps s"] for stage in (first, second)),
+        "stage 1": cfg.stage1.steps * first[path]["ms"] / 1e3,
+        "stage 2": cfg.stage2.steps * second[path]["ms"] / 1e3 + inferred,
+        "stage 3": cfg.stage3.steps / third[path]["env steps/s"],
+        "compiling": sum(stage[path]["first five steps s"] for stage in (first, second)),
     }
     return {name: round(value / 60, 2) for name, value in (seconds | {"all": sum(seconds.values())}).items()}
 
 
 CHECKS: dict[str, Callable[[Bench], Any]] = {
     "environment": environment,
+    "two processes": collectives,
     "frames beyond 2**31 bytes": gather_far,
     "the same as on the CPU": same_as_cpu,
-    "stage 1": stage1_speed,
-    "stage 2": stage2_speed,
-    "stage 3": stage3_speed,
-    "chunks take turns while training": rolling,
     "a continued optimiser": continued,
-    "two processes": collectives,
+    "chunks take turns while training": rolling,
+    "CUDA graphs do the same": graphs_do_the_same,
+    "stage 3": stage3_speed,
+    "stage 2": stage2_speed,
+    "stage 1": stage1_speed,
+    "a real run": real_run,
 }
 
 if __name__ == "__main__":

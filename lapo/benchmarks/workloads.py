@@ -150,11 +150,12 @@ def _stage1(cfg: Config, compute: Compute, windows: Windows, *networks: nn.Modul
     trainer = stage1_idm_wm.Trainer(cfg, compute, windows, *networks)
 
     def step(number: int) -> Iterator[Lap]:
+        trainer.set_lr(number)
         frames = trainer.load(number)
         yield Lap("load")
         trainer.backward(frames)
         yield Lap("forward/backward")
-        trainer.apply(number)
+        trainer.apply()
         yield Lap("update")
         la = infer_latents(networks[0], windows.iter_frames(ids), compute)
         train_probe(la, ta, cfg.probe, cfg.seed)
@@ -175,6 +176,7 @@ def stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
     labelled = published_frames(cfg)
 
     def step(number: int) -> Iterator[Lap]:
+        trainer.set_lr(number)
         batch = trainer.load(number)
         yield Lap("load")
         infer_latents(idm, windows.iter_frames(windows.batch(number, size, cfg.seed)), compute)
@@ -182,7 +184,7 @@ def stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
         yield Lap("label", share=min(1.0, labelled / (size * steps)))
         trainer.backward(*batch)
         yield Lap("forward/backward")
-        trainer.apply(number)
+        trainer.apply()
         yield Lap("update")
 
     return Workload(step, size)
@@ -271,7 +273,7 @@ def stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
         trainer.improve(steps_per_update, last_value)
         yield Lap("update", share=part.per_update)
         if trainings:
-            decoder.label(trainer.collector.frames)
+            decoder.label(trainer.rollout)
             yield Lap("label", share=part.per_rollout * labelled)
             decoder.train()
             yield Lap("decoder", share=part.per_rollout * trained)

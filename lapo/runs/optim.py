@@ -41,7 +41,18 @@ def make_optimizer(
         raise ValueError(f"the optimiser holds {len(given)} parameters, {len(trainable)} are trainable")
     device = given[0].device
     groups = [group | {"lr": torch.tensor(float(group["lr"]), device=device)} for group in groups]
-    return kind(groups, fused=True, **options)
+    # Capturable: a CUDA graph may hold its step, see graphs.py.
+    optimizer = kind(groups, fused=True, capturable=device.type == "cuda", **options)
+    optimizer.register_load_state_dict_post_hook(_adopt_groups)
+    return optimizer
+
+
+def _adopt_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Give the groups that a checkpoint brings what depends on the device that they are on now."""
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        group["lr"] = group["lr"].to(device)
+        group["capturable"] = device.type == "cuda"
 
 
 def set_lr(group: dict, lr: float) -> None:

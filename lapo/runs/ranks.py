@@ -102,6 +102,9 @@ def joined() -> Iterator[None]:
             contextlib.redirect_stdout(nowhere if rank else sys.stdout),
         ):
             yield
+    except SystemExit:  # all of them stop together, see `Run.loop`
+        _part()
+        raise
     except UserError as error:
         with contextlib.suppress(dist.DistError):  # who keeps the store may be gone
             if store.add(str(error), 1) > 1:
@@ -111,10 +114,14 @@ def joined() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise UserError("another process of this run has ended; the same command continues") from None
-    finally:
-        # Where others have ended, taking leave of them may fail, and with NCCL hang.
-        with contextlib.suppress(RuntimeError, TimeoutError):
-            _aside(dist.destroy_process_group).result(PARTING)
+    else:
+        _part()
+
+
+def _part() -> None:
+    """Leave the others, who leave too: after an error of this process alone NCCL would wait for them."""
+    with contextlib.suppress(RuntimeError, TimeoutError):
+        _aside(dist.destroy_process_group).result(PARTING)
 
 
 def _take_gpu() -> None:
@@ -128,7 +135,9 @@ def _meet() -> dist.Store:
 
     def meet() -> dist.Store:
         store, rank, of = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING)))
-        dist.init_process_group(store=store, rank=rank, world_size=of)  # NCCL between GPUs, Gloo between CPUs
+        # Numbers on the CPU are reduced too, see `greatest`: by default NCCL would be the only backend.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=of)
         return store
 
     rank, of = _variable("RANK"), launched()

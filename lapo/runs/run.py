@@ -66,7 +66,7 @@ class Run:
     ):
         self.precision_is_auto = cfg.precision == "auto"
         self.cfg, self.stage = replace(cfg, precision="bf16" if compute.bf16 else "fp32"), stage
-        self.built_on, self.provenance = built_on or {}, provenance()
+        self.device, self.built_on, self.provenance = compute.device, built_on or {}, provenance()
         self.dir = cfg.run_dir / stage
         self.checkpoint_path = self.dir / "checkpoint.pt"
         self.metrics_path = self.dir / "metrics.jsonl"
@@ -180,7 +180,7 @@ class Run:
             disable=not is_first(),
         )
         if self._rng:
-            set_rng_state(self._rng)
+            set_rng_state(self._rng, self.device)
         try:
             while self.step < total:
                 yield self.step
@@ -234,7 +234,7 @@ class Run:
             "count": self._count,
             "logged": self._logged,
             "seconds": time.monotonic() - self._started,
-            "rng": rng_state(),
+            "rng": rng_state(self.device),
             "wandb_id": self._wandb_id,
             "provenance": self.provenance,
             "built_on": self.built_on,

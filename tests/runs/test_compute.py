@@ -47,10 +47,10 @@ def test_one_seed_gives_one_row_of_random_numbers():
 def test_pytorchs_random_numbers_continue_from_a_saved_state():
     seed_everything(0)
     torch.rand(5)
-    state = rng_state()
+    state = rng_state(CPU.device)
     expected = torch.rand(5)
     seed_everything(9)
-    set_rng_state(state)
+    set_rng_state(state, CPU.device)
     assert torch.equal(torch.rand(5), expected)
 
 
@@ -62,6 +62,7 @@ def compute(monkeypatch, *arguments: str, native_bf16: bool = False, cuda: bool 
     monkeypatch.setattr(training, "_has_bf16", lambda device: native_bf16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     return Compute.from_config(load_config(list(arguments)))
 
 

@@ -219,7 +219,8 @@ def train_stage1(cfg: Config, batches: Tensor, frozen_norm: bool) -> dict[str, A
         for module in world_model.modules():
             module.train(not isinstance(module, nn.BatchNorm2d))
     trainer = stage1_idm_wm.Trainer(cfg, PLAIN, None, idm, world_model)
-    metrics = [trainer.backward(part_of(frames)) | trainer.apply(0) for frames in batches]
+    trainer.set_lr(0)
+    metrics = [trainer.backward(part_of(frames)) | trainer.apply() for frames in batches]
     return {"idm": idm.state_dict(), "world_model": world_model.state_dict(), "metrics": metrics}
 
 
@@ -250,10 +251,11 @@ def train_stage2(cfg: Config, batches: Tensor, la: Tensor) -> dict[str, Any]:
     """Steps on given frames (S, B, H, W, C) and latent actions (S, B, la_dim)."""
     seed_everything(0)
     trainer = stage2_bc.Trainer(cfg, PLAIN, None, la[0], make_latent_policy(cfg))
+    trainer.set_lr(0)
     metrics = []
     for frames, target in zip(batches, la, strict=True):
         metrics.append(trainer.backward(part_of(frames), part_of(target)))
-        trainer.apply(0)
+        trainer.apply()
     return {"policy": trainer.policy.state_dict(), "metrics": metrics}
 
 
