@@ -273,7 +273,28 @@ class UpBlock(nn.Module):
         self.residual = ResidualBlock(out_channels, out_channels // 2)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return F.relu(self.residual(self.norm(self.conv(torch.cat([x, skip], 1)))), inplace=True)
+        x = torch.cat([x, skip], 1)
+        x = (
+            pixel_to_square(x, self.conv)
+            if torch.compiler.is_compiling() and x.shape[-1] == 1
+            else self.conv(x)
+        )
+        return F.relu(self.residual(self.norm(x)), inplace=True)
+
+
+# Convolutions between 2×2 pixels and one, as the matrix products that they are. Compiled steps take these: on
+# CUDA, torch.compile (2.11) expects another memory layout of such convolutions' gradients than it gets.
+
+
+def square_to_pixel(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """(B, I, 2, 2) → (B, O, 1, 1), by a 2×2 convolution."""
+    return F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)[..., None, None]
+
+
+def pixel_to_square(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
+    """(B, I, 1, 1) → (B, O, 2, 2), by a transposed 2×2 convolution of stride 2."""
+    square = F.linear(x.flatten(1), conv.weight.flatten(1).T, conv.bias.repeat_interleave(4))
+    return square.unflatten(1, (-1, 2, 2))
 
 
 class WorldModel(nn.Module):
@@ -331,7 +352,8 @@ class WorldModel(nn.Module):
         for block in self.down[1:]:
             x = block(x)
             skips.append(x)
-        x = self.bottleneck(x)
+        compiled = torch.compiler.is_compiling()
+        x = square_to_pixel(x, self.bottleneck) if compiled else self.bottleneck(x)
         for block, skip in zip(self.up, [action, *reversed(skips)], strict=True):
             x = block(x, skip.to(x.dtype))
         return self.out(torch.cat([x, images.to(x.dtype)], 1)).float().tanh() / 2

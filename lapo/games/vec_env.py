@@ -81,17 +81,25 @@ class VecEnv:
         start_level, num_levels = levels
         self.num_envs = num_envs
         self._stepping = False
-        self._env = _procgen().ProcgenGym3Env(
-            num=num_envs,
-            env_name=game,
-            distribution_mode="easy",
-            start_level=start_level,
-            num_levels=num_levels,
-            use_backgrounds=visuals == "full",
-            restrict_themes=visuals == "plain",
-            rand_seed=seed,
-            num_threads=min(num_envs, num_cores()) if num_threads is None else num_threads,
-        )
+        procgen = _procgen()
+        try:
+            self._env = procgen.ProcgenGym3Env(
+                num=num_envs,
+                env_name=game,
+                distribution_mode="easy",
+                start_level=start_level,
+                num_levels=num_levels,
+                use_backgrounds=visuals == "full",
+                restrict_themes=visuals == "plain",
+                rand_seed=seed,
+                num_threads=min(num_envs, num_cores()) if num_threads is None else num_threads,
+            )
+        except OSError as error:  # the simulator's library lacks another one
+            library = next((word for word in str(error).split() if ".so" in word and "/" not in word), "")
+            raise UserError(
+                f"Procgen's simulator cannot be loaded: {library.rstrip(':')} is missing, a library of the"
+                " system (libGL.so.1 is in Debian's and Ubuntu's package libgl1)"
+            ) from None
         # cffi looks a C function up once, under a lock. Freed by the garbage collector in the middle of such
         # a look-up for another environment, this one would wait for ever had it to look up how to close.
         _ = self._env._c_lib.libenv_close
