@@ -360,8 +360,8 @@ class Config:
     """Auto: bf16 where the hardware computes it natively."""
     resident: Literal["auto", "always", "never"]
     """Whether all training frames stay on the device; never: chunks take turns there; auto: if they fit."""
-    compile: Literal["auto", "on", "off"]
-    """Compile the training steps; auto: on for CUDA."""
+    compile: Literal["auto", "off", "on", "graphs"]
+    """Compile the training steps; graphs: launch them as CUDA graphs as well; auto: graphs for CUDA."""
     wandb: Literal["online", "offline", "disabled"]
     """Weights & Biases; metrics.jsonl is written in any case."""
     save_minutes: Positive

@@ -45,6 +45,8 @@ class Rollout:
         self.values = zeros(torch.float32)
         self.rewards = zeros(torch.float32)
         self.dones = zeros(torch.bool)  # the action of this step ended the episode
+        self.advantages = zeros(torch.float32)  # these two are computed once the rollout is full
+        self.returns = zeros(torch.float32)
 
     def record(self, step: int, frames: Tensor, decision: "Decision") -> None:
         """Copy what the policy saw and did at `step`; the environment's answer goes to `rewards`, `dones`."""
@@ -143,38 +145,50 @@ def minibatches(size: int, count: int, device: torch.device) -> Iterator[Tensor]
     yield from torch.randperm(size, device=device).tensor_split(count)
 
 
-def ppo_update(
+def ppo_step(
     policy: Callable[..., tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
-    last_value: Tensor,
+    ids: Tensor,
     cfg: PPOConfig,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, Tensor]:
-    """Improve `policy` (encoded observations → logits, value) on a full rollout.
+    """Improve `policy` (encoded observations → logits, value) on the rollout's steps numbered `ids` (B,).
 
-    Makes `cfg.epochs` passes in `cfg.minibatches` minibatches each.
+    Only what the optimiser holds is clipped and changed. Returns metrics, on the device.
+    """
+    encoded = (x.flatten(0, 1)[ids] for x in rollout.encoded)
+    with autocast():
+        logits, value = policy(*encoded)
+    kept = rollout.actions, rollout.logprobs, rollout.values, rollout.advantages, rollout.returns
+    loss, metrics = ppo_loss(logits, value, *(x.flatten()[ids] for x in kept), cfg)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, cfg.clip_norm)
+    optimizer.step()
+    return metrics
 
-    `last_value` (N,) is the value of the observation after the last step. Only what the optimiser holds is
-    clipped and changed. Returns metrics averaged over all minibatches, still on the device.
+
+def ppo_update(
+    step: Callable[[Tensor], dict[str, Tensor]], rollout: Rollout, last_value: Tensor, cfg: PPOConfig
+) -> dict[str, Tensor]:
+    """Learn from a full rollout: `cfg.epochs` passes in `cfg.minibatches` minibatches each.
+
+    `step` learns from the rollout's steps of given numbers, see `ppo_step`; `last_value` (N,) is the value of
+    the observation after the last step. Returns metrics averaged over all minibatches, on the device.
     """
     advantages, returns = compute_gae(
         rollout.rewards, rollout.dones, rollout.values, last_value, cfg.gamma, cfg.gae_lambda
     )
-    rows = [x.flatten(0, 1) for x in (rollout.actions, rollout.logprobs, rollout.values, advantages, returns)]
-    encoded = [x.flatten(0, 1) for x in rollout.encoded]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    rollout.advantages.copy_(advantages)
+    rollout.returns.copy_(returns)
     sums: dict[str, Tensor] = {}
     for _ in range(cfg.epochs):
-        for ids in minibatches(rows[0].numel(), cfg.minibatches, last_value.device):
-            with autocast():
-                logits, value = policy(*(x[ids] for x in encoded))
-            loss, metrics = ppo_loss(logits, value, *(x[ids] for x in rows), cfg)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, cfg.clip_norm)
-            optimizer.step()
-            sums = {key: sums.get(key, 0) + x for key, x in metrics.items()}
+        for ids in minibatches(returns.numel(), cfg.minibatches, last_value.device):
+            metrics = step(ids)
+            before = list(sums.values()) or [torch.zeros_like(x) for x in metrics.values()]
+            sums = dict(zip(metrics, torch._foreach_add(before, list(metrics.values())), strict=True))
     count = cfg.epochs * cfg.minibatches
     # Before the first reward the returns hardly vary; the tiny term keeps the share finite.
     unexplained = (returns - rollout.values).var() / (returns.var() + 1e-8)
@@ -318,7 +332,7 @@ class PPOTrainer:
             cfg.ppo.rollout_steps, cfg.ppo.num_envs, compute.device, keep_frames=decoder is not None
         )
         self.forward = compute.compiled(policy)
-        self.decide = compute.replayed(self._decide)
+        self.decide, self.learn = compute.replayed(self._decide), compute.replayed(self._learn)
 
     def collect(self) -> Tensor:
         """Play a rollout; returns the value (N,) of the observation after its last step."""
@@ -339,9 +353,10 @@ class PPOTrainer:
     def improve(self, env_steps: int, last_value: Tensor) -> dict[str, Tensor]:
         """Learn from the rollout that ended at `env_steps` with values `last_value` (N,); returns metrics."""
         self.set_lrs(env_steps)
-        return ppo_update(
-            self.forward, self.optimizer, self.rollout, last_value, self.cfg, self.compute.autocast
-        )
+        return ppo_update(self.learn, self.rollout, last_value, self.cfg)
+
+    def _learn(self, ids: Tensor) -> dict[str, Tensor]:
+        return ppo_step(self.forward, self.optimizer, self.rollout, ids, self.cfg, self.compute.autocast)
 
     def decode(self, update: int) -> dict[str, Tensor]:
         """Let the decoder, if there is one, learn from the rollout of `update` (from 1); returns metrics."""

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from lapo.ppo import (
     compute_gae,
     minibatches,
     ppo_loss,
+    ppo_step,
     ppo_update,
     sample,
 )
@@ -217,6 +219,17 @@ def full_rollout(policy: nn.Module, encoded: list[Tensor], seed: int = 0) -> tup
     return rollout, torch.randn(envs)
 
 
+def update(
+    policy: Callable, optimizer: torch.optim.Optimizer, rollout: Rollout, last_value: Tensor, cfg: PPOConfig
+) -> dict[str, Tensor]:
+    """`ppo_update` of a policy in full precision."""
+
+    def step(ids: Tensor) -> dict[str, Tensor]:
+        return ppo_step(policy, optimizer, rollout, ids, cfg, contextlib.nullcontext)
+
+    return ppo_update(step, rollout, last_value, cfg)
+
+
 def test_one_update_equals_the_same_steps_written_out(cfg):
     """One epoch in one minibatch: order does not matter, so every step can be repeated by hand."""
     cfg = replace(cfg, epochs=1, minibatches=1, clip_norm=0.05)
@@ -224,9 +237,7 @@ def test_one_update_equals_the_same_steps_written_out(cfg):
     policy = Linear()
     rollout, last_value = full_rollout(policy, [torch.randn(6, 5, 3)])
     by_hand = copy.deepcopy(policy)
-    metrics = ppo_update(
-        policy, torch.optim.SGD(policy.parameters(), 1.0), rollout, last_value, cfg, contextlib.nullcontext
-    )
+    metrics = update(policy, torch.optim.SGD(policy.parameters(), 1.0), rollout, last_value, cfg)
 
     advantages, returns = compute_gae(
         rollout.rewards, rollout.dones, rollout.values, last_value, cfg.gamma, cfg.gae_lambda
@@ -257,9 +268,7 @@ def test_update_shows_every_step_to_the_policy_once_per_epoch(cfg):
         shown.append(x[:, 0])
         return policy(x)
 
-    ppo_update(
-        spy, torch.optim.SGD(policy.parameters(), 1e-3), rollout, last_value, cfg, contextlib.nullcontext
-    )
+    update(spy, torch.optim.SGD(policy.parameters(), 1e-3), rollout, last_value, cfg)
     assert len(shown) == 12
     for epoch in range(3):
         assert sorted(torch.cat(shown[4 * epoch : 4 * epoch + 4]).tolist()) == list(range(30))
@@ -273,9 +282,7 @@ def test_update_changes_only_what_the_optimiser_holds(cfg):
     with torch.no_grad():
         encoded = policy.encode(torch.randint(256, (20, 64, 64, 3), dtype=torch.uint8))
     rollout, last_value = full_rollout(policy, [x.view(4, 5, -1) for x in encoded])
-    metrics = ppo_update(
-        policy, torch.optim.Adam(trainable, 1e-3), rollout, last_value, cfg, contextlib.nullcontext
-    )
+    metrics = update(policy, torch.optim.Adam(trainable, 1e-3), rollout, last_value, cfg)
     for key, value in policy.state_dict().items():
         learns = key.split(".")[0] in ("fc", "policy_head", "value_head")
         assert torch.equal(value, before[key]) != learns, key

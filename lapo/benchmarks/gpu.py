@@ -11,6 +11,7 @@ one that fails does not end the others. Exit status: 0 all held, 1 one did not, 
 import argparse
 import contextlib
 import gc
+import json
 import os
 import re
 import shutil
@@ -39,6 +40,7 @@ from lapo.data_loader import WHOLE, RollingWindows, Windows
 from lapo.errors import Parser, UserError, run_main
 from lapo.models import infer_latents, make_idm, make_latent_policy
 from lapo.ppo import PPOTrainer
+from lapo.runs.checkpoints import provenance
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.files import check_json, write_json
 
@@ -104,47 +106,56 @@ def expect(holds: bool, sentence: str) -> None:
 
 
 def main() -> None:
-    """Run all checks, print a line for each and write the results where asked."""
+    """Run the checks, print a line for each and write the results where asked."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only checks whose names begin like this")
     parser.add_argument(
         "--dry", action="store_true", help="small sizes on the CPU, to try the checks themselves"
     )
     args = parser.parse_args()
     check_json(args.json)
-    _, failed = check(Bench.make(args.dry), args.json)
-    if failed:
+    checks = {
+        name: check for name, check in CHECKS.items() if not args.only or name.startswith(tuple(args.only))
+    }
+    if not checks:
+        raise UserError(f"--only {' '.join(args.only)} names no check; there are: {', '.join(CHECKS)}")
+    if run_checks(Bench.make(args.dry), checks, args.json):
         sys.exit(1)
 
 
-def check(bench: Bench, file: Path | None = None) -> tuple[dict[str, Any], list[str]]:
-    """The results of all checks by name, as plain data, and the names of those that failed.
+def run_checks(
+    bench: Bench, checks: dict[str, Callable[["Bench"], Any]], file: Path | None = None
+) -> list[str]:
+    """Run `checks` by name; returns the names of those that failed.
 
-    Whatever is known is written to `file` after every check.
+    Whatever is known is written to `file` after every check, over what it holds of the same check.
     """
-    started, results, failed = time.perf_counter(), {}, []
-    for name, function in CHECKS.items():
+    started, failed = time.perf_counter(), []
+    results = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
+    for name, function in checks.items():
         start = time.perf_counter()
         try:
             gc.collect()  # trainers refer to themselves by way of their compiled functions
             torch.compiler.reset()
-            results[name] = function(bench)
+            found = function(bench)
         except Exception as error:  # whatever it is, the other checks still tell something
             traceback.print_exc()
-            results[name] = f"FAILED {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             failed.append(name)
-        print(f"{name} ({time.perf_counter() - start:.1f} s): {results[name]}", flush=True)
+        seconds, verdict = time.perf_counter() - start, "FAILED" if name in failed else "ok"
+        print(f"{verdict:<7}{name} ({seconds:.1f} s): {found}", flush=True)
+        results[name] = {"verdict": verdict, "found": found, "seconds": round(seconds, 1)} | provenance()
         if file:
             write_json(file, results)
-    if not (bench.dry or any(name.startswith(("stage", "latents")) for name in failed)):
-        paths = "compiled", "graphs"
-        results["minutes per game"] = {path: minutes_per_game(bench.full, results, path) for path in paths}
-        print(f"minutes per game, without loading: {results['minutes per game']}")
-        if file:
-            write_json(file, results)
-    seconds = round(time.perf_counter() - started)
-    print(f"{len(failed)} of {len(CHECKS)} failed{': ' * bool(failed)}{', '.join(failed)}; {seconds} s")
-    return results, failed
+    if not bench.dry:
+        for path in ("compiled", "graphs"):
+            with contextlib.suppress(KeyError, TypeError):  # where a rate is missing
+                minutes = minutes_per_game(bench.full, results, path)
+                print(f"minutes per game without loading, {path}: {minutes}")
+    seconds = time.perf_counter() - started
+    print(f"{len(failed)} of {len(checks)} failed{': ' * bool(failed)}{', '.join(failed)}; {seconds:.0f} s")
+    return failed
 
 
 # ---------------------------------------------------------------- right
@@ -165,8 +176,6 @@ def environment(bench: Bench) -> dict[str, Any]:
     found |= {
         "device": torch.cuda.get_device_name(),
         "free GB": round(torch.cuda.mem_get_info()[0] / 1e9, 1),
-        "TF32 in convolutions": torch.backends.cudnn.allow_tf32,
-        "TF32 in matrix products": torch.backends.cuda.matmul.allow_tf32,
     }
     expect(found["compiler"] is not None, "torch.compile needs a C compiler")
     expect(found["Python.h"], "torch.compile needs Python.h")
@@ -258,8 +267,9 @@ def continued(bench: Bench) -> dict[str, float]:
     with deterministic():
         compute, windows = bench.compute(bf16=False, compiled=False), bench.windows(64)
         trainer, again, other = (stage1_trainer(bench.demo, compute, windows) for _ in range(3))
-        trainer.update(0)
-        again.update(0)
+        for each in (trainer, again):
+            torch.manual_seed(0)  # the codebook starts from latents drawn at random
+            each.update(0)
         with TemporaryDirectory() as folder:
             path = Path(folder) / "state.pt"
             torch.save(trainer.state_dict(), path)
@@ -334,13 +344,13 @@ def play(bench: Bench, compute: Compute) -> list[Tensor]:
         trainer = online_trainer(bench.demo, compute, env)
         played = []
         for update in range(1, 3):
-            trainer.improve(
-                update * bench.demo.ppo.num_envs * bench.demo.ppo.rollout_steps, trainer.collect()
-            )
+            trainer.improve(1024 * update, trainer.collect())  # where all learning rates are high
             trainer.decoder.label(trainer.rollout)
             rollout = trainer.rollout
-            played += [x.float() for x in (rollout.actions, rollout.logprobs, rollout.values, rollout.frames)]
-        return [*played, *trainer.decoder.la, *(x.float() for x in trainer.decoder.ta)]
+            seen = rollout.actions, rollout.logprobs, rollout.values, rollout.frames
+            played += [x.float().clone() for x in seen]
+        learnt = [p.detach() for p in trainer.policy.parameters()]
+        return [*played, *learnt, *trainer.decoder.la, *(x.float() for x in trainer.decoder.ta)]
 
 
 def online_trainer(cfg: Config, compute: Compute, env: workloads.TimedEnv) -> PPOTrainer:
@@ -362,7 +372,7 @@ def collectives(bench: Bench) -> str:
 
 
 def run(words: list[str], stop_at: Path | None = None) -> str:
-    """What a Python command prints. Once the file `stop_at` is there, it is told to stop, as by a scheduler."""
+    """What a Python command prints. Once the file `stop_at` is there, SIGTERM tells it to stop."""
     process = subprocess.Popen(
         [sys.executable, *words],
         cwd=ROOT,
@@ -545,6 +555,8 @@ def stage3_speed(bench: Bench, graphs: bool) -> dict[str, float]:
         trainer.decoder.train()
         bench.wait()
         decoded = time.perf_counter()
+        deciding = kernels(bench, lambda: trainer.decide(trainer.collector.frames))
+        learning = kernels(bench, lambda: trainer.learn(torch.arange(256, device=bench.device)))
     return {
         "ms per env step": round(1e3 * (played - begun) / steps, 3),
         "of it the game": round(1e3 * waited / steps, 3),
@@ -553,13 +565,15 @@ def stage3_speed(bench: Bench, graphs: bool) -> dict[str, float]:
         "its host ms": round(1e3 * host, 2),
         "latents ms": round(1e3 * (labelled - learnt), 1),
         "decoder ms": round(1e3 * (decoded - labelled), 1),
+        **{f"{key}, a decision": value for key, value in deciding.items()},
+        **{f"{key}, a minibatch": value for key, value in learning.items()},
     }
 
 
 def minutes_per_game(cfg: Config, results: dict[str, Any], path: str) -> dict[str, float]:
     """Minutes that a game takes at the rates of `path`, as configured; loading left out."""
-    first, second, third = (results[f"stage {number}, {path}"] for number in (1, 2, 3))
-    inferred = workloads.published_frames(cfg) / results["latents inferred"]["windows/s"]
+    first, second, third = (results[f"stage {number}, {path}"]["found"] for number in (1, 2, 3))
+    inferred = workloads.published_frames(cfg) / results["latents inferred"]["found"]["windows/s"]
     seconds = {
         "stage 1": cfg.stage1.steps * first["ms"] / 1e3,
         "stage 2": cfg.stage2.steps * second["ms"] / 1e3 + inferred,

@@ -68,16 +68,18 @@ class Compute:
         else:
             torch.cuda.set_device(device)  # whose streams CUDA graphs take
         bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and _has_bf16(device))
-        if cfg.compile == "graphs" and device.type != "cuda":
+        gpu = device.type == "cuda"
+        if cfg.compile == "graphs" and not gpu:
             raise UserError(
                 f"compile is graphs, which needs a CUDA device, not {device}; choose auto, on or off"
             )
-        wanted = cfg.compile in ("on", "graphs") or (cfg.compile == "auto" and device.type == "cuda")
+        wanted = cfg.compile in ("on", "graphs") or (cfg.compile == "auto" and gpu)
         lacking = _compiling_lacks(device) if wanted else None
         if lacking:
             say(f"training steps are not compiled, and slower for it: {lacking} is missing")
         # Between processes, collectives come in between the kernels of a step.
-        return cls(device, bf16, wanted and not lacking, cfg.compile == "graphs" and launched() == 1)
+        graphs = gpu and cfg.compile in ("auto", "graphs") and launched() == 1
+        return cls(device, bf16, wanted and not lacking, graphs)
 
     def autocast(self) -> AbstractContextManager:
         """The context in which networks run."""

@@ -4,8 +4,9 @@ A step of small kernels takes the host longer to launch than the device to compu
 launches of one call and repeats them all at once, on the same memory: see `Replayed`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,28 +18,25 @@ EAGER_CALLS = 3
 class Replayed:
     """Calls `function` of CUDA tensors, the first `EAGER_CALLS` as usual, the later ones by a CUDA graph.
 
-    Every call does its work once: nothing is called for warming up. The shapes of the inputs must stay what
-    they are. The results lie in the graph's memory, where the next call overwrites them: copy what is to be
+    Every call does its work once: nothing is called for warming up. Inputs of other shapes get a graph of
+    their own. The results lie in the graph's memory, where the next call overwrites them: copy what is to be
     kept. `function` may change tensors in place, draw random numbers and train, but must not wait for the
-    device, and its Python code runs no more once recorded.
+    device, and once recorded, its Python code runs no more.
     """
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: Sequence[Tensor] = ()
-        self.outputs: Any = None
+        self.calls: Counter[Shapes] = Counter()
+        self.recorded: dict[Shapes, Recorded] = {}
 
     def __call__(self, *inputs: Tensor) -> Any:
-        if self.calls < EAGER_CALLS:
-            self.calls += 1
-            return self._aside(inputs)
-        if self.graph is None:
-            self._record(inputs)
-        torch._foreach_copy_(list(self.inputs), list(inputs))
-        self.graph.replay()
-        return self.outputs
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self.recorded:
+            if self.calls[shapes] < EAGER_CALLS:
+                self.calls[shapes] += 1
+                return self._aside(inputs)
+            self.recorded[shapes] = self._record(inputs)
+        return self.recorded[shapes].replay(inputs)
 
     def _aside(self, inputs: Sequence[Tensor]) -> Any:
         """A usual call, on a stream of its own: what it leaves behind must not hang on the default stream."""
@@ -49,10 +47,29 @@ class Replayed:
         current.wait_stream(stream)
         return outputs
 
-    def _record(self, inputs: Sequence[Tensor]) -> None:
-        self.inputs = [x.clone() for x in inputs]
+    def _record(self, inputs: Sequence[Tensor]) -> "Recorded":
+        """Record a call without making it. The graph's inputs lie from now on where these ones lie."""
         graph = torch.cuda.CUDAGraph()
         # The loader's thread may copy chunks to the device meanwhile: only this thread is watched.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.outputs = self.function(*self.inputs)
-        self.graph = graph
+            outputs = self.function(*inputs)
+        return Recorded(graph, inputs, outputs)
+
+
+Shapes = tuple[torch.Size, ...]
+
+
+class Recorded(NamedTuple):
+    """A recorded call: the graph, and where its inputs and outputs lie."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Sequence[Tensor]
+    outputs: Any
+
+    def replay(self, inputs: Sequence[Tensor]) -> Any:
+        """Make the call on `inputs`."""
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            if mine.data_ptr() != given.data_ptr():
+                mine.copy_(given)
+        self.graph.replay()
+        return self.outputs

@@ -70,7 +70,7 @@ def test_auto_chooses_the_device_precision_and_compilation_that_are_there(monkey
     assert compute(monkeypatch) == Compute(torch.device("cpu"), bf16=False, compile=False)
     assert compute(monkeypatch, native_bf16=True) == Compute(torch.device("cpu"), bf16=True, compile=False)
     gpu = compute(monkeypatch, native_bf16=True, cuda=True)
-    assert gpu == Compute(torch.device("cuda"), bf16=True, compile=True)
+    assert gpu == Compute(torch.device("cuda"), bf16=True, compile=True, graphs=True)
 
 
 def test_what_is_configured_is_what_is_chosen(monkeypatch):
