@@ -10,8 +10,8 @@ frames of one chunk; the action of interest was taken at the second to last of t
 `Windows` keeps all frames on the device. `RollingWindows` serves more chunks than fit there: an epoch
 shuffles the chunks, cuts them into pools of P, and serves the windows of one pool after the other, those of
 each in random order: still an exact permutation of all windows. While one pool is served, a thread reads
-the next one into the room of the one before. So the device holds 2·P chunks, and the host one more while it
-is being decoded, whatever the size of the data.
+the next one into the room of the one before. So the device holds 2·P chunks, and the host a few more while
+they are being decoded (see `read_ahead`), whatever the size of the data.
 
 `python data_loader.py --check FOLDER` checks chunks and prints a table, see data/checks.py.
 """
@@ -34,7 +34,7 @@ from lapo.data.chunks import (
     WINDOW,
     BadChunk,
     find_chunks,
-    read_chunk,
+    read_ahead,
     read_header,
     say_limit,
     window_starts,
@@ -83,7 +83,7 @@ class Windows:
         skip_bad: bool = False,
         share: Share = WHOLE,
     ):
-        """Read the chunks of `folder`, one after the other: host memory holds one decoded chunk at a time.
+        """Read the chunks of `folder`: host memory holds no more decoded ones than `read_ahead` says.
 
         `limit` counts chunk files, bad ones included; of these, only `share` is read. With `skip_bad`, bad
         ones are named on stderr and left out; everything else then follows from those that were read.
@@ -101,9 +101,9 @@ class Windows:
         frames = allocate(sum(sizes.values()), device, folder)
         starts, actions = [], []
         offset = 0
-        for path, size in sizes.items():
+        for path, take in read_ahead(list(sizes)):
             with self.leaving_out_bad(skip_bad):
-                chunk = read_chunk(path)
+                chunk, size = take(), sizes[path]
                 frames[offset : offset + size].copy_(torch.from_numpy(chunk["obs"]))
                 starts.append(window_starts(chunk.get("done"), size, skip_resets) + offset)
                 actions.append(chunk.get("ta"))
@@ -396,11 +396,14 @@ class RollingWindows(Windows):
         self.share, self.num_bad, self.unlabelled = share, 0, []
         self._paths: list[Path] = []
         keys = KEYS if skip_bad else ("ta", "done")
-        sizes, starts, actions = [], [], []
+        headers = {}
         for path in chunks_of(folder, limit, share):
             with self.leaving_out_bad(skip_bad):
-                size = read_header(path)
-                chunk = read_chunk(path, keys)
+                headers[path] = read_header(path)
+        sizes, starts, actions = [], [], []
+        for path, take in read_ahead(list(headers), keys):
+            with self.leaving_out_bad(skip_bad):
+                chunk, size = take(), headers[path]
                 starts.append(window_starts(chunk.get("done"), size, skip_resets) + sum(sizes))
                 actions.append(chunk.get("ta"))
                 self.unlabelled += [path] if "ta" not in chunk else []
@@ -528,8 +531,8 @@ class RollingWindows(Windows):
         self._coming = pool, half, self._reader.submit(self._read, pool, half)
 
     def _read(self, pool: Pool, half: int) -> None:
-        for slot, chunk in enumerate(pool):
-            obs = torch.from_numpy(read_chunk(self._paths[chunk], ("obs",))["obs"])
+        for slot, (_, take) in enumerate(read_ahead([self._paths[chunk] for chunk in pool], ("obs",))):
+            obs = torch.from_numpy(take()["obs"])
             begin = self._begin(half, slot)
             self.frames[begin : begin + len(obs)].copy_(obs)
             del obs  # or it would stay while the next one is decoded

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapo import data_loader
+from lapo.data import chunks
 from lapo.data.checks import check
 from lapo.data.chunks import (
     BadChunk,
@@ -155,8 +156,8 @@ def test_configured_splits_and_what_is_printed_of_them(workplace, capsys):
     assert len(read_splits(workplace.config("--data.skip_resets", "false"), CPU)[0]) == 2 * 38
     held_out = workplace.data / workplace.GAME / "test"
     shutil.copy(held_out / "0.npz", held_out / "1.npz")
-    for chunks in ((2, 1), (1, 2)):
-        options = ("--data.train_chunks", str(chunks[0]), "--data.test_chunks", str(chunks[1]))
+    for limits in ((2, 1), (1, 2)):
+        options = ("--data.train_chunks", str(limits[0]), "--data.test_chunks", str(limits[1]))
         splits = read_splits(workplace.config(*options), CPU)
         assert [len(split) for split in splits] == [35 * number for number in chunks]
 
@@ -214,17 +215,36 @@ def test_windows_to_measure_are_spread_over_all(seventeen, count):
     assert (gaps > 0).all()
 
 
-def test_host_memory_holds_one_decoded_chunk_while_loading(tmp_path):
+@pytest.mark.parametrize("readers", [1, 3])
+def test_host_memory_holds_as_many_decoded_chunks_as_there_are_readers(tmp_path, monkeypatch, readers):
     size = 1000
-    for number in range(4):
+    for number in range(7):
         write_chunk(
             tmp_path / f"{number}.npz", np.zeros((size, 64, 64, 3), np.uint8), done=np.zeros(size, bool)
         )
+    monkeypatch.setattr(chunks, "MAX_READERS", readers)
+    monkeypatch.setattr(chunks, "num_cores", lambda: 8)
     tracemalloc.start()
     Windows(tmp_path, device=CPU)
     peak = tracemalloc.get_traced_memory()[1]  # torch's own memory is not traced
     tracemalloc.stop()
-    assert peak < 1.5 * size * 64 * 64 * 3
+    assert peak < (readers + 0.5) * size * 64 * 64 * 3
+
+
+def test_chunks_read_ahead_come_in_order_and_a_bad_one_in_its_turn(tmp_path):
+    paths = [tmp_path / f"{number}.npz" for number in range(6)]
+    for number, path in enumerate(paths):
+        write_chunk(path, np.full((3, 64, 64, 3), number, np.uint8))
+    paths[2].write_bytes(b"no zip file")
+    seen = []
+    for path, take in chunks.read_ahead(paths, readers=3):
+        try:
+            seen.append((path, int(take()["obs"].max())))
+        except chunks.BadChunk as error:
+            seen.append((path, str(error)))
+    assert [path for path, _ in seen] == paths
+    assert "is not a readable npz file" in seen[2][1]
+    assert [found for _, found in seen if isinstance(found, int)] == [0, 1, 3, 4, 5]
 
 
 def test_a_batch_depends_on_seed_and_step_alone(seventeen):

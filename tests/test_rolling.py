@@ -111,15 +111,15 @@ def test_every_epoch_takes_the_chunks_in_another_order(folder):
 
 
 def test_a_slow_disk_is_waited_for_and_read_ahead_by_one_pool(folder, monkeypatch):
-    resident, read = Windows(folder, device=CPU), []
+    resident, read, original = Windows(folder, device=CPU), [], chunks.read_chunk
 
     def slowly(path, keys):
         if keys == ("obs",):
             time.sleep(0.02)
             read.append(path)
-        return chunks.read_chunk(path, keys)
+        return original(path, keys)
 
-    monkeypatch.setattr(data_loader, "read_chunk", slowly)
+    monkeypatch.setattr(chunks, "read_chunk", slowly)
     windows = roll(folder, 2)
     assert len(windows.frames) == 2 * 2 * max(SIZES)
     served = set()
@@ -131,17 +131,20 @@ def test_a_slow_disk_is_waited_for_and_read_ahead_by_one_pool(folder, monkeypatc
     assert len(read) >= len(SIZES)
 
 
-def test_host_memory_holds_one_decoded_chunk(tmp_path):
+def test_host_memory_holds_as_many_decoded_chunks_as_there_are_readers(tmp_path, monkeypatch):
     size = 1000
-    for number in range(6):
+    for number in range(12):
         write_chunk(tmp_path / f"{number}.npz", np.zeros((size, 64, 64, 3), np.uint8))
-    windows = roll(tmp_path, 2)
-    tracemalloc.start()
-    for step in range(2 * 6 * 9):
-        windows.batch(step, 100, 0)
-    peak = tracemalloc.get_traced_memory()[1]  # torch's own memory, 4 chunks, is not traced
-    tracemalloc.stop()
-    assert peak < 1.5 * size * 64 * 64 * 3
+    for readers in (1, 2):
+        monkeypatch.setattr(chunks, "MAX_READERS", readers)
+        windows = roll(tmp_path, 4)
+        tracemalloc.start()
+        for step in range(2 * 12 * 9):
+            windows.batch(step, 100, 0)
+        windows._reader.shutdown()  # or it would go on reading while the other one is measured
+        peak = tracemalloc.get_traced_memory()[1]  # torch's own memory, 8 chunks, is not traced
+        tracemalloc.stop()
+        assert peak < (readers + 0.5) * size * 64 * 64 * 3
 
 
 def test_windows_that_are_not_there_cannot_be_gathered(folder):
@@ -172,10 +175,10 @@ def test_the_next_pool_is_read_while_this_one_is_served(folder, monkeypatch):
             reading.set()
         if keys == ("obs",):
             seen.append(path)
-        return chunks.read_chunk(path, keys)
+        return original(path, keys)
 
-    seen = []
-    monkeypatch.setattr(data_loader, "read_chunk", read)
+    seen, original = [], chunks.read_chunk
+    monkeypatch.setattr(chunks, "read_chunk", read)
     windows = roll(folder, 2)
     windows.batch(0, 1, 0)
     assert reading.wait(timeout=PATIENCE)

@@ -9,7 +9,9 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from lapo.config import Config
 from lapo.errors import UserError
+from lapo.games.vec_env import num_cores
 from lapo.runs.files import atomic_write, reading
 
 KEYS = ("obs", "ta", "done")
@@ -27,6 +30,8 @@ FRAME_SHAPE = (64, 64, 3)
 CHUNK_FRAMES = {"train": 32_768, "test": 4_096}
 """Frames of a full chunk, as in the published data."""
 MAX_ACTIONS = 256
+MAX_READERS = 4
+"""Threads that unpack chunks, at most, and decoded chunks in host memory; a published one has 0.4 GB."""
 MAX_UNPACKING = 1032
 """How many bytes deflate makes of one at most: what claims more is no zip file of frames."""
 # Level 4 packs frames twice as fast as zlib's default, into files about a quarter larger.
@@ -143,6 +148,30 @@ def read_chunk(path: Path, keys: tuple[str, ...] = KEYS) -> dict[str, np.ndarray
     if ta is not None and not (ta.min() >= 0 and ta.max() < MAX_ACTIONS):
         raise BadChunk(f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, found {ta.min()}..{ta.max()}")
     return chunk
+
+
+def read_ahead(
+    paths: Sequence[Path], keys: tuple[str, ...] = KEYS, readers: int | None = None
+) -> Iterator[tuple[Path, Callable[[], dict[str, np.ndarray]]]]:
+    """Every path, in order, with what gives its arrays or raises as `read_chunk` does; to be called once.
+
+    Unpacking takes longer than anything else in loading, and runs beside Python: `readers` threads do it, by
+    default `MAX_READERS`, or one per core if there are fewer. No more than so many chunks are decoded or
+    being decoded at a time, if the caller keeps none beyond its turn.
+    """
+    readers = readers or min(MAX_READERS, num_cores())
+    with ThreadPoolExecutor(readers, "read-ahead") as pool:
+        coming: deque[tuple[Path, list[Future]]] = deque()
+        try:
+            for number, path in enumerate(paths):
+                if number >= readers:
+                    first, box = coming.popleft()
+                    yield first, lambda box=box: box.pop().result()
+                coming.append((path, [pool.submit(read_chunk, path, keys)]))
+            for path, box in coming:
+                yield path, lambda box=box: box.pop().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -> np.ndarray:
