@@ -30,8 +30,8 @@ class Parser(argparse.ArgumentParser):
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`; what ends it becomes one line and an exit code.
 
-    The code is 2 for a `UserError`, 130 for Ctrl-C, 128 + its number for a signal of `STOPPING`. What a
-    terminal has no signs for is printed as an escape sequence, and ends nothing.
+    The code is 2 for a `UserError` and a GPU whose memory is full, 130 for Ctrl-C, 128 + its number for a
+    signal of `STOPPING`. What a terminal has no signs for is printed as an escape sequence, and ends nothing.
     """
     handle_signals(STOPPING, _stop)
     for name in ("stdout", "stderr"):
@@ -51,6 +51,15 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, whose import takes seconds
+            raise
+        print(
+            f"error: the GPU has too little memory ({str(error).splitlines()[0]}); lower the batch size,"
+            " choose --resident never, or end what else uses it; the same command continues",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         say("interrupted; the same command continues")
         sys.exit(130)

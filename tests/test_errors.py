@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from lapo.errors import STOPPING, run_main
 from support import PATIENCE, ROOT
@@ -32,6 +33,22 @@ def script(body: str, *, shell: str = 'exec "$@"', **env: str) -> tuple[int, byt
         timeout=PATIENCE,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def test_a_gpu_whose_memory_is_full_is_no_traceback(capsys):
+    def fills(kind: type[Exception]) -> None:
+        raise kind("CUDA out of memory. Tried to allocate 20 GiB.\nMore of it.")
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: fills(torch.OutOfMemoryError))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: the GPU has too little memory (CUDA out of memory. Tried to allocate 20 GiB.);"
+    )
+    assert len(error.splitlines()) == 1
+    with pytest.raises(RuntimeError, match="Tried"):
+        run_main(lambda: fills(RuntimeError))
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ class Inspection:
         self.idm, self.world_model = compute.place(make_idm(cfg)), compute.place(make_world_model(cfg))
         self.idm.load_state_dict(state["idm"])
         self.world_model.load_state_dict(state["world_model"])
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn on the CPU
             torch.manual_seed(cfg.seed)
             self.untrained_idm = compute.place(make_idm(cfg))
         for network in (self.idm, self.world_model, self.untrained_idm):

@@ -94,6 +94,60 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
         compute(monkeypatch, "--device", "cuda:٣", cuda=True)
 
 
+def test_graphs_need_a_cuda_device(monkeypatch):
+    with pytest.raises(UserError, match="compile is graphs, which needs a CUDA device, not cpu"):
+        compute(monkeypatch, "--compile", "graphs")
+    assert compute(monkeypatch, "--compile", "graphs", cuda=True).graphs
+    assert not compute(monkeypatch, "--compile", "on", cuda=True).graphs
+
+
+def test_without_a_compiler_a_line_says_so_and_steps_stay_uncompiled(monkeypatch, capsys):
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(training.shutil, "which", lambda name: None)
+    found = compute(monkeypatch, cuda=True)
+    assert (found.compile, found.graphs) == (False, True)
+    assert "training steps are not compiled" in capsys.readouterr().err
+    assert not compute(monkeypatch, "--compile", "on").compile
+    assert "a compiler (g++ or clang++) is missing" in capsys.readouterr().err
+    compute(monkeypatch)
+    assert capsys.readouterr().err == ""  # nothing was to be compiled
+
+
+def test_without_pythons_headers_steps_stay_uncompiled(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(training.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert not compute(monkeypatch, cuda=True).compile
+    assert f"{tmp_path}/Python.h" in capsys.readouterr().err
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_an_error_unless_it_was_hidden(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(training.Path, "exists", lambda path: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match=r"built for CUDA 13.0.* or choose --device cpu"):
+        compute(monkeypatch)
+    assert compute(monkeypatch, "--device", "cpu").device.type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert compute(monkeypatch).device.type == "cpu"
+
+
+def test_fp32_is_not_rounded_to_tf32():
+    torch.backends.cudnn.allow_tf32 = True
+    Compute(torch.device("cpu"), bf16=False, compile=False)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_the_random_state_of_a_gpu_of_an_older_checkpoint_is_found_by_its_number(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: taken.append((state, str(device))))
+    state = {"cpu": torch.get_rng_state(), "cuda": ["of 0", "of 1"]}
+    set_rng_state(state, torch.device("cuda:1"))
+    set_rng_state(state | {"cuda": ["of the one"]}, torch.device("cuda:1"))
+    set_rng_state(state, CPU.device)
+    assert taken == [("of 1", "cuda:1"), ("of the one", "cuda:1")]
+
+
 def test_placed_convolutions_are_channels_last():
     conv = CPU.place(nn.Conv2d(8, 8, 3))
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)

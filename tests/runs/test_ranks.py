@@ -484,3 +484,23 @@ def test_a_script_for_one_process_says_so_once(call_main, monkeypatch, script):
         for key, value in (("TORCHELASTIC_RUN_ID", "none"), ("WORLD_SIZE", "2"), ("RANK", rank)):
             monkeypatch.setenv(key, value)
         assert call_main(script.main) == (2, "", said)
+
+
+def test_numbers_on_the_cpu_are_reduced_where_there_are_gpus(monkeypatch):
+    """By default PyTorch would make NCCL alone there, which knows no tensors on the CPU."""
+    chosen = []
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "x",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(ranks.dist, "rendezvous", lambda *_, **__: iter([("store", 0, 2)]))
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, **_: chosen.append(backend))
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        ranks._meet()
+    assert chosen == ["cpu:gloo,cuda:nccl", "gloo"]
