@@ -1,4 +1,4 @@
-"""What the experts earn, game by game: `python expert_table.py` prints the table of the README.
+"""What the experts earn, game by game: `python expert_table.py` prints the table of docs/experts.md.
 
 It is kept in docs/experts.json, into which `python expert_table.py --add FILE …` takes results that
 `evaluate.py --json FILE` wrote: of `--policy random`, of `--policy planner`, or of a learned expert's

@@ -153,7 +153,7 @@ def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
             lacking = f"{folder}: {windows.name_unlabelled()} the"
         raise UserError(
             f"{lacking} true actions `ta`, which mode {cfg.stage3.mode} learns from; add them to its"
-            " chunks, see expert_data/README.md"
+            " chunks, see docs/data.md"
         )
     if windows.ta.max() >= len(ACTIONS):
         raise UserError(

@@ -132,7 +132,7 @@ def find(folder: Path) -> list[Path]:
     for split, paths in chunks.items():
         if not paths:
             others = name_others(split)
-            remedy = f", but {others}" if others else "; expert_data/README.md says how to get some"
+            remedy = f", but {others}" if others else "; docs/data.md says how to get some"
             raise UserError(f"{split} holds no chunk (<number>.npz){remedy}")
     return [path for paths in chunks.values() for path in paths]
 
