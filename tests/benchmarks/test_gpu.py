@@ -7,18 +7,42 @@ import torch
 
 from lapo.benchmarks import gpu
 from lapo.benchmarks.gpu import Bench
+from support import ROOT
+
+COMPILED_AS_EAGER = [name for name in gpu.CHECKS if "compiled" in name or "cudnn" in name]
+"""In a dry run nothing is compiled: these checks do what others have done."""
 
 
 @pytest.mark.slow
 def test_all_checks_hold_in_a_dry_run(call_main, tmp_path):
-    path = tmp_path / "gpu.json"
-    status, out, err = call_main(gpu.main, "--dry", "--json", str(path))
+    path, chosen = tmp_path / "gpu.json", [name for name in gpu.CHECKS if name not in COMPILED_AS_EAGER]
+    status, out, err = call_main(gpu.main, "--dry", "--json", str(path), "--only", *chosen)
     assert status == 0, out + err
-    assert [line.split(" (")[0] for line in out.splitlines()[:-1]] == list(gpu.CHECKS)
-    assert out.splitlines()[-1].startswith(f"0 of {len(gpu.CHECKS)} failed; ")
+    *lines, last = out.splitlines()
+    assert [line[7:].split(" (")[0] for line in lines if line.startswith("ok ")] == chosen
+    assert last.startswith(f"0 of {len(chosen)} failed; ")
     results = json.loads(path.read_text())
-    assert results.keys() == gpu.CHECKS.keys()
-    assert results["stage 1"]["compiled"]["ms"] > 0
+    assert list(results) == chosen
+    assert {result["verdict"] for result in results.values()} == {"ok"}
+    assert results["stage 1, graphs"]["found"]["ms"] > 0
+    assert -10 < results["a real run"]["found"]["return"] < 20
+
+
+def test_the_results_of_a_card_are_those_of_all_checks_but_the_ones_that_had_no_time():
+    results = json.loads((ROOT / "docs" / "gpu.json").read_text())
+    assert gpu.CHECKS.keys() - results.keys() == {"a real run", "cudnn.benchmark in stage 1"}
+    assert results.keys() - gpu.CHECKS.keys() == set()
+    assert {result["verdict"] for result in results.values()} == {"ok"}
+
+
+def test_only_what_is_named_is_checked(call_main, monkeypatch):
+    monkeypatch.setattr(gpu, "CHECKS", {"one, a": lambda bench: "ok", "one, b": lambda bench: 1, "two": None})
+    status, out, _ = call_main(gpu.main, "--dry", "--only", "one")
+    assert status == 0
+    assert [line[7:12] for line in out.splitlines()[:2]] == ["one, ", "one, "]
+    status, out, err = call_main(gpu.main, "--dry", "--only", "three")
+    assert (status, out) == (2, "")
+    assert err == "error: --only three names no check; there are: one, a, one, b, two\n"
 
 
 def test_without_a_cuda_device_there_is_nothing_to_check(call_main, monkeypatch):
@@ -28,14 +52,17 @@ def test_without_a_cuda_device_there_is_nothing_to_check(call_main, monkeypatch)
     assert err == "error: PyTorch finds no CUDA device that it can use; --dry tries the checks on the CPU\n"
 
 
-def test_a_check_that_fails_is_named_and_the_others_go_on(monkeypatch, capsys):
+def test_a_check_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
     def fails(bench: Bench) -> None:
         raise RuntimeError("CUDA error: an illegal memory access")
 
-    monkeypatch.setattr(gpu, "CHECKS", {"first": fails, "second": lambda bench: "ok"})
-    results, failed = gpu.check(Bench.make(dry=True))
-    assert failed == ["first"]
-    assert results == {"first": "FAILED RuntimeError: CUDA error: an illegal memory access", "second": "ok"}
+    path, checks = tmp_path / "gpu.json", {"first": fails, "second": lambda bench: "fine"}
+    assert gpu.run_checks(Bench.make(dry=True), checks, path) == ["first"]
+    results = json.loads(path.read_text())
+    assert [(x["verdict"], x["found"]) for x in results.values()] == [
+        ("FAILED", "RuntimeError: CUDA error: an illegal memory access"),
+        ("ok", "fine"),
+    ]
     assert capsys.readouterr().out.splitlines()[-1].startswith("1 of 2 failed: first; ")
 
 
@@ -71,3 +98,13 @@ def test_a_learning_rate_that_moved_is_noticed(monkeypatch):
     monkeypatch.setattr(gpu.stage1_idm_wm.Trainer, "load_state_dict", forgets_the_optimiser)
     with pytest.raises(gpu.CheckError, match="the weights differ"):
         gpu.continued(Bench.make(dry=True))
+
+
+def test_graphs_that_compute_something_else_are_noticed():
+    def train(bench: Bench, compute: object) -> list[torch.Tensor]:
+        calls.append(compute)
+        return [torch.ones(3) + 1e-3 * (len(calls) == 3)]  # the third one has graphs
+
+    calls = []
+    with pytest.raises(gpu.CheckError, match=r"they differ by 1\.0e-03, two runs by 0\.0e\+00"):
+        gpu.graphs_do_the_same(Bench.make(dry=True), train, compiled=False)
