@@ -2,12 +2,14 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from procgen import ProcgenGym3Env
 
 from lapo.errors import UserError
+from lapo.games import vec_env
 from lapo.games.simulator_state import State
 from lapo.games.vec_env import ALL_LEVELS, HELD_OUT_LEVELS, TRAIN_LEVELS, EpisodeTracker, VecEnv, num_cores
 from lapo.ppo import ReturnNormalizer
@@ -225,4 +227,16 @@ def test_a_missing_simulator_is_one_sentence(monkeypatch, missing) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setitem(sys.modules, f"{missing}.notices", None)
     with pytest.raises(UserError, match=rf"no module '{missing}[.\w]*'\); `pip install -e '\.\[procgen\]'`"):
+        VecEnv("maze", 1, seed=0)
+
+
+def test_a_library_that_the_simulator_lacks_is_named(monkeypatch):
+    def lacks(**options):
+        raise OSError(
+            "cannot load library '/site/procgen/data/prebuilt/libenv.so': libGL.so.1: cannot open shared object"
+            " file: No such file or directory.  Additionally, ctypes.util.find_library() did not manage"
+        )
+
+    monkeypatch.setattr(vec_env, "_procgen", lambda: SimpleNamespace(ProcgenGym3Env=lacks))
+    with pytest.raises(UserError, match=r"cannot be loaded: libGL\.so\.1 is missing, .* package libgl1"):
         VecEnv("maze", 1, seed=0)
