@@ -233,7 +233,7 @@ def test_a_missing_simulator_is_one_sentence(monkeypatch, missing) -> None:
 def test_a_library_that_the_simulator_lacks_is_named(monkeypatch):
     def lacks(**options):
         raise OSError(
-            "cannot load library '/site/procgen/data/prebuilt/libenv.so': libGL.so.1: cannot open shared object"
+            "cannot load library '/site/procgen/libenv.so': libGL.so.1: cannot open shared object"
             " file: No such file or directory.  Additionally, ctypes.util.find_library() did not manage"
         )
 
