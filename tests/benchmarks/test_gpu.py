@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from lapo import stage1_idm_wm
 from lapo.benchmarks import gpu
-from lapo.benchmarks.gpu import Bench
+from lapo.benchmarks.gpu_speed import Bench
 from support import ROOT
 
 COMPILED_AS_EAGER = [name for name in gpu.CHECKS if "compiled" in name or "cudnn" in name]
@@ -88,14 +89,14 @@ def test_other_gradients_are_noticed(monkeypatch):
 
 
 def test_a_learning_rate_that_moved_is_noticed(monkeypatch):
-    load = gpu.stage1_idm_wm.Trainer.load_state_dict
+    load = stage1_idm_wm.Trainer.load_state_dict
 
     def forgets_the_optimiser(self, state):
         fresh = self.optimizer.state_dict()
         load(self, state)
         self.optimizer.load_state_dict(fresh)
 
-    monkeypatch.setattr(gpu.stage1_idm_wm.Trainer, "load_state_dict", forgets_the_optimiser)
+    monkeypatch.setattr(stage1_idm_wm.Trainer, "load_state_dict", forgets_the_optimiser)
     with pytest.raises(gpu.CheckError, match="the weights differ"):
         gpu.continued(Bench.make(dry=True))
 
