@@ -159,7 +159,7 @@ def test_configured_splits_and_what_is_printed_of_them(workplace, capsys):
     for limits in ((2, 1), (1, 2)):
         options = ("--data.train_chunks", str(limits[0]), "--data.test_chunks", str(limits[1]))
         splits = read_splits(workplace.config(*options), CPU)
-        assert [len(split) for split in splits] == [35 * number for number in chunks]
+        assert [len(split) for split in splits] == [35 * number for number in limits]
 
     shutil.rmtree(workplace.data / workplace.GAME / "test")
     train, test = read_splits(workplace.config(), CPU)
@@ -223,7 +223,6 @@ def test_host_memory_holds_as_many_decoded_chunks_as_there_are_readers(tmp_path,
             tmp_path / f"{number}.npz", np.zeros((size, 64, 64, 3), np.uint8), done=np.zeros(size, bool)
         )
     monkeypatch.setattr(chunks, "MAX_READERS", readers)
-    monkeypatch.setattr(chunks, "num_cores", lambda: 8)
     tracemalloc.start()
     Windows(tmp_path, device=CPU)
     peak = tracemalloc.get_traced_memory()[1]  # torch's own memory is not traced

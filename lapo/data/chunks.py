@@ -19,7 +19,6 @@ import numpy as np
 
 from lapo.config import Config
 from lapo.errors import UserError
-from lapo.games.vec_env import num_cores
 from lapo.runs.files import atomic_write, reading
 
 KEYS = ("obs", "ta", "done")
@@ -156,10 +155,10 @@ def read_ahead(
     """Every path, in order, with what gives its arrays or raises as `read_chunk` does; to be called once.
 
     Unpacking takes longer than anything else in loading, and runs beside Python: `readers` threads do it, by
-    default `MAX_READERS`, or one per core if there are fewer. No more than so many chunks are decoded or
-    being decoded at a time, if the caller keeps none beyond its turn.
+    default `MAX_READERS`. No more than so many chunks are decoded or being decoded at a time, if the caller
+    keeps none beyond its turn.
     """
-    readers = readers or min(MAX_READERS, num_cores())
+    readers = readers or MAX_READERS
     with ThreadPoolExecutor(readers, "read-ahead") as pool:
         coming: deque[tuple[Path, list[Future]]] = deque()
         try:

@@ -134,7 +134,7 @@ def test_folders_without_chunks_get_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "maze" / "train").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     for name, place in (("empty", "empty"), ("maze", "maze/train")):
-        with pytest.raises(UserError, match=rf"^{place} holds no chunk \(<number>\.npz\); expert_data/"):
+        with pytest.raises(UserError, match=rf"^{place} holds no chunk \(<number>\.npz\); docs/data\.md"):
             find(Path(name))
     (tmp_path / "empty" / "episode_0.npz").touch()
     with pytest.raises(UserError, match=r"holds no chunk .*, but episode_0\.npz, which nobody reads; rename"):
