@@ -1,4 +1,4 @@
-"""Playing with a policy of ours, and judging it on held-out levels, as stage 3 and evaluate.py do.
+"""Playing with a policy of ours, and evaluating it on held-out levels, as stage 3 and evaluate.py do.
 
 Dimensions: N environments · H, W, C frame · A actions
 """
@@ -160,27 +160,27 @@ def play(
 
 
 def held_out_env(game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> VecEnv:
-    """Environments on levels that no recorded data shows; `num_judged(cfg)` of them."""
-    return VecEnv(game, num_judged(cfg), seed=seed, levels=HELD_OUT_LEVELS, visuals=visuals)
+    """Environments on levels that no recorded data shows; `num_eval_envs(cfg)` of them."""
+    return VecEnv(game, num_eval_envs(cfg), seed=seed, levels=HELD_OUT_LEVELS, visuals=visuals)
 
 
-def num_judged(cfg: EvalConfig) -> int:
-    """Environments that policies are judged in."""
+def num_eval_envs(cfg: EvalConfig) -> int:
+    """Environments in which policies are evaluated."""
     return min(cfg.num_envs, cfg.episodes)
 
 
-def judge(act: Act, game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> Evaluation:
+def evaluate_actor(act: Act, game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> Evaluation:
     """Play `cfg.episodes` episodes of `game` on held-out levels."""
     with closing(held_out_env(game, visuals, cfg, seed)) as env:
         return play(act, env, cfg.episodes, sparing=True)
 
 
-def score(policy: torch.nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
+def evaluate_policy(policy: torch.nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
     """Play on held-out levels; nothing to play for a name that is no Procgen game."""
     if cfg.env not in GAMES:
         return {}
     act = network_actor(policy.eval(), compute, cfg.eval.greedy)
-    played = judge(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
+    played = evaluate_actor(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
     return {
         "return_mean": played.mean,
         "return_stderr": played.stderr,

@@ -154,7 +154,7 @@ class ProbeConfig:
 
     __pydantic_config__ = STRICT
     windows: Annotated[Int, Field(ge=4)]
-    """Windows used at most; half train the probe, half test it. The world model is judged on up to 16,384."""
+    """Windows used at most; half train the probe, half test it. The world model sees up to 16,384."""
     hidden: Count
     """Width of the probe's two hidden layers."""
     epochs: Count
@@ -169,7 +169,7 @@ class Stage3Config:
 
     __pydantic_config__ = STRICT
     mode: Literal["online", "offline", "scratch", "bc"]
-    """How the acting policy is made: online (PPO + decoder), offline (decoder from labels), or a yardstick:
+    """How the acting policy is made: online (PPO + decoder), offline (decoder from labels), or a baseline:
     scratch (PPO from random weights), bc (behaviour cloning of the labels without latents)."""
     steps: Count
     """Environment steps (online, scratch)."""
@@ -326,7 +326,7 @@ class DaggerConfig:
 
 @dataclass
 class EvalConfig:
-    """How policies are judged."""
+    """How policies are evaluated."""
 
     __pydantic_config__ = STRICT
     episodes: Count

@@ -42,26 +42,26 @@ from lapo.data.chunks import (
 from lapo.errors import UserError, run_main
 from lapo.runs.compute import free_bytes
 from lapo.runs.files import hindrance
-from lapo.runs.ranks import Share, greatest, share
+from lapo.runs.ranks import Shard, all_max, shard
 
-WHOLE = Share()
+WHOLE = Shard()
 INFERENCE_BATCH = 512
 """Windows of a batch that needs no gradients."""
 
 
-def chunks_of(folder: Path, limit: int | None, share: Share) -> list[Path]:
-    """A share of the chunk files of a folder, of which `limit` count. Raises `UserError` if it is empty."""
+def chunks_of(folder: Path, limit: int | None, shard: Shard) -> list[Path]:
+    """A shard's chunk files of a folder, of which `limit` count. Raises `UserError` if it is empty."""
     paths = find_chunks(folder, limit)
-    if len(paths) < share.of:
+    if len(paths) < shard.world_size:
         raise UserError(
-            f"{folder}: its chunks in use ({len(paths)}) cannot be shared by {share.of} processes, which need"
-            " one each; start fewer, or make more chunks"
+            f"{folder}: its chunks in use ({len(paths)}) cannot be shared by {shard.world_size} processes,"
+            " which need one each; start fewer, or make more chunks"
         )
-    return paths[share.rank :: share.of]
+    return paths[shard.rank :: shard.world_size]
 
 
 class Windows:
-    """All windows of a split of one game, or of a share of its chunks, resident on a device.
+    """All windows of a split of one game, or of a shard of its chunks, resident on a device.
 
     Attributes
         frames  (F, H, W, C) uint8
@@ -81,19 +81,19 @@ class Windows:
         limit: int | None = None,
         skip_resets: bool = True,
         skip_bad: bool = False,
-        share: Share = WHOLE,
+        shard: Shard = WHOLE,
     ):
         """Read the chunks of `folder`: host memory holds no more decoded ones than `read_ahead` says.
 
-        `limit` counts chunk files, bad ones included; of these, only `share` is read. With `skip_bad`, bad
+        `limit` counts chunk files, bad ones included; of these, only `shard` is read. With `skip_bad`, bad
         ones are named on stderr and left out; everything else then follows from those that were read.
 
         Raises `UserError` for a missing or empty folder, a bad chunk (with `skip_bad`: if there is no good
         one), one that something keeps from being read, data without any window, or frames that do not fit
         into memory.
         """
-        paths = chunks_of(folder, limit, share)
-        self.share, self.num_bad, self.unlabelled = share, 0, []
+        paths = chunks_of(folder, limit, shard)
+        self.shard, self.num_bad, self.unlabelled = shard, 0, []
         sizes = {}
         for path in paths:
             with self.leaving_out_bad(skip_bad):
@@ -186,32 +186,32 @@ class Windows:
         """Numbers of all windows, in the order of the data: (M,) int64."""
         return torch.arange(len(self), device=self.frames.device)
 
-    def spread(self, count: int) -> Tensor:
-        """Numbers of at most `count` windows, spread evenly over the data and in its order: (M,) int64."""
+    def evenly_spaced(self, count: int) -> Tensor:
+        """Numbers of at most `count` windows, evenly spaced over the data and in its order: (M,) int64."""
         if count >= len(self):
             return self.all()
         return torch.linspace(0, len(self) - 1, count, device=self.frames.device, dtype=torch.float64).long()
 
-    def parts(self, windows: Tensor, size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
-        """The windows numbered (M,), ascending, in parts of at most `size`: use each before the next."""
+    def iter_batches(self, windows: Tensor, size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
+        """The windows numbered (M,), ascending, in batches of at most `size`: use each before the next."""
         yield from windows.split(size)
 
-    def place(self, windows: Tensor) -> Tensor:
-        """Where in `frames` the windows numbered (B,) start: (B,) int64."""
+    def frame_index(self, windows: Tensor) -> Tensor:
+        """Index in `frames` of the first frame of the windows numbered (B,): (B,) int64."""
         return self.starts[windows]
 
     def gather(self, windows: Tensor) -> Tensor:
         """Frames of the windows numbered (B,) → (B, T, H, W, C) uint8."""
-        return self.frames[self.place(windows)[:, None] + self._offsets]
+        return self.frames[self.frame_index(windows)[:, None] + self._offsets]
 
     def iter_frames(self, windows: Tensor) -> Iterator[Tensor]:
-        """Frames (B, T, H, W, C) uint8 of the windows numbered (M,), batch by batch, see `parts`."""
-        for part in self.parts(windows):
+        """Frames (B, T, H, W, C) uint8 of the windows numbered (M,), batch by batch, see `iter_batches`."""
+        for part in self.iter_batches(windows):
             yield self.gather(part)
 
-    def middle_frames(self, windows: Tensor) -> Tensor:
+    def current_frames(self, windows: Tensor) -> Tensor:
         """The frame o[t] of the windows numbered (B,) → (B, H, W, C) uint8."""
-        return self.frames[self.place(windows) + WINDOW - 2]
+        return self.frames[self.frame_index(windows) + WINDOW - 2]
 
     def actions(self, windows: Tensor) -> Tensor:
         """True actions taken at o[t] of the windows numbered (B,) → (B,) int64. Needs `ta`."""
@@ -234,21 +234,21 @@ class Windows:
         return torch.cat(parts)
 
     @property
-    def order(self) -> dict[str, int | str]:
+    def data_order(self) -> dict[str, int | str]:
         """What the order of batches depends on beside the seed."""
         return {
             "windows": len(self),
             "chunks": self.num_chunks,
             "on the device": self.on_device,
-            "processes": self.share.of,
+            "processes": self.shard.world_size,
         }
 
-    def expect_order(self, order: dict[str, int | str]) -> None:
+    def check_data_order(self, order: dict[str, int | str]) -> None:
         """Raise `UserError` if a run that began with another `order` of batches is to go on with this one.
 
         Where several processes share the data, `order` is the first one's.
         """
-        changes = diff(order, self.order) if self.share.rank == 0 else []
+        changes = diff(order, self.data_order) if self.shard.rank == 0 else []
         if changes:
             raise UserError(
                 f"the run would go on with other batches than it began with ({'; '.join(changes)}); give it"
@@ -267,8 +267,8 @@ class Windows:
         return torch.randperm(len(self), generator=self._generator(seed, epoch))
 
     def _generator(self, seed: int, epoch: int, purpose: int = 0) -> torch.Generator:
-        """Random numbers of an epoch, others for every purpose and share."""
-        return generator_of(seed, epoch, purpose, *(self.share if self.share.of > 1 else ()))
+        """Random numbers of an epoch, others for every purpose and shard."""
+        return generator_of(seed, epoch, purpose, *(self.shard if self.shard.world_size > 1 else ()))
 
 
 def generator_of(*key: int) -> torch.Generator:
@@ -318,26 +318,26 @@ def read_splits(cfg: Config, device: torch.device) -> tuple[Windows, Windows]:
     """Training and held-out windows of the configured game; prints what was read.
 
     The held-out ones are resident, the training ones as `cfg.resident` says; of these, each of several
-    processes has a share. Without a `test` folder, the training windows serve for both: those of all
+    processes has a shard. Without a `test` folder, the training windows serve for both: those of all
     processes. Raises `UserError` as `Windows` does.
     """
-    mine = share()
+    mine = shard()
     say_limit(cfg.game_data / "train", cfg.data.train_chunks)
     train = read_train(cfg, device, cfg.resident, mine)
     if (cfg.game_data / "test").is_dir():
         return train, Windows.read(cfg, "test", device)
     print("test: no such folder, so the training windows are measured")
-    if mine.of == 1:
+    if mine.world_size == 1:
         return train, train
-    # What does not fit beside the share takes turns: "always" was said of the share.
+    # What does not fit beside the shard takes turns: "always" was said of the shard.
     return train, read_train(cfg, device, "never" if cfg.resident == "never" else "auto", WHOLE)
 
 
-def read_train(cfg: Config, device: torch.device, resident: str, share: Share) -> Windows:
-    """A share of the training windows of the configured game, kept on the device as `resident` says."""
+def read_train(cfg: Config, device: torch.device, resident: str, shard: Shard) -> Windows:
+    """A shard of the training windows of the configured game, kept on the device as `resident` says."""
     folder = cfg.game_data / "train"
-    options = {"device": device, "limit": cfg.data.train_chunks, "share": share, **reading(cfg)}
-    if keeps_all(folder, device, cfg.data.train_chunks, resident, share):
+    options = {"device": device, "limit": cfg.data.train_chunks, "shard": shard, **reading(cfg)}
+    if keeps_all(folder, device, cfg.data.train_chunks, resident, shard):
         train = Windows(folder, **options)
     else:
         train = RollingWindows(folder, pool_chunks=cfg.data.pool_chunks, **options)
@@ -346,14 +346,14 @@ def read_train(cfg: Config, device: torch.device, resident: str, share: Share) -
 
 
 def keeps_all(
-    folder: Path, device: torch.device, limit: int | None, resident: str, share: Share = WHOLE
+    folder: Path, device: torch.device, limit: int | None, resident: str, shard: Shard = WHOLE
 ) -> bool:
-    """Whether all chunks of a share of `folder` are to stay on the device; prints what speaks for it.
+    """Whether all chunks of a shard of `folder` are to stay on the device; prints what speaks for it.
 
     They are if they fit there for every one of the processes. Raises `UserError` as `chunks_of` does.
     """
     sizes = []
-    for path in chunks_of(folder, limit, share):
+    for path in chunks_of(folder, limit, shard):
         with suppress(UserError):  # whoever reads it says what is wrong with it
             sizes.append(read_header(path))
     total = sum(sizes)
@@ -364,14 +364,14 @@ def keeps_all(
         return resident == "always"
     # Two chunks cannot take turns in less room than they need.
     too_many = free is not None and needed > RESIDENT_SHARE * free and len(sizes) >= 3
-    return greatest(too_many) == (False,)
+    return all_max(too_many) == (False,)
 
 
 class RollingWindows(Windows):
     """All windows of a split of one game, passing through a device.
 
-    `batch` and `parts` bring the frames of the windows they name onto the device; `gather` and
-    `middle_frames` are for the latest of these, and raise IndexError for windows that are not there. Batches
+    `batch` and `iter_batches` bring the frames of the windows they name onto the device; `gather` and
+    `current_frames` are for the latest of these, and raise IndexError for windows that are not there. Batches
     in the order of their steps are read ahead; any other order works too, and waits for the disk. Windows are
     numbered as if all frames were there.
     """
@@ -385,19 +385,19 @@ class RollingWindows(Windows):
         limit: int | None = None,
         skip_resets: bool = True,
         skip_bad: bool = False,
-        share: Share = WHOLE,
+        shard: Shard = WHOLE,
     ):
-        """Find the windows of the chunks in a share of `folder`; frames are read later,
+        """Find the windows of the chunks in a shard of `folder`; frames are read later,
         `pool_chunks` chunks together (or a third of all chunks, where that is less).
 
         Raises `UserError` as `Windows` does; but damaged frames are noticed only when they are read. With
         `skip_bad`, all are therefore read once at first.
         """
-        self.share, self.num_bad, self.unlabelled = share, 0, []
+        self.shard, self.num_bad, self.unlabelled = shard, 0, []
         self._paths: list[Path] = []
         keys = KEYS if skip_bad else ("ta", "done")
         headers = {}
-        for path in chunks_of(folder, limit, share):
+        for path in chunks_of(folder, limit, shard):
             with self.leaving_out_bad(skip_bad):
                 headers[path] = read_header(path)
         sizes, starts, actions = [], [], []
@@ -432,7 +432,7 @@ class RollingWindows(Windows):
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._epochs: dict[tuple[int, int], tuple[list[Pool], np.ndarray]] = {}
 
-    def place(self, windows: Tensor) -> Tensor:
+    def frame_index(self, windows: Tensor) -> Tensor:
         """See `Windows`."""
         return self.starts[windows] + self._shift[self._chunk_of[windows]]
 
@@ -454,8 +454,8 @@ class RollingWindows(Windows):
         self._fetch(self._pool(first + 1, seed), (first + 1) % 2)
         return super().batch(step, batch_size, seed)
 
-    def parts(self, windows: Tensor, size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
-        """See `Windows`; the frames of a part are on the device while it is served."""
+    def iter_batches(self, windows: Tensor, size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
+        """See `Windows`; the frames of a batch are on the device while it is served."""
         numbers = range(len(self._paths))
         pools = [tuple(numbers[i : i + self.pool_chunks]) for i in numbers[:: self.pool_chunks]]
         bounds = torch.from_numpy(self._first_window[[*(pool[0] for pool in pools), -1]])

@@ -16,7 +16,7 @@ from lapo.models import IDM, Decoder, infer_latents
 from lapo.runs.compute import Compute
 from lapo.runs.optim import make_optimizer
 
-LABEL_BATCH = 512
+INFERENCE_BATCH = 512
 
 
 class Steps(Protocol):
@@ -103,7 +103,7 @@ class OnlineDecoder:
         """
         if not self.active:
             return {}
-        self.label(rollout)
+        self.infer_latents(rollout)
         metrics = self.train() if update in self.updates else {}
         if update >= self.updates[-1]:
             self.active = False
@@ -111,7 +111,7 @@ class OnlineDecoder:
         return metrics
 
     @torch.no_grad()
-    def label(self, rollout: Steps) -> None:
+    def infer_latents(self, rollout: Steps) -> None:
         """Turn the rollout's steps into pairs. The last step stays: the past of the next rollout's first."""
         steps = rollout.frames[:-1], rollout.actions, rollout.dones
         past = [[x[None]] for x in self.past] if self.past else [[], [], []]
@@ -125,7 +125,7 @@ class OnlineDecoder:
         windows = seen.unfold(0, WINDOW, 1).movedim(-1, 2)  # (S-1, N, T, H, W, C)
         valid = ~(dones[:-1] | dones[1:])
         windows, ta = windows[valid], actions[1:][valid]
-        self.la.append(infer_latents(self.idm, windows.split(LABEL_BATCH), self.compute))
+        self.la.append(infer_latents(self.idm, windows.split(INFERENCE_BATCH), self.compute))
         self.ta.append(ta)
 
     def train(self) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ from lapo.acting import (
     Act,
     Evaluation,
     checkpoint_actor,
+    evaluate_actor,
     held_out_env,
-    judge,
     load_policy,
-    num_judged,
+    num_eval_envs,
     play,
     random_actor,
     steps_played,
@@ -92,10 +92,10 @@ def configure(args: Arguments, defaults: Config) -> Config:
         check_game(args.env)
     check_json(args.json)
     given = {key: getattr(args, key) for key in ("exp", "seed", "results_dir", "device")}
-    judged = {key: getattr(args, key) for key in to_dict(defaults.eval)}
+    settings = {key: getattr(args, key) for key in to_dict(defaults.eval)}
     given["visuals"] = args.visuals or defaults.visuals
     env = args.env or defaults.env
-    return validate(to_dict(defaults) | given | {"env": env, "eval": judged}, source="the command line")
+    return validate(to_dict(defaults) | given | {"env": env, "eval": settings}, source="the command line")
 
 
 def evaluate(args: Arguments, cfg: Config) -> dict:
@@ -148,7 +148,7 @@ class Player:
     def play(self, cfg: Config) -> Evaluation:
         """Play as `cfg.eval` and the seed say."""
         if not isinstance(self.act, Expert):
-            return judge(self.act, self.game, self.visuals, cfg.eval, cfg.seed)
+            return evaluate_actor(self.act, self.game, self.visuals, cfg.eval, cfg.seed)
         with closing(held_out_env(self.game, self.visuals, cfg.eval, cfg.seed)) as env:
             return play(lambda frames: self.act.act(env.get_state()), env, cfg.eval.episodes)
 
@@ -171,7 +171,7 @@ def choose(args: Arguments, cfg: Config) -> Player:
     if args.policy == "random":
         return Player(cfg.env, "random", random_actor(cfg.seed), cfg.visuals, compute)
     if args.policy == "planner":
-        return Player(cfg.env, "planner", make_expert(cfg.env, num_judged(cfg.eval)), cfg.visuals, compute)
+        return Player(cfg.env, "planner", make_expert(cfg.env, num_eval_envs(cfg.eval)), cfg.visuals, compute)
     mode = args.policy or "online"
     path = args.checkpoint or cfg.run_dir / f"stage3_{mode}" / "checkpoint.pt"
     command = f"python stage3.py --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed} --stage3.mode {mode}"

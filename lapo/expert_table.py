@@ -64,14 +64,14 @@ def row(game: str, results: dict[str, dict]) -> list[str]:
     planner = results.get("planner")
     return [
         game,
-        *(score(results.get(kind)) for kind in ("random", "planner", "learned")),
+        *(mean_return(results.get(kind)) for kind in ("random", "planner", "learned")),
         f"{GAMES[game].expert_return:.1f}",
         f"{planner['relative_return']:.2f}" if planner else "",
         f"{planner['steps_per_cpu_second']:,.0f}" if planner else "",
     ]
 
 
-def score(result: dict | None) -> str:
+def mean_return(result: dict | None) -> str:
     """Mean ± standard error, which a single episode has not; nothing where there is no result."""
     if not result:
         return ""

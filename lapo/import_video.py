@@ -72,7 +72,7 @@ class Arguments:
         if self.frame_skip < 1:
             raise UserError(f"--frame-skip is {self.frame_skip}; 1 keeps every frame")
         if not 0 <= self.test_share < 1:
-            raise UserError(f"--test-share is {self.test_share}; choose a share from 0 to below 1")
+            raise UserError(f"--test-share is {self.test_share}; choose a fraction from 0 to below 1")
         if not 0 <= self.cut_threshold <= 255:
             raise UserError(f"--cut-threshold is {self.cut_threshold}; choose a difference from 0 to 255")
 
@@ -140,17 +140,17 @@ class Split:
         self.filled = self.shot_frames = 0
 
 
-def first_held_out(clips: list[Clip], share: float, every: int) -> list[float]:
+def first_held_out(clips: list[Clip], fraction: float, every: int) -> list[float]:
     """Where each clip's part for `test` begins: infinity for none of it, 0 for all of it.
 
-    A clip whose part would be shorter than a shot goes to one split whole, so that `share` of the frames of
-    all such clips is held out.
+    A clip whose part would be shorter than a shot goes to one split whole, so that `fraction` of the frames
+    of all such clips is held out.
     """
     firsts, owed = [], 0.0
     for clip in clips:
-        first = round(clip.frames * (1 - share)) if share else math.inf
-        if share and math.ceil(clip.frames / every) - math.ceil(first / every) < MIN_SHOT:
-            owed += share * clip.frames
+        first = round(clip.frames * (1 - fraction)) if fraction else math.inf
+        if fraction and math.ceil(clip.frames / every) - math.ceil(first / every) < MIN_SHOT:
+            owed += fraction * clip.frames
             first = 0 if 2 * owed >= clip.frames > 0 else math.inf
             owed -= 0 if first else clip.frames
         firsts.append(first)

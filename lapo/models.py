@@ -212,7 +212,7 @@ class IDM(nn.Module):
         self.head = nn.Linear(HIDDEN, la_dim)
         self.vq = vq
 
-    def label(self, window: Tensor) -> Tensor:
+    def infer_latents(self, window: Tensor) -> Tensor:
         """Window (B, 9, H, W) → latent action before quantisation `la` (B, la_dim)."""
         return self.head(F.relu(self.fc(self.trunk(window))))
 
@@ -225,7 +225,7 @@ class IDM(nn.Module):
 
     def forward(self, window: Tensor) -> tuple[Tensor, Quantized]:
         """Window (B, 9, H, W) → `la` (B, la_dim) and its quantisation."""
-        la = self.label(window)
+        la = self.infer_latents(window)
         return la, self.quantize(la)
 
 
@@ -238,7 +238,7 @@ def infer_latents(idm: IDM, batches: Iterable[Tensor], compute: Compute) -> Tens
     training = idm.training
     idm.eval()
     with compute.autocast():
-        la = [idm.label(stack_frames(frames)).float() for frames in batches]
+        la = [idm.infer_latents(stack_frames(frames)).float() for frames in batches]
     idm.train(training)
     return torch.cat(la)
 

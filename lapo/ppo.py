@@ -192,7 +192,7 @@ def ppo_update(
     count = cfg.epochs * cfg.minibatches
     # Before the first reward the returns hardly vary; the tiny term keeps the share finite.
     unexplained = (returns - rollout.values).var() / (returns.var() + 1e-8)
-    return {key: x / count for key, x in sums.items()} | {"unexplained_variance": unexplained}
+    return {key: x / count for key, x in sums.items()} | {"explained_variance": 1 - unexplained}
 
 
 # ---------------------------------------------------------------- playing

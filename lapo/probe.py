@@ -12,13 +12,13 @@ from lapo.data_loader import Windows
 from lapo.models import IDM, WorldModel, stack_frames
 from lapo.runs.compute import Compute
 
-JUDGED_WINDOWS = 16384
-"""On so many of the probe's windows, at most, the world model is judged: its mean error needs no more."""
+WM_WINDOWS = 16384
+"""Upper bound on the windows on which the world model is evaluated; its mean error needs no more."""
 
 
-def judged(count: int) -> slice:
-    """Which of `count` windows the world model is judged on: every k-th."""
-    return slice(None, None, -(-count // JUDGED_WINDOWS))
+def wm_subset(count: int) -> slice:
+    """The windows, of `count`, on which the world model is evaluated: every k-th."""
+    return slice(None, None, -(-count // WM_WINDOWS))
 
 
 @torch.no_grad()
@@ -27,13 +27,13 @@ def world_model_loss(
 ) -> dict[str, Tensor]:
     """Mean squared error of predicting o[t+1] on the windows numbered `ids` (M,), all networks in eval mode.
 
-    `ids` must ascend, see `Windows.parts`; `la` (M, la_dim) are the windows' latent actions.
+    `ids` must ascend, see `Windows.iter_batches`; `la` (M, la_dim) are the windows' latent actions.
     Returns `wm_loss_test`, the world model's error, and `copy_loss_test`, that of predicting o[t] again.
     """
     training = idm.training, world_model.training
     idm.eval(), world_model.eval()
     model_error, copy_error, start = 0.0, 0.0, 0
-    for part in windows.parts(ids):
+    for part in windows.iter_batches(ids):
         frames = stack_frames(windows.gather(part))
         with compute.autocast():
             la_q = idm.quantize(la[start : start + len(part)]).la_q
@@ -46,7 +46,7 @@ def world_model_loss(
 
 
 def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str, Tensor]:
-    """Train an MLP la → ta on the first half of the windows and judge it on both.
+    """Train an MLP la → ta on the first half of the windows and evaluate it on both.
 
     `la` (M, la_dim), `ta` (M,) int64, in the order of the data: neighbouring frames stay on one side. The
     latents are standardised, so that features of any scale get the same chance: an untrained IDM's are tiny.
@@ -61,7 +61,7 @@ def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str
         return {}
     num_actions = int(ta.max()) + 1
     std = la[:half].std(0, correction=0)
-    # A dimension that hardly varies where the probe learns is left out: it would explode where it is judged.
+    # A dimension that hardly varies where the probe learns is left out: it would explode on the test half.
     scale = torch.where(std > 1e-3 * std.max(), 1 / std, torch.zeros_like(std))
     la = (la - la[:half].mean(0)) * scale
     with torch.random.fork_rng(devices=[la.device] if la.device.type == "cuda" else []):

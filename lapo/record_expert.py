@@ -55,7 +55,7 @@ class Arguments:
     seed: int = 0
     """Draws the levels; another seed makes another data set."""
     noise: float = 0.0
-    """Share of the steps in which a random action is taken instead of the expert's."""
+    """Fraction of the steps in which a random action is taken instead of the expert's."""
     visuals: Visuals = "full"
     """How the game is drawn; plain: no backgrounds, one look for all levels."""
     workers: int = field(default_factory=num_cores)
@@ -75,7 +75,7 @@ def find_policy(args: Arguments) -> PolicyFile | None:
         return None
     from lapo.experts import learned
 
-    provenance = learned.provenance(path)
+    provenance = learned.describe_policy(path)
     for key, wanted in (("game", args.env), ("visuals", args.visuals)):
         found = provenance[key]
         if found != wanted:
@@ -99,7 +99,7 @@ def plan_chunks(args: Arguments, policy: PolicyFile | None = None) -> list[Chunk
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed is {args.seed}; choose one from 0 to {2**31 - 1}")
     if not 0 <= args.noise <= 1:
-        raise UserError(f"--noise is {args.noise}; choose a share from 0 to 1")
+        raise UserError(f"--noise is {args.noise}; choose a fraction from 0 to 1")
     chunks = []
     for option, split, frames in (
         ("--frames", "train", args.frames),
@@ -217,10 +217,10 @@ def main() -> None:
         ) from None
     for split in LEVELS:
         summary = dataset.summary(split)
-        score = ""
+        mean = ""
         if summary["standard_error"] is not None:
-            score = f", mean return {summary['mean_return']:.2f} ± {summary['standard_error']:.2f}"
-        print(f"{split}: {summary['frames']:,} frames, {summary['episodes']:,} complete episodes{score}")
+            mean = f", mean return {summary['mean_return']:.2f} ± {summary['standard_error']:.2f}"
+        print(f"{split}: {summary['frames']:,} frames, {summary['episodes']:,} complete episodes{mean}")
 
 
 if __name__ == "__main__":

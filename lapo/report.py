@@ -23,7 +23,7 @@ from lapo.data.checks import check_data, check_frames
 from lapo.errors import UserError, run_main
 from lapo.reporting import figures
 from lapo.reporting.inspection import Inspection
-from lapo.reporting.summary import Record, read_records, summarize
+from lapo.reporting.summary import StageOutput, read_outputs, summarize
 from lapo.reporting.tables import table
 from lapo.runs.checkpoints import inherit, saved_config
 from lapo.runs.compute import Compute
@@ -53,13 +53,13 @@ def report(cfg: Config) -> dict:
     Raises `UserError` if the run has no stage to report on.
     """
     check_data(cfg.env, cfg.game_data)
-    records = read_records(cfg)
-    cfg = replace(cfg, visuals=next(iter(records.values())).checkpoint["config"]["visuals"])
-    summary = summarize(cfg, records)
+    outputs = read_outputs(cfg)
+    cfg = replace(cfg, visuals=next(iter(outputs.values())).checkpoint["config"]["visuals"])
+    summary = summarize(cfg, outputs)
     text = to_markdown(summary)
     atomic_write(cfg.run_dir / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
     write_json(cfg.run_dir / "summary.json", summary)
-    for name, figure in draw(cfg, records, summary).items():
+    for name, figure in draw(cfg, outputs, summary).items():
         atomic_write(cfg.run_dir / name, lambda path, figure=figure: figure.savefig(path, format="png"))
     print(f"\n{text}\nsummary and figures: {cfg.run_dir}")
     return summary
@@ -117,12 +117,12 @@ def return_rows(returns: dict[str, dict]) -> list[list[str]]:
             rows.append([NAMES[policy], "", "missing", "", ""])
             continue
         relative = round(row["relative_return"], 2) + 0.0  # no -0.00
-        spread = "" if row["return_stderr"] is None else f" ± {row['return_stderr']:.2f}"
+        error = "" if row["return_stderr"] is None else f" ± {row['return_stderr']:.2f}"
         rows.append(
             [
                 NAMES[policy],
                 row["source"],
-                f"{row['return_mean']:.2f}{spread}",
+                f"{row['return_mean']:.2f}{error}",
                 f"{relative:.2f}",
                 str(row["episodes"] or ""),
             ]
@@ -144,27 +144,27 @@ def stage_row(stage: str, progress: dict | None) -> list[str]:
 # ---------------------------------------------------------------- figures
 
 
-def draw(cfg: Config, records: dict[str, Record], summary: dict) -> dict[str, Figure]:
-    """The figures that the records allow, by file name."""
+def draw(cfg: Config, outputs: dict[str, StageOutput], summary: dict) -> dict[str, Figure]:
+    """The figures that the stages' outputs allow, by file name."""
     drawn = {}
-    if stage1 := records.get("stage1"):
+    if stage1 := outputs.get("stage1"):
         title = learning_title(cfg.env, summary["learnt"])
         drawn["learning.png"] = figures.learning(stage1.lines, stage1.metrics, title)
         try:
             drawn |= draw_inspection(cfg, stage1)
         except UserError as error:  # the data may have gone since
             print(f"latents.png and predictions.png are left out: {error}")
-    if judged := summary["returns"]:
+    if rows := summary["returns"]:
         bars = [
             figures.Bar(policy, bar_label(policy, row), row["return_mean"], row["return_stderr"])
-            for policy, row in judged.items()
+            for policy, row in rows.items()
         ]
         title = f"{cfg.env}: mean return on held-out levels, with its standard error"
         drawn["returns.png"] = figures.returns(bars, title)
-    stages = {mode: records.get(f"stage3_{mode}") for mode in ("online", "scratch")}
-    curves = {mode: record.lines for mode, record in stages.items() if record}
+    stages = {mode: outputs.get(f"stage3_{mode}") for mode in ("online", "scratch")}
+    curves = {mode: output.lines for mode, output in stages.items() if output}
     if any("train_return" in line for lines in curves.values() for line in lines):
-        levels = {policy: judged[policy]["return_mean"] for policy in ("random", "expert") if judged}
+        levels = {policy: rows[policy]["return_mean"] for policy in ("random", "expert") if rows}
         title = f"{cfg.env}: returns while learning from rewards"
         drawn["rl_curves.png"] = figures.rl_curves(curves, NAMES, levels, title)
     return drawn
@@ -190,7 +190,7 @@ def bar_label(policy: str, row: dict) -> str:
     return NAMES[policy] + "\n" + row["source"].replace(", ", "\n")
 
 
-def draw_inspection(cfg: Config, stage1: Record) -> dict[str, Figure]:
+def draw_inspection(cfg: Config, stage1: StageOutput) -> dict[str, Figure]:
     """The figures that run the networks of stage 1. Raises `UserError` if the data cannot be read."""
     cfg = inherit(cfg, stage1.checkpoint, ("idm_scale", "wm_width"))
     check_frames(cfg.env, cfg.game_data, cfg.visuals)

@@ -38,7 +38,7 @@ from lapo.stage1_idm_wm import Trainer
 
 LAST = 100
 """Steps at the end whose training loss is averaged."""
-READS = "env", "visuals", "precision", "data", "model", "vq", "stage1", "probe"
+CONFIG_KEYS = "env", "visuals", "precision", "data", "model", "vq", "stage1", "probe"
 """Of the configuration, what all runs in a file must share."""
 FIGURES = "wm_loss", "wm_loss_test", "probe_acc_test"
 
@@ -99,7 +99,7 @@ def compare(args: argparse.Namespace, cfg: Config) -> dict:
 
 def read(path: Path | None, cfg: Config) -> dict:
     """What the file holds, or a report without runs. Raises `UserError` for a file not of this comparison."""
-    config = {key: value for key, value in to_dict(cfg).items() if key in READS}
+    config = {key: value for key, value in to_dict(cfg).items() if key in CONFIG_KEYS}
     config = json.loads(json.dumps(config))  # lists for tuples, as in a file
     if not (path and path.exists()):
         return {"config": config, "provenance": provenance(), "runs": []}

@@ -15,10 +15,10 @@ from lapo.data.chunks import identify
 from lapo.data_loader import Windows, read_splits
 from lapo.errors import run_main
 from lapo.models import IDM, WorldModel, infer_latents, make_idm, make_world_model, stack_frames
-from lapo.probe import judged, train_probe, world_model_loss
+from lapo.probe import train_probe, wm_subset, world_model_loss
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr, warmup_schedule
-from lapo.runs.ranks import average, joined, part_of_batch
+from lapo.runs.ranks import average, distributed, per_rank_batch
 from lapo.runs.run import Run
 
 STAGE = "stage1"
@@ -26,7 +26,7 @@ STAGE = "stage1"
 
 def main() -> None:
     """Train stage 1 as the command line says."""
-    with joined():
+    with distributed():
         train(load_config(description=__doc__))
 
 
@@ -75,7 +75,7 @@ class Trainer:
         self.params = [p for network in networks for p in network.parameters()]
         # Running statistics of BatchNorm, each process's of its own part of the batch.
         self.statistics = [b for b in world_model.buffers() if b.is_floating_point()]
-        self.batch_size = part_of_batch(cfg.stage1.batch_size)
+        self.batch_size = per_rank_batch(cfg.stage1.batch_size)
         groups = [{"params": self.params, "lr": cfg.stage1.lr}]
         self.optimizer = make_optimizer(torch.optim.AdamW, groups, networks)
         self.schedule = warmup_schedule(cfg.stage1, PUBLISHED_STEPS[STAGE])
@@ -112,10 +112,10 @@ class Trainer:
 
     def measure(self, held_out: Windows) -> dict[str, Tensor]:
         """The world model's error on held-out windows and, where they have true actions, the probe's."""
-        ids = held_out.spread(self.cfg.probe.windows)
+        ids = held_out.evenly_spaced(self.cfg.probe.windows)
         la = infer_latents(self.idm, held_out.iter_frames(ids), self.compute)
-        few = judged(len(ids))
-        metrics = world_model_loss(self.idm, self.world_model, held_out, ids[few], la[few], self.compute)
+        some = wm_subset(len(ids))
+        metrics = world_model_loss(self.idm, self.world_model, held_out, ids[some], la[some], self.compute)
         if held_out.ta is not None:
             metrics |= train_probe(la, held_out.actions(ids), self.cfg.probe, self.cfg.seed)
         return metrics
@@ -143,11 +143,11 @@ class Trainer:
     def state_dict(self) -> dict:
         """Everything the next step depends on, as plain data."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return parts | {"order": self.windows.order}
+        return parts | {"order": self.windows.data_order}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what `state_dict` gave. Raises `UserError` if batches would come in another order."""
-        self.windows.expect_order(state["order"])
+        self.windows.check_data_order(state["order"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 

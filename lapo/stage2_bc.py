@@ -17,7 +17,7 @@ from lapo.models import Policy, infer_latents, make_idm, make_latent_policy, nor
 from lapo.runs.checkpoints import inherit, load_stages, weights_of
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr, warmup_schedule
-from lapo.runs.ranks import average, joined, part_of_batch
+from lapo.runs.ranks import average, distributed, per_rank_batch
 from lapo.runs.run import Run
 
 STAGE = "stage2"
@@ -25,7 +25,7 @@ STAGE = "stage2"
 
 def main() -> None:
     """Train stage 2 as the command line says."""
-    with joined():
+    with distributed():
         train(load_config(description=__doc__))
 
 
@@ -76,7 +76,7 @@ class Trainer:
     def __init__(self, cfg: Config, compute: Compute, windows: Windows, la: Tensor, policy: Policy):
         self.cfg, self.compute, self.windows, self.la, self.policy = cfg, compute, windows, la, policy
         self.params = list(policy.parameters())
-        self.batch_size = part_of_batch(cfg.stage2.batch_size)
+        self.batch_size = per_rank_batch(cfg.stage2.batch_size)
         groups = [{"params": self.params, "lr": cfg.stage2.lr}]
         self.optimizer = make_optimizer(torch.optim.AdamW, groups, [policy])
         self.schedule = warmup_schedule(cfg.stage2, PUBLISHED_STEPS[STAGE])
@@ -96,7 +96,7 @@ class Trainer:
     def load(self, step: int) -> tuple[Tensor, Tensor]:
         """What the step learns from: frames o[t] (B, H, W, C) uint8, latent actions (B, la_dim)."""
         ids = self.windows.batch(step, self.batch_size, self.cfg.seed)
-        return self.windows.middle_frames(ids), self.la[ids]
+        return self.windows.current_frames(ids), self.la[ids]
 
     def backward(self, frames: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Compute the loss on what `load` gave and all gradients; returns the loss."""
@@ -114,9 +114,9 @@ class Trainer:
     @torch.no_grad()
     def measure(self, held_out: Windows, la_test: Tensor) -> dict[str, Tensor]:
         """The error on held-out windows, whose latent actions are `la_test` (M, la_dim)."""
-        parts = held_out.parts(held_out.all())
+        parts = held_out.iter_batches(held_out.all())
         # Not the compiled loss: other batch sizes would compile it anew.
-        errors = [self._loss(held_out.middle_frames(ids), la_test[ids]) * len(ids) for ids in parts]
+        errors = [self._loss(held_out.current_frames(ids), la_test[ids]) * len(ids) for ids in parts]
         constant = self.la.mean(0)
         average([constant])
         # The error of always predicting the mean latent action: what a policy that sees nothing reaches.
@@ -138,11 +138,11 @@ class Trainer:
     def state_dict(self) -> dict:
         """Everything the next step depends on, as plain data."""
         parts = {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return parts | {"order": self.windows.order}
+        return parts | {"order": self.windows.data_order}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what `state_dict` gave. Raises `UserError` if batches would come in another order."""
-        self.windows.expect_order(state["order"])
+        self.windows.check_data_order(state["order"])
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
 

@@ -2,10 +2,10 @@
 
 Modes (`--stage3.mode`)
     online    PPO on rewards over the frozen trunk of the latent policy, beside a decoder latent → true action
-              that learns from the agent's own steps, labelled by the IDM
+              that learns from the agent's own steps and the latents that the IDM infers there
     offline   no rewards: the decoder learns from a few labelled expert frames
-    scratch   yardstick: PPO with the same network from random weights, end to end
-    bc        yardstick: behaviour cloning of the same few labelled frames, without latents
+    scratch   baseline: PPO with the same network from random weights, end to end
+    bc        baseline: behaviour cloning of the same few labelled frames, without latents
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lapo.acting import score
+from lapo.acting import evaluate_policy
 from lapo.config import PUBLISHED_STEPS, Config, load_config
 from lapo.data.checks import check_data, check_frames
 from lapo.data.chunks import KEYS, chunks_holding, identify
@@ -28,15 +28,16 @@ from lapo.ppo import PPOTrainer, make_env, num_updates, train_from_scratch, trai
 from lapo.runs.checkpoints import inherit, load_stages, weights_of
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, ramp_schedule, set_lr
-from lapo.runs.ranks import joined, share
+from lapo.runs.ranks import distributed, shard
 from lapo.runs.run import Run
 
 
 def main() -> None:
     """Run stage 3 as the command line says."""
-    with joined():
-        if share().of > 1:
-            raise UserError(f"stage 3 runs in one process, not {share().of}; start it without torchrun")
+    with distributed():
+        processes = shard().world_size
+        if processes > 1:
+            raise UserError(f"stage 3 runs in one process, not {processes}; start it without torchrun")
         train(load_config(description=__doc__))
 
 
@@ -54,12 +55,12 @@ def train(cfg: Config) -> None:
     built_on = {stage: weights_of(checkpoint) for stage, checkpoint in earlier.items()}
     if not mode.plays:
         built_on |= identify(cfg, KEYS)
-    run = Run(cfg, f"stage3_{cfg.stage3.mode}", ("model", "stage3", *mode.reads), compute, built_on)
+    run = Run(cfg, f"stage3_{cfg.stage3.mode}", ("model", "stage3", *mode.config_keys), compute, built_on)
     if run.finished:
         run.report()
         return
     policy = mode.train(cfg, compute, run, {stage: saved["state"] for stage, saved in earlier.items()})
-    run.finish({"policy": policy.state_dict()}, score(policy, cfg, compute))
+    run.finish({"policy": policy.state_dict()}, evaluate_policy(policy, cfg, compute))
 
 
 # ---------------------------------------------------------------- with rewards: online, scratch
@@ -130,7 +131,7 @@ def bc(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
 
     def predict(batch: Tensor) -> Tensor:
         with compute.autocast():
-            return policy.logits(windows.middle_frames(ids[batch]))
+            return policy.logits(windows.current_frames(ids[batch]))
 
     loss = fit_labels(predict, policy, ta, cfg)
     run.step = cfg.offline.steps
@@ -186,7 +187,7 @@ def accuracy(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, Tens
         return {}
     with torch.no_grad(), compute.autocast():
         guesses = [
-            policy.logits(test.middle_frames(ids)).argmax(-1) for ids in test.all().split(INFERENCE_BATCH)
+            policy.logits(test.current_frames(ids)).argmax(-1) for ids in test.all().split(INFERENCE_BATCH)
         ]
     ta = test.actions(test.all())
     return {
@@ -204,7 +205,7 @@ class Mode:
 
     train: Callable[[Config, Compute, Run, dict], nn.Module]
     """(config, compute, run, states of stages 1 and 2) → acting policy."""
-    reads: tuple[str, ...]
+    config_keys: tuple[str, ...]
     """Groups of the config."""
     needs_latents: bool
     """Whether it builds on stages 1 and 2."""

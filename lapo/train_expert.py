@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import nn
 
-from lapo.acting import score
+from lapo.acting import evaluate_policy
 from lapo.config import Config, load_config
 from lapo.errors import run_main
 from lapo.experts import registry as experts
@@ -62,7 +62,7 @@ def train(cfg: Config) -> None:
     else:
         updates, steps_per_update = num_updates(cfg)
         policy, env_steps = train_from_scratch(cfg, compute, run), updates * steps_per_update
-    result = {"env_steps": env_steps} | score(policy, cfg, compute)
+    result = {"env_steps": env_steps} | evaluate_policy(policy, cfg, compute)
     run.finish({"policy": policy.state_dict(), "origin": origin(cfg)}, result)
     print(f"record it with `python record_expert.py --env {cfg.env} --expert {run.checkpoint_path}`")
 

@@ -26,7 +26,7 @@ def write_strips(folder: Path, *, actions: bool = True) -> None:
 
 @functools.cache
 def finished_run(folder: Path) -> Workplace:
-    """The run, made in `folder`; its policies were judged by their likeliest actions: no chance is left."""
+    """The run, made in `folder`; its policies were evaluated greedily, which leaves nothing to chance."""
     folder.mkdir()
     place = Workplace(folder)
     shutil.rmtree(place.data)

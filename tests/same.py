@@ -219,9 +219,9 @@ def agree(
     found = {key: distance(base[key], here[key]) for key in base.keys() & here.keys()}
     different = {key: found[key] for key in base if found.get(key, 0.0) > tolerance}
     alone = sorted(base.keys() ^ here.keys())
-    greatest = max(found.values(), default=math.inf)
+    largest = max(found.values(), default=math.inf)
     verdict = "DIFFERENT" if different or not found else "ok"
-    print(f"{name}: {verdict}, {len(found)} compared, differing by {greatest:.1e} at most", flush=True)
+    print(f"{name}: {verdict}, {len(found)} compared, differing by {largest:.1e} at most", flush=True)
     for key, value in list(different.items())[:5]:
         print(f"    {key}: {value:.1e}")
     if alone:

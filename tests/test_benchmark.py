@@ -38,10 +38,10 @@ CPU = torch.device("cpu")
 PARTS = {
     ("1", "lapo"): {"load", "forward/backward", "update", "probe"},
     ("1", "plain"): {"load", "forward/backward", "update", "probe"},
-    ("2", "lapo"): {"load", "label", "forward/backward", "update"},
+    ("2", "lapo"): {"load", "infer latents", "forward/backward", "update"},
     ("2", "plain"): {"load", "forward/backward", "update"},
-    ("3", "lapo"): {"policy", "env", "update", "label", "decoder"},
-    ("3", "plain"): {"policy", "env", "update", "label"},
+    ("3", "lapo"): {"policy", "env", "update", "infer latents", "decoder"},
+    ("3", "plain"): {"policy", "env", "update", "infer latents"},
     ("load", "lapo"): {"load"},
     ("load", "plain"): {"load"},
 }

@@ -66,7 +66,7 @@ def test_the_action_of_a_window_is_the_one_taken_at_its_middle_frame(tmp_path):
     counting_chunks(tmp_path, {"0": 40, "1": 30})
     windows = Windows(tmp_path, device=CPU)
     ids = torch.randperm(len(windows))
-    middle = read_numbers(windows.middle_frames(ids))
+    middle = read_numbers(windows.current_frames(ids))
     np.testing.assert_array_equal(middle, read_numbers(windows.gather(ids))[:, 1])
     np.testing.assert_array_equal(windows.actions(ids), middle % 1000 % 15)
     assert windows.actions(ids).dtype == torch.int64
@@ -206,7 +206,7 @@ def test_batches_cut_an_endless_row_of_exact_permutations(seventeen, batch_size,
 
 @given(count=st.integers(1, 30))
 def test_windows_to_measure_are_spread_over_all(seventeen, count):
-    ids = Windows(seventeen, device=CPU).spread(count)
+    ids = Windows(seventeen, device=CPU).evenly_spaced(count)
     assert len(ids) == min(count, 17)
     assert ids[0] == 0
     assert count == 1 or ids[-1] == 16

@@ -61,7 +61,7 @@ def test_however_short_the_run_the_decoder_is_trained(cfg, envs, steps, length):
 class SeeingIDM(nn.Module):
     """Its latent actions are the numbers of the three frames it is shown."""
 
-    def label(self, window: Tensor) -> Tensor:
+    def infer_latents(self, window: Tensor) -> Tensor:
         return image_numbers(window)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from finished_run import finished_run
 from lapo import evaluate
-from lapo.acting import Evaluation, judge, random_actor
+from lapo.acting import Evaluation, evaluate_actor, random_actor
 from lapo.games.table import GAMES, relative_return
 from lapo.runs.checkpoints import load_checkpoint
 from support import LAPO, Workplace
@@ -80,7 +80,7 @@ def test_random_policy_needs_no_run(call, trained, tmp_path):
     arguments = ("--policy", "random", "--env", GAME, "--exp", "nowhere", "--seed", "5", "--json", str(file))
     status, out, err = call(*arguments)
     assert (status, err) == (0, "")
-    played = judge(random_actor(5), GAME, "full", trained.config().eval, seed=5)
+    played = evaluate_actor(random_actor(5), GAME, "full", trained.config().eval, seed=5)
     result = json.loads(file.read_text())
     assert result.pop("steps_per_cpu_second") > 0
     assert result == {
@@ -124,7 +124,9 @@ def test_checkpoint_plays_another_game_when_asked(call, trained):
 @pytest.mark.parametrize(("options", "visuals"), [([], "full"), (["--visuals", "plain"], "plain")])
 def test_visuals_are_those_of_the_training_unless_said(call, trained, monkeypatch, options, visuals):
     seen = []
-    monkeypatch.setattr(evaluate, "judge", lambda act, game, visuals, *rest: seen.append(visuals) or PLAYED)
+    monkeypatch.setattr(
+        evaluate, "evaluate_actor", lambda act, game, visuals, *rest: seen.append(visuals) or PLAYED
+    )
     for who in (["--checkpoint", str(checkpoint_of(trained, "stage3_bc"))], ["--policy", "random"]):
         assert call(*who, *options)[0] == 0
     assert seen == [visuals, visuals]

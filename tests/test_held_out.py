@@ -1,4 +1,4 @@
-"""What is measured on held-out levels and held-out frames, and how the policies judged there act."""
+"""What is measured on held-out levels and held-out frames, and how the policies evaluated there act."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finished_run import finished_run
 from lapo import evaluate, stage3_decode, train_expert
-from lapo.acting import network_actor, random_actor, score
+from lapo.acting import evaluate_policy, network_actor, random_actor
 from lapo.games.vec_env import HELD_OUT_LEVELS, VecEnv
 from lapo.models import make_acting_policy, make_idm, make_latent_policy, normalize, stack_frames
 from lapo.runs.checkpoints import load_checkpoint
@@ -62,12 +62,12 @@ def games(monkeypatch: pytest.MonkeyPatch) -> Games:
 
 @pytest.fixture(scope="module")
 def played(trained: Workplace) -> Games:
-    """What the modes of stage 3 played, as experiment `judged`."""
-    trained.branch("judged", "stage1", "stage2")
+    """What the modes of stage 3 played, as experiment `evaluated`."""
+    trained.branch("evaluated", "stage1", "stage2")
     with pytest.MonkeyPatch.context() as patch:
         games = Games(patch)
         for mode in ("online", "scratch", "offline", "bc"):
-            stage3_decode.train(trained.config("--exp", "judged", "--stage3.mode", mode))
+            stage3_decode.train(trained.config("--exp", "evaluated", "--stage3.mode", mode))
     return games
 
 
@@ -115,9 +115,11 @@ def test_actions_are_drawn_as_the_policy_says_unless_it_is_greedy():
         assert (abs(counts - 3000 * probs) < 5 * np.sqrt(3000 * probs)).all()
 
 
-def through_score(workplace: Workplace, finished: Workplace, call_main: Callable, greedy: bool) -> None:
+def through_evaluate_policy(
+    workplace: Workplace, finished: Workplace, call_main: Callable, greedy: bool
+) -> None:
     cfg = workplace.config("--eval.greedy", str(greedy).lower(), "--eval.episodes", "1")
-    score(Leaning(), cfg, CPU)
+    evaluate_policy(Leaning(), cfg, CPU)
 
 
 def through_evaluate(workplace: Workplace, finished: Workplace, call_main: Callable, greedy: bool) -> None:
@@ -126,7 +128,7 @@ def through_evaluate(workplace: Workplace, finished: Workplace, call_main: Calla
     assert call_main(evaluate.main, *options, *(["--greedy"] if greedy else []))[0] == 0
 
 
-@pytest.mark.parametrize("judge", [through_score, through_evaluate])
+@pytest.mark.parametrize("judge", [through_evaluate_policy, through_evaluate])
 def test_policies_are_judged_greedily_where_that_is_asked_for(
     workplace, finished, games, call_main, monkeypatch, judge
 ):
@@ -168,13 +170,13 @@ def test_stages_1_and_2_measure_the_held_out_frames(trained):
     idm.load_state_dict(load_checkpoint(trained.run_dir("stage1") / "checkpoint.pt")["state"]["idm"])
     final = load_checkpoint(trained.run_dir("stage2") / "checkpoint.pt")
     policy.load_state_dict(final["state"]["policy"])
-    loss = F.mse_loss(policy(normalize(frames[:, 1])), idm.label(images)).item()
+    loss = F.mse_loss(policy(normalize(frames[:, 1])), idm.infer_latents(images)).item()
     assert final["metrics"]["loss_test"] == pytest.approx(loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["offline", "bc"])
 def test_policies_learnt_from_labels_are_judged_on_the_held_out_frames(trained, played, mode):
-    final = load_checkpoint(trained.run_dir(f"stage3_{mode}", "judged") / "checkpoint.pt")
+    final = load_checkpoint(trained.run_dir(f"stage3_{mode}", "evaluated") / "checkpoint.pt")
     windows, ta = zip(*held_out_windows(trained), strict=True)
     policy = make_acting_policy(trained.config(), mode, 15)
     policy.load_state_dict(final["state"]["policy"])

@@ -109,7 +109,7 @@ def test_idm_equals_a_functional_statement():
     expected = linear(weights, "head", hidden(weights, window))
     la, quantized = idm(window)
     torch.testing.assert_close(la, expected, **EXACT)
-    torch.testing.assert_close(idm.label(window), la, rtol=0, atol=0)
+    torch.testing.assert_close(idm.infer_latents(window), la, rtol=0, atol=0)
     torch.testing.assert_close(quantized.la_q, idm.vq(la).la_q, rtol=0, atol=0)
 
 

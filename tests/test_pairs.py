@@ -20,7 +20,7 @@ ACTIONS = np.random.default_rng(0).integers(15, size=3000)
 
 
 def seeing_idm(self: IDM, window: Tensor) -> Tensor:
-    """In place of `IDM.label`: a window's three numbers, and the head's biases from the fourth on."""
+    """In place of `IDM.infer_latents`: a window's three numbers, and the head's biases from the fourth on."""
     numbers = image_numbers(window)
     return torch.cat([numbers, self.head.bias[3:].expand(len(numbers), -1)], 1)
 
@@ -56,7 +56,7 @@ def middles(first: int) -> np.ndarray:
 
 
 def test_stage_1_predicts_each_windows_last_frame_from_its_own_latent_action(numbered, monkeypatch):
-    monkeypatch.setattr(IDM, "label", seeing_idm)
+    monkeypatch.setattr(IDM, "infer_latents", seeing_idm)
     monkeypatch.setattr(WorldModel, "forward", seeing_world_model)
     stage1_idm_wm.train(numbered.config("--exp", "seeing", "--vq.enabled", "false"))
     first, *lines = logged(numbered.run_dir("stage1", "seeing"))
@@ -75,7 +75,7 @@ def test_stage_2_teaches_each_frame_its_own_latent_action(numbered, monkeypatch)
         around = torch.cat([number - 1, number, number + 1], 1) + 2 * (number >= 2000)
         return torch.cat([around, bias[3:].expand(len(number), -1)], 1) + 0 * self.policy_head.bias.sum()
 
-    monkeypatch.setattr(IDM, "label", seeing_idm)
+    monkeypatch.setattr(IDM, "infer_latents", seeing_idm)
     monkeypatch.setattr(Policy, "forward", forward)
     stage2_bc.train(numbered.config())
     lines = logged(numbered.run_dir("stage2"))
@@ -122,8 +122,8 @@ def fits(numbered: Workplace, monkeypatch: pytest.MonkeyPatch) -> Fits:
     fits = Fits()
     monkeypatch.setattr(decoding, "fit", fits)
     monkeypatch.setattr(stage3_decode, "fit", fits)
-    monkeypatch.setattr(stage3_decode, "score", lambda *arguments: {})
-    monkeypatch.setattr(IDM, "label", seeing_idm)
+    monkeypatch.setattr(stage3_decode, "evaluate_policy", lambda *arguments: {})
+    monkeypatch.setattr(IDM, "infer_latents", seeing_idm)
     return fits
 
 

@@ -250,9 +250,9 @@ def test_one_update_equals_the_same_steps_written_out(cfg):
     assert norm > cfg.clip_norm  # so that clipping is seen
     for after, before, grad in zip(policy.parameters(), by_hand.parameters(), grads, strict=True):
         torch.testing.assert_close(after, before - grad * cfg.clip_norm / norm, **EXACT)
-    share = np.var((returns - rollout.values).numpy()) / np.var(returns.numpy())
-    assert not 0.9 < share < 1.1  # so that the two variances are told apart
-    expected |= {"grad_norm": torch.tensor(norm), "unexplained_variance": torch.tensor(share)}
+    explained = 1 - np.var((returns - rollout.values).numpy()) / np.var(returns.numpy())
+    assert not -0.1 < explained < 0.1  # so that the two variances are told apart
+    expected |= {"grad_norm": torch.tensor(norm), "explained_variance": torch.tensor(explained)}
     torch.testing.assert_close(metrics, expected, check_dtype=False, **EXACT)
 
 

@@ -139,7 +139,7 @@ def test_labels_are_latents_before_quantisation_in_the_order_asked_for(windows):
     before = copy.deepcopy(idm.state_dict())
     ids = torch.tensor([5, 0, 33, 69])
     la = infer_latents(idm, windows.iter_frames(ids), CPU)
-    expected = torch.cat([idm.label(images(windows, int(number))) for number in ids])
+    expected = torch.cat([idm.infer_latents(images(windows, int(number))) for number in ids])
     torch.testing.assert_close(la, expected.detach(), rtol=1e-5, atol=1e-5)
     assert not la.requires_grad
     assert idm.training
@@ -172,14 +172,14 @@ def test_held_out_errors_equal_a_loop_over_windows_and_change_nothing(windows):
 
 def test_the_world_model_is_judged_on_every_few_of_the_probes_windows(windows, monkeypatch):
     cfg = load_config(["--preset", "demo"])
-    monkeypatch.setattr(probe, "JUDGED_WINDOWS", 30)
+    monkeypatch.setattr(probe, "WM_WINDOWS", 30)
     trainer = stage1_idm_wm.Trainer(cfg, CPU, windows, make_idm(cfg), make_world_model(cfg))
     metrics = trainer.measure(windows)
     ids = windows.all()
     la = infer_latents(trainer.idm, windows.iter_frames(ids), CPU)
     probed = train_probe(la, windows.actions(ids), cfg.probe, cfg.seed)
-    few = world_model_loss(trainer.idm, trainer.world_model, windows, ids[::3], la[::3], CPU)
-    assert metrics == few | probed
+    subset = world_model_loss(trainer.idm, trainer.world_model, windows, ids[::3], la[::3], CPU)
+    assert metrics == subset | probed
 
 
 def test_modes_of_networks_in_eval_mode_are_kept(windows):

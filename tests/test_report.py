@@ -11,7 +11,7 @@ import torch
 
 from finished_run import finished_run, write_strips
 from lapo import report, stage1_idm_wm
-from lapo.acting import judge, random_actor
+from lapo.acting import evaluate_actor, random_actor
 from lapo.config import Config
 from lapo.errors import UserError
 from lapo.games.table import GAMES
@@ -60,16 +60,16 @@ def test_command_line_reports_a_complete_run(finished, cfg):
         assert 500 < width < 1500
         assert 300 < height < 3000
 
-    found = summary.summarize(cfg, summary.read_records(cfg))
+    found = summary.summarize(cfg, summary.read_outputs(cfg))
     assert json.loads((cfg.run_dir / "summary.json").read_text()) == found
 
 
 def test_random_policy_plays_once(cfg, monkeypatch):
-    found = summary.summarize(cfg, summary.read_records(cfg))
-    played = judge(random_actor(cfg.seed), GAME, cfg.visuals, cfg.eval, cfg.seed)
+    found = summary.summarize(cfg, summary.read_outputs(cfg))
+    played = evaluate_actor(random_actor(cfg.seed), GAME, cfg.visuals, cfg.eval, cfg.seed)
     assert found["returns"]["random"]["return_mean"] == played.mean
     (cfg.run_dir / "summary.json").write_text(json.dumps(found))
-    monkeypatch.setattr(summary, "judge", lambda *_: pytest.fail("played again"))
+    monkeypatch.setattr(summary, "evaluate_actor", lambda *_: pytest.fail("played again"))
     assert summary.random_return(cfg) == found["returns"]["random"]
     cfg.eval.episodes = 4
     with pytest.raises(pytest.fail.Exception, match="played again"):
@@ -77,7 +77,7 @@ def test_random_policy_plays_once(cfg, monkeypatch):
 
 
 def test_numbers_are_those_of_the_stages(cfg):
-    found = summary.summarize(cfg, summary.read_records(cfg))
+    found = summary.summarize(cfg, summary.read_outputs(cfg))
     stage1_metrics, stage2_metrics = metrics_of(cfg, "stage1"), metrics_of(cfg, "stage2")
     learnt = found["learnt"]
     assert learnt["wm_loss"] == stage1_metrics["wm_loss_test"]
@@ -181,7 +181,7 @@ def test_frames_without_actions(tmp_path):
 
 def test_time_of_a_run_that_was_continued_by_an_older_version_adds_up():
     lines = [{"step": step, "seconds": seconds} for step, seconds in ((1, 5), (2, 10), (3, 3), (4, 8))]
-    record = summary.Record({"finished": True}, lines)
+    record = summary.StageOutput({"finished": True}, lines)
     assert record.progress() == {"steps": 4, "finished": True, "seconds": 18}
 
 

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chunk_of(windows: Windows, ids: torch.Tensor) -> np.ndarray:
     """The chunks (B,) that the windows numbered (B,) lie in, as their frames tell."""
-    numbers = read_numbers(windows.middle_frames(ids))
+    numbers = read_numbers(windows.current_frames(ids))
     return np.searchsorted(np.cumsum(SIZES), numbers, side="right")
 
 
@@ -52,14 +52,14 @@ def roll(folder: Path, pool_chunks: int, **options) -> RollingWindows:
 def test_parts_are_the_resident_windows(folder, pool_chunks, size, count):
     resident, windows = Windows(folder, device=CPU), roll(folder, pool_chunks)
     assert len(windows) == len(resident)
-    ids = windows.spread(count)
-    assert torch.equal(ids, resident.spread(count))
+    ids = windows.evenly_spaced(count)
+    assert torch.equal(ids, resident.evenly_spaced(count))
     assert torch.equal(windows.actions(ids), resident.actions(ids))
     served = []
-    for part in windows.parts(ids, size):
+    for part in windows.iter_batches(ids, size):
         assert 0 < len(part) <= size
         assert torch.equal(windows.gather(part), resident.gather(part))
-        assert torch.equal(windows.middle_frames(part), resident.middle_frames(part))
+        assert torch.equal(windows.current_frames(part), resident.current_frames(part))
         served.append(part)
     assert torch.equal(torch.cat(served), ids)
 
@@ -214,7 +214,7 @@ def test_damaged_chunks_are_left_out_where_allowed(tmp_path):
     (tmp_path / "2.npz").write_bytes(content)
     windows, resident = roll(tmp_path, 1, skip_bad=True), Windows(tmp_path, device=CPU, skip_bad=True)
     assert (windows.num_bad, windows.num_chunks, len(windows)) == (1, 3, len(resident))
-    for part in windows.parts(windows.all(), 5):
+    for part in windows.iter_batches(windows.all(), 5):
         assert torch.equal(windows.gather(part), resident.gather(part))
 
 
@@ -261,7 +261,7 @@ def test_stages_on_rolling_data_without_a_test_folder(tmp_path):
     idm.load_state_dict(stage1["state"]["idm"])
     policy.load_state_dict(measured[0]["state"]["policy"])
     la = infer_latents(idm, windows.iter_frames(windows.all()), compute)
-    loss = F.mse_loss(policy(normalize(windows.middle_frames(windows.all()))), la)
+    loss = F.mse_loss(policy(normalize(windows.current_frames(windows.all()))), la)
     assert measured[0]["metrics"]["loss_test"] == pytest.approx(loss.item(), rel=1e-4)
 
 
@@ -270,11 +270,11 @@ def test_a_run_does_not_go_on_in_another_order(tmp_path):
     write_game(place.data / place.GAME, chunks=6)
     began = read_splits(place.config("--resident", "never", "--data.pool_chunks", "1"), CPU)[0]
     now = read_splits(place.config(), CPU)[0]
-    now.expect_order(now.order)
+    now.check_data_order(now.data_order)
     with pytest.raises(UserError, match=r"\(on the device: pools of 1 chunks → all frames\); give it"):
-        now.expect_order(began.order)
+        now.check_data_order(began.data_order)
     with pytest.raises(UserError, match=r"\(on the device: all frames → pools of 1 chunks\)"):
-        began.expect_order(now.order)
+        began.check_data_order(now.data_order)
 
 
 def test_a_run_does_not_go_on_with_other_data(workplace, monkeypatch):

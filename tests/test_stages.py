@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -329,7 +330,7 @@ def test_stage_2_equals_a_plain_loop_that_labels_at_every_visit(trained):
         warmup = 1000 * 5 / 60_000
         optimizer.param_groups[0]["lr"] = 2e-4 * (0.01 if step == 0 else 1 - (step - warmup) / (6 - warmup))
         frames = windows.gather(windows.batch(step, 4, cfg.seed))
-        loss = F.mse_loss(policy(normalize(frames[:, 1])), idm.label(stack_frames(frames)))
+        loss = F.mse_loss(policy(normalize(frames[:, 1])), idm.infer_latents(stack_frames(frames)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -377,7 +378,13 @@ def test_all_stages_in_bf16(workplace):
 
 @pytest.mark.parametrize("stage", TRAIN)
 def test_a_compiled_step_is_one_graph_and_computes_the_same(trained, monkeypatch, stage):
-    """As the compiler traces and differentiates it; what it then generates differs between devices."""
+    """As the compiler traces and differentiates it; what it then generates differs between devices.
+
+    With a larger epsilon, Adam's steps stay proportional to small gradients: by default it would turn the
+    rounding errors of gradients near zero into steps as large as the learning rate.
+    """
+    for kind in ("Adam", "AdamW"):
+        monkeypatch.setattr(torch.optim, kind, partial(getattr(torch.optim, kind), eps=1e-3))
     compiler, compiled = torch.compile, []
 
     def trace(function):
@@ -393,7 +400,7 @@ def test_a_compiled_step_is_one_graph_and_computes_the_same(trained, monkeypatch
         states.append(checkpoint(trained, "stage3_online" if stage == "stage3" else stage, exp)["state"])
     assert len(compiled) == 1
     for part in states[0].keys() - {"optimizer", "order"}:
-        torch.testing.assert_close(states[0][part], states[1][part], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states[0][part], states[1][part], rtol=1e-4, atol=1e-6)
 
 
 def test_online_mode_learns_its_rl_path_and_its_decoder_and_nothing_else(trained):

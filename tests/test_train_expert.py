@@ -16,7 +16,7 @@ from lapo import stage3_decode, train_expert
 from lapo.acting import checkpoint_actor, load_policy, steps_played
 from lapo.config import Config, DaggerConfig, to_dict, validate
 from lapo.errors import UserError
-from lapo.experts.dagger import Dagger, Panel
+from lapo.experts.dagger import Dagger, ParallelExpert
 from lapo.experts.expert import LEFT, RIGHT, Expert
 from lapo.experts.registry import expert_name, make_expert
 from lapo.games.vec_env import VecEnv
@@ -300,7 +300,7 @@ def test_learning_to_go_where_the_teacher_goes():
 
 def test_a_panel_says_what_one_expert_says():
     env = VecEnv("bigfish", 20, seed=0, num_threads=0)
-    one, panel = make_expert("bigfish", 20), Panel(partial(make_expert, "bigfish"), 20)
+    one, panel = make_expert("bigfish", 20), ParallelExpert(partial(make_expert, "bigfish"), 20)
     assert len(panel.experts) == 16
     for step in range(20):
         states = env.get_state()

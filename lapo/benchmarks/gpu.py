@@ -146,7 +146,7 @@ class CountedWindows(Windows):
     """Windows of frames whose first bytes spell their number, made on the device."""
 
     def __init__(self, count: int, device: torch.device):
-        self.share, self.num_bad, self.unlabelled = WHOLE, 0, []
+        self.shard, self.num_bad, self.unlabelled = WHOLE, 0, []
         self.frames = torch.zeros((count, *FRAME_SHAPE), dtype=torch.uint8, device=device)
         numbers = torch.arange(count, dtype=torch.int32, device=device)
         self.frames.view(count, -1)[:, :4] = numbers[:, None].view(torch.uint8)
@@ -189,7 +189,7 @@ def first_step(cfg: Config, compute: Compute) -> Tensor:
 
 
 def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """The greatest difference of two tensors, relative to the norm of the expected one."""
+    """The largest difference of two tensors, relative to the norm of the expected one."""
     pairs = zip(found, expected, strict=True)
     return max(float((a.cpu() - b.cpu()).norm() / (b.cpu().norm() + 1e-12)) for a, b in pairs)
 
@@ -306,7 +306,7 @@ def play(bench: Bench, compute: Compute) -> list[Tensor]:
         played = []
         for update in range(1, 3):
             trainer.improve(1024 * update, trainer.collect())  # where all learning rates are high
-            trainer.decoder.label(trainer.rollout)
+            trainer.decoder.infer_latents(trainer.rollout)
             rollout = trainer.rollout
             seen = rollout.actions, rollout.logprobs, rollout.values, rollout.frames
             played += [x.float().clone() for x in seen]
@@ -316,8 +316,8 @@ def play(bench: Bench, compute: Compute) -> list[Tensor]:
 
 def collectives(bench: Bench) -> str:
     """Two processes meet, compare numbers on the CPU and part, as torchrun starts them."""
-    code = "from lapo.runs.ranks import greatest, joined, share\n"
-    code += "with joined():\n    assert greatest(share().rank, 7) == (1, 7)\n"
+    code = "from lapo.runs.ranks import all_max, distributed, shard\n"
+    code += "with distributed():\n    assert all_max(shard().rank, 7) == (1, 7)\n"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     run([*launcher, sys.executable, "-c", code])
     return "ok"

@@ -198,7 +198,7 @@ def stage3_speed(bench: Bench, graphs: bool) -> dict[str, float]:
             bench.wait()
             learnt = time.perf_counter()
         waited = env.take_waited()
-        trainer.decoder.label(trainer.rollout)
+        trainer.decoder.infer_latents(trainer.rollout)
         bench.wait()
         labelled = time.perf_counter()
         trainer.decoder.train()

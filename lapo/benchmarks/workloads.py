@@ -38,7 +38,7 @@ from lapo.models import (
     stack_frames,
 )
 from lapo.ppo import PPOTrainer, num_updates
-from lapo.probe import judged, train_probe, world_model_loss
+from lapo.probe import train_probe, wm_subset, world_model_loss
 from lapo.runs.compute import Compute, free_bytes
 
 PROBE_WINDOWS = 64
@@ -144,7 +144,7 @@ def plain_stage1(cfg: Config, compute: Compute, windows: Windows) -> Workload:
 
 
 def _stage1(cfg: Config, compute: Compute, windows: Windows, *networks: nn.Module) -> Workload:
-    ids = windows.spread(min(cfg.probe.windows, PROBE_WINDOWS))
+    ids = windows.evenly_spaced(min(cfg.probe.windows, PROBE_WINDOWS))
     ta, probed = windows.actions(ids), min(cfg.probe.windows, cfg.data.test_chunks * CHUNK_FRAMES["test"])
     per_window = 1 / len(ids) / cfg.stage1.probe_every
     trainer = stage1_idm_wm.Trainer(cfg, compute, windows, *networks)
@@ -161,7 +161,7 @@ def _stage1(cfg: Config, compute: Compute, windows: Windows, *networks: nn.Modul
         train_probe(la, ta, cfg.probe, cfg.seed)
         yield Lap("probe", share=probed * per_window)
         world_model_loss(*networks, windows, ids, la, compute)
-        yield Lap("probe", share=len(range(probed)[judged(probed)]) * per_window)
+        yield Lap("probe", share=len(range(probed)[wm_subset(probed)]) * per_window)
 
     return Workload(step, cfg.stage1.batch_size)
 
@@ -181,7 +181,7 @@ def stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
         yield Lap("load")
         infer_latents(idm, windows.iter_frames(windows.batch(number, size, cfg.seed)), compute)
         # A run shorter than an epoch is taken to have less data, which it sees once.
-        yield Lap("label", share=min(1.0, labelled / (size * steps)))
+        yield Lap("infer latents", share=min(1.0, labelled / (size * steps)))
         trainer.backward(*batch)
         yield Lap("forward/backward")
         trainer.apply()
@@ -199,7 +199,7 @@ def plain_stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
     def step(number: int) -> Iterator[Lap]:
         frames = windows.gather(windows.batch(number, cfg.stage2.batch_size, cfg.seed))
         yield Lap("load")
-        loss = F.mse_loss(policy(normalize(frames[:, WINDOW - 2])), idm.label(stack_frames(frames)))
+        loss = F.mse_loss(policy(normalize(frames[:, WINDOW - 2])), idm.infer_latents(stack_frames(frames)))
         optimizer.zero_grad()
         loss.backward()
         yield Lap("forward/backward")
@@ -273,8 +273,8 @@ def stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
         trainer.improve(steps_per_update, last_value)
         yield Lap("update", share=part.per_update)
         if trainings:
-            decoder.label(trainer.rollout)
-            yield Lap("label", share=part.per_rollout * labelled)
+            decoder.infer_latents(trainer.rollout)
+            yield Lap("infer latents", share=part.per_rollout * labelled)
             decoder.train()
             yield Lap("decoder", share=part.per_rollout * trained)
             decoder.la, decoder.ta = [], []
@@ -303,18 +303,18 @@ def plain_stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
     trainer = PPOTrainer(part.cfg, compute, env, policy, torch.optim.Adam(learning, lr=0.0))
 
     @torch.no_grad()
-    def label_rollout() -> None:
+    def infer_rollout() -> None:
         frames = trainer.rollout.encoded[0]  # (S, N, H, W, C)
         for t in range(len(frames)):  # one step's windows at a time; which frames they hold changes no time
             past = [frames[(t + offset) % len(frames)] for offset in range(WINDOW)]
-            idm.label(stack_frames(torch.stack(past, 1)))
+            idm.infer_latents(stack_frames(torch.stack(past, 1)))
 
     def step(number: int) -> Iterator[Lap]:
         env.take_waited()
         last_value = trainer.collect()
         yield part.policy(env)
-        label_rollout()
-        yield Lap("label", share=part.per_rollout)
+        infer_rollout()
+        yield Lap("infer latents", share=part.per_rollout)
         trainer.improve(0, last_value)
         yield Lap("update", share=part.per_update)
 
@@ -353,7 +353,7 @@ def load(cfg: Config, compute: Compute, folder: Path, frames: int, resident: boo
             Windows(folder, device=compute.device)
         else:
             windows = RollingWindows(folder, device=compute.device, pool_chunks=cfg.data.pool_chunks)
-            for part in windows.parts(windows.all(), cfg.stage1.batch_size):
+            for part in windows.iter_batches(windows.all(), cfg.stage1.batch_size):
                 windows.gather(part)
         yield Lap("load")
 

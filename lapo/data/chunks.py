@@ -178,7 +178,7 @@ def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -
 
     With `skip_resets`, a window is left out when any of its frames is marked `done`: data sets differ in
     whether the mark sits on an episode's last frame or on the next one's first. (What an agent plays itself
-    is marked in one way, see `OnlineDecoder.label`.)
+    is marked in one way, see `OnlineDecoder.infer_latents`.)
     """
     starts = np.arange(num_frames - WINDOW + 1)
     if done is None or not skip_resets:

@@ -26,8 +26,8 @@ from lapo.runs.compute import Compute
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr
 
 
-class Panel(Expert):
-    """Experts for a few of N environments each, who plan side by side.
+class ParallelExpert(Expert):
+    """Experts for N environments, a few environments each, which plan in parallel.
 
     Most of a search is spent in simulators, outside Python's lock, so that threads use all cores. How many
     experts there are must not depend on the machine: sums over more environments may be rounded otherwise.
@@ -38,14 +38,14 @@ class Panel(Expert):
     def __init__(self, make_expert: Callable[[int], Expert], num_envs: int):
         """For `num_envs` environments; `make_expert` makes an expert for a number of them."""
         bounds = np.linspace(0, num_envs, min(self.SIZE, num_envs) + 1).astype(int)
-        self.parts = [slice(*bound) for bound in itertools.pairwise(bounds)]
-        self.experts = [make_expert(part.stop - part.start) for part in self.parts]
+        self.slices = [slice(*bound) for bound in itertools.pairwise(bounds)]
+        self.experts = [make_expert(part.stop - part.start) for part in self.slices]
         self.pool = ThreadPoolExecutor(num_cores())
 
     def act(self, states: list[bytes]) -> np.ndarray:
         """See `Expert`."""
-        shares = [states[part] for part in self.parts]
-        actions = self.pool.map(lambda expert, share: expert.act(share), self.experts, shares)
+        split = [states[part] for part in self.slices]
+        actions = self.pool.map(lambda expert, mine: expert.act(mine), self.experts, split)
         return np.concatenate(list(actions))
 
     def forget(self) -> None:
@@ -75,7 +75,7 @@ class Dagger:
     ):
         """`make_expert` makes a teacher for a number of environments."""
         self.cfg, self.compute, self.env, self.policy = cfg, compute, env, policy
-        self.teacher = Panel(make_expert, env.num_envs)
+        self.teacher = ParallelExpert(make_expert, env.num_envs)
         groups = [{"params": list(policy.parameters()), "lr": cfg.lr}]
         self.optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
         self.loss_of = compute.compiled(self._loss_of)
@@ -92,11 +92,11 @@ class Dagger:
     def collect(self) -> dict[str, Tensor]:
         """Play a round and keep it; returns how often the policy agreed with the expert beforehand.
 
-        In a share of the steps, which falls from 1 to 0, the expert's action is taken in place of the
+        In a fraction of the steps, which falls from 1 to 0, the expert's action is taken in place of the
         policy's. The expert decides anew at every frame: what follows from a plan that was made some steps
         ago, a frame does not show.
         """
-        share = piecewise_linear(self.count / self.cfg.rounds, [(0.0, 1.0), (self.cfg.teacher_until, 0.0)])
+        fraction = piecewise_linear(self.count / self.cfg.rounds, [(0.0, 1.0), (self.cfg.teacher_until, 0.0)])
         slot, agreed = self.count % self.cfg.rounds_kept, []
         states = self.env.get_state()
         self.starts.append(states)
@@ -107,7 +107,7 @@ class Dagger:
                 logits = self.policy.logits(frames)
             self.teacher.forget()
             label = self.teacher.act(states)  # meanwhile, where the policy runs on a GPU
-            instead = torch.rand(len(label)).numpy() < share
+            instead = torch.rand(len(label)).numpy() < fraction
             action = np.where(instead, label, sample(logits)[0].cpu().numpy()).astype(np.int32)
             self.actions[slot, step] = torch.from_numpy(action)
             self.labels[slot, step] = torch.from_numpy(label)

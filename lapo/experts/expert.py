@@ -22,21 +22,21 @@ class Expert:
     def forget(self) -> None:
         """Forget what was planned and done: the next actions depend on nothing but the states."""
 
-    def simplest(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
-        """The simplest actions (N,) that have the same effect as `actions` (N,) in `states`."""
+    def canonical_actions(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
+        """The most preferred actions (N,) with the same effect as `actions` (N,) in `states`."""
         return actions
 
 
-class Explorer(Expert):
+class NoisyExpert(Expert):
     """An expert who now and then does something else.
 
     Where an expert's action can be foreseen from the state, a world model needs nobody to tell it: unforeseen
     actions are what makes latent ones informative. The published experts are stochastic policies, too.
     """
 
-    def __init__(self, expert: Expert, share: float, seed: int):
-        """Take an action at random in a `share` of the steps that `expert` plays."""
-        self.expert, self.share, self.actions = expert, share, expert.actions
+    def __init__(self, expert: Expert, fraction: float, seed: int):
+        """Take an action at random in a `fraction` of the steps that `expert` plays."""
+        self.expert, self.fraction, self.actions = expert, fraction, expert.actions
         self._rng = np.random.default_rng(seed)
 
     def act(self, states: list[bytes]) -> np.ndarray:
@@ -46,16 +46,16 @@ class Explorer(Expert):
     def draw(self, states: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Actions, int32 (N,), and how probable each was, (N,).
 
-        What is taken is the simplest action with the effect of the one that was drawn. So an action is as
-        probable as all those together that it stands for: the expert's, and some of those drawn at random.
+        The action taken is the canonical one among those with the same effect as the action drawn. So its
+        probability is the sum over all actions that map to it: the expert's and some of the random ones.
         """
         actions = self.expert.act(states)
         random = self._rng.choice(self.actions, len(states)).astype(np.int32)
-        chosen = np.where(self._rng.random(len(states)) < self.share, random, actions)
-        taken = self.expert.simplest(states, chosen)
-        planned = taken == self.expert.simplest(states, actions)
+        chosen = np.where(self._rng.random(len(states)) < self.fraction, random, actions)
+        taken = self.expert.canonical_actions(states, chosen)
+        planned = taken == self.expert.canonical_actions(states, actions)
         ways = np.zeros(len(states), int)  # in which random leads to what was taken
         for action in set(self.actions):
-            same = taken == self.expert.simplest(states, np.full(len(states), action, np.int32))
+            same = taken == self.expert.canonical_actions(states, np.full(len(states), action, np.int32))
             ways += self.actions.count(action) * same
-        return taken, (1 - self.share) * planned + self.share * ways / len(self.actions)
+        return taken, (1 - self.fraction) * planned + self.fraction * ways / len(self.actions)

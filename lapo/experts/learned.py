@@ -31,14 +31,14 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def provenance(path: Path) -> dict:
+def describe_policy(path: Path) -> dict:
     """What a policy is, how it was made and how well it plays, from its checkpoint, as plain data.
 
     Raises `UserError` as `load_policy`.
     """
     checkpoint = load_policy(path, "python train_expert.py")
     saved, metrics = checkpoint["config"], checkpoint["metrics"]
-    judged = {key: metrics.get(key) for key in ("return_mean", "return_stderr", "episodes")}
+    evaluated = {key: metrics.get(key) for key in ("return_mean", "return_stderr", "episodes")}
     made = {"method": f"stage 3, mode {saved['stage3']['mode']}"} | checkpoint["state"].get("origin", {})
     return {
         "game": saved["env"],
@@ -46,7 +46,7 @@ def provenance(path: Path) -> dict:
         "made": made | checkpoint["provenance"],
         "env_steps": steps_played(checkpoint),
         "finished": checkpoint["finished"],
-        **{key: None if value is None or math.isnan(value) else value for key, value in judged.items()},
+        **{key: None if value is None or math.isnan(value) else value for key, value in evaluated.items()},
         "config": saved,
     }
 
@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
 def make_player(path: Path, expected: str, noise: float, seed: int) -> Player:
     """A player whose actions are drawn by `seed` from the policy in `path`, whose fingerprint is `expected`.
 
-    In a share `noise` of the steps it takes any of the actions instead; the log-probabilities are those of
+    In a fraction `noise` of the steps it takes any of the actions instead; the log-probabilities are those of
     the mixture. What it does is a function of the arguments and the frames: fp32 on one thread, as sums on
     several may differ in their last bit from run to run.
     """

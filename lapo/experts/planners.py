@@ -1,6 +1,6 @@
 """Experts for games whose rules are short: they foresee what their moves lead to without a simulator.
 
-Dimensions: N environments played, F things in a level, P plans, T steps ahead, H, W the level's grid.
+Dimensions: N environments played, F entities of a level, P plans, T steps ahead, H, W the level's grid.
 """
 
 import numpy as np
@@ -66,7 +66,7 @@ class BigFishExpert(Expert):
         parsed = [State(state) for state in states]
         self._last[[state.episode[1] == 0 for state in parsed]] = NOOP
         agents = np.stack([state.agent for state in parsed])
-        values = self._values(agents, side_by_side([state.things(self.FISH) for state in parsed]))
+        values = self._values(agents, side_by_side([state.entities_of(self.FISH) for state in parsed]))
         values = values.reshape(-1, 9, 9).max(2)
         values[np.arange(len(states)), self._last] += self.HABIT
         self._last = values.argmax(1)
@@ -149,11 +149,11 @@ class _Crossing:
     def __init__(self, state: State):
         """From `state` on."""
         self._cars, self._logs = (
-            [[float(thing[key]) for key in ("x", "y", "vx", "rx", "ry")] for thing in state.things(kind)]
+            [[float(thing[key]) for key in ("x", "y", "vx", "rx", "ry")] for thing in state.entities_of(kind)]
             for kind in (self.CAR, self.LOG)
         )
         self._water = set(np.flatnonzero((state.grid == self.WATER).any(axis=1)))
-        self._finish = float(state.things(self.FINISH)["y"][0])
+        self._finish = float(state.entities_of(self.FINISH)["y"][0])
         self._radius = float(state.agent["rx"])
         self._visited: set[tuple[int, int, int]] = set()
 
@@ -242,24 +242,25 @@ class FruitBotExpert(Expert):
         return np.array(self.actions, np.int32)[choices[:, :, self.LANES // 2].argmax(0)]
 
     def _ahead(self, state: State) -> np.ndarray:
-        things = state.things(*self.WORTH)
-        distance = things["y"] - state.agent["y"]
-        return things[(distance > -1) & (distance < self.SPEED * self.STEPS)]
+        entities = state.entities_of(*self.WORTH)
+        distance = entities["y"] - state.agent["y"]
+        return entities[(distance > -1) & (distance < self.SPEED * self.STEPS)]
 
-    def _worth(self, agents: np.ndarray, x: np.ndarray, things: np.ndarray) -> np.ndarray:
-        """What it is worth (N, T, L) to be at `x` (N, L) at each step, among `things` (N, F)."""
-        kinds = [things["type"] == kind for kind in self.WORTH]
+    def _worth(self, agents: np.ndarray, x: np.ndarray, entities: np.ndarray) -> np.ndarray:
+        """What it is worth (N, T, L) to be at `x` (N, L) at each step, among `entities` (N, F)."""
+        kinds = [entities["type"] == kind for kind in self.WORTH]
         worth, margin = (np.select(kinds, numbers) for numbers in zip(*self.WORTH.values(), strict=True))
-        fruit, present = ((things["type"] == kind)[..., None] for kind in (self.FRUIT, self.PRESENT))
+        fruit, present = ((entities["type"] == kind)[..., None] for kind in (self.FRUIT, self.PRESENT))
 
         y = agents["y"][:, None] + self.SPEED * np.arange(1, self.STEPS + 1)
-        gap = np.abs(y[:, None] - things["y"][..., None])
-        beside = gap < (things["ry"] + agents["ry"][:, None] + np.where(fruit[..., 0], 0, margin))[..., None]
+        gap = np.abs(y[:, None] - entities["y"][..., None])
+        half_height = entities["ry"] + agents["ry"][:, None] + np.where(fruit[..., 0], 0, margin)
+        beside = gap < half_height[..., None]
         # Fruit and presents count once: when closest, and when reached.
         beside &= ~fruit | (gap == gap.min(axis=2, keepdims=True))
         beside &= ~present | (beside.cumsum(axis=2) == 1)
-        reach = things["rx"] + agents["rx"][:, None] + margin
-        level = np.abs(x[:, None] - things["x"][..., None]) < reach[..., None]
+        reach = entities["rx"] + agents["rx"][:, None] + margin
+        level = np.abs(x[:, None] - entities["x"][..., None]) < reach[..., None]
         outside = np.abs(x - self.WIDTH / 2) > self.WIDTH / 2 - agents["rx"][:, None]
         contact = (beside * worth[..., None]).astype(np.float32)
         total = np.einsum("nft,nfl->ntl", contact, level.astype(np.float32))

@@ -20,7 +20,7 @@ import numpy as np
 
 from lapo.errors import UserError
 from lapo.experts import registry as experts
-from lapo.experts.expert import Explorer
+from lapo.experts.expert import NoisyExpert
 from lapo.games.table import GAMES, Visuals
 from lapo.games.vec_env import HELD_OUT_LEVELS, TRAIN_LEVELS, EpisodeTracker, VecEnv, simulator_version
 from lapo.runs.files import reading, write_json
@@ -95,7 +95,7 @@ class Chunk:
         if not self.noise:
             certain = np.zeros(self.num_envs, np.float32)
             return lambda frames: (expert.act(env.get_state()), certain)
-        explorer = Explorer(expert, self.noise, self.simulator_seed)
+        explorer = NoisyExpert(expert, self.noise, self.simulator_seed)
 
         def explore(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             actions, probability = explorer.draw(env.get_state())

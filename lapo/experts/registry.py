@@ -17,7 +17,7 @@ from lapo.experts.expert import DOWN, LEFT, LEFT_UP, NOOP, RIGHT, RIGHT_UP, UP, 
 from lapo.experts.planners import BigFishExpert, FruitBotExpert, LeaperExpert, MazeExpert
 from lapo.experts.search import SearchSettings, SimulatorSearch, Stretches
 from lapo.games import simulator_state
-from lapo.games.simulator_state import NO_WAY, State, cells, way_length
+from lapo.games.simulator_state import UNREACHABLE, State, cells, path_length
 from lapo.games.table import ACTIONS, check_game
 
 FIRE = ACTIONS.index("D")
@@ -36,10 +36,10 @@ def near(kind: int, worth: float, corners: bool = False) -> Callable[[State], fl
     """Progress that is `worth` so much per cell of the way to the nearest thing of a `kind`."""
 
     def progress(state: State) -> float:
-        things = state.things(kind)
-        if not len(things):
+        entities = state.entities_of(kind)
+        if not len(entities):
             return 0.0
-        return -worth * way_length(state, state.grid == FREE, cells(things), corners)
+        return -worth * path_length(state, state.grid == FREE, cells(entities), corners)
 
     return progress
 
@@ -51,38 +51,38 @@ def further_right(state: State) -> float:
 
 def boss_weakened(state: State) -> float:
     """Progress in bossfight."""
-    return -0.2 * float(state.things(2)["health"].sum())
+    return -0.2 * float(state.entities_of(2)["health"].sum())
 
 
 def orbs_eaten(state: State) -> float:
     """Progress in chaser: fewer orbs, or closer to the next."""
     orbs = np.argwhere(state.grid == 1002)
-    return -0.1 * len(orbs) - 0.01 * way_length(state, state.grid != 5, orbs)
+    return -0.1 * len(orbs) - 0.01 * path_length(state, state.grid != 5, orbs)
 
 
 def door_reached(state: State) -> float:
     """Progress in dodgeball: closer to somebody to hit or, after the last one, to the door."""
     wall, enemy, door, open_door = 1, 4, 5, 7
-    agent, enemies = state.agent, state.things(enemy)
+    agent, enemies = state.agent, state.entities_of(enemy)
     free = np.ones(state.grid.shape, bool)
     rows, columns = np.indices(free.shape) + 0.5
-    for thing in state.things(wall):
+    for thing in state.entities_of(wall):
         beside = np.abs(columns - thing["x"]) < thing["rx"] + agent["rx"]
         free &= ~(beside & (np.abs(rows - thing["y"]) < thing["ry"] + agent["ry"]))
     if len(enemies):
-        return -0.02 * min(way_length(state, free, cells(enemies)), 50.0)
-    return -0.1 * way_length(state, free, cells(state.things(door, open_door)))
+        return -0.02 * min(path_length(state, free, cells(enemies)), 50.0)
+    return -0.1 * path_length(state, free, cells(state.entities_of(door, open_door)))
 
 
 def exit_unlocked(state: State) -> float:
     """Progress in heist: fewer keys left, and closer to the exit or, while locked, to the next key."""
     lock, key, way_out, wall = 1, 2, 9, 51
-    keys, locks = state.things(key), state.things(lock)
+    keys, locks = state.entities_of(key), state.entities_of(lock)
     free = state.grid != wall
     free[tuple(cells(locks[np.isin(locks["theme"], keys["theme"])]).T)] = False
-    distance = way_length(state, free, cells(state.things(way_out)))
-    if distance >= NO_WAY:
-        distance = way_length(state, free, cells(keys))
+    distance = path_length(state, free, cells(state.entities_of(way_out)))
+    if distance >= UNREACHABLE:
+        distance = path_length(state, free, cells(keys))
     return -5.0 * len(keys) - 0.05 * distance
 
 
@@ -91,10 +91,10 @@ def diamonds_mined(state: State) -> float:
     boulders, diamonds, way_out = (1, 3), (2, 4), 6
     goals = np.argwhere(np.isin(state.grid, diamonds))
     if not len(goals):
-        goals = cells(state.things(way_out))
-    distance = way_length(state, ~np.isin(state.grid, boulders), goals)
-    if distance >= NO_WAY:  # boulders can be pushed, and fall
-        distance = 20 + way_length(state, np.ones(state.grid.shape, bool), goals)
+        goals = cells(state.entities_of(way_out))
+    distance = path_length(state, ~np.isin(state.grid, boulders), goals)
+    if distance >= UNREACHABLE:  # boulders can be pushed, and fall
+        distance = 20 + path_length(state, np.ones(state.grid.shape, bool), goals)
     return -0.05 * distance
 
 

@@ -46,7 +46,7 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
-class _Course:
+class _Plan:
     """A plan being carried out: its level, the time of its first action, its actions (T,)."""
 
     level: int
@@ -73,7 +73,7 @@ class SimulatorSearch(Expert):
         self._first = self._simulators(game, len(self._plans) + 1 + settings.random_plans)
         self._second = self._simulators(game, settings.variations)
         self._pairs = self._simulators(game, 2 * num_envs)
-        self._courses = [_Course(-1, 0, self._plans[0])] * num_envs
+        self._current = [_Plan(-1, 0, self._plans[0])] * num_envs
 
     @staticmethod
     def _simulators(game: str, number: int) -> VecEnv:
@@ -82,18 +82,18 @@ class SimulatorSearch(Expert):
     def act(self, states: list[bytes]) -> np.ndarray:
         """See `Expert`."""
         actions = [self._act(env, State(state)) for env, state in enumerate(states)]
-        return self.simplest(states, np.array(actions, np.int32))
+        return self.canonical_actions(states, np.array(actions, np.int32))
 
     def forget(self) -> None:
         """See `Expert`."""
-        self._courses = [_Course(-1, 0, self._plans[0])] * len(self._courses)
+        self._current = [_Plan(-1, 0, self._plans[0])] * len(self._current)
 
-    def simplest(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
+    def canonical_actions(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
         """See `Expert`; both actions are tried in the simulator."""
         simpler = np.array([self.settings.simpler.get(int(action), action) for action in actions], np.int32)
         if (simpler == actions).all():
             return actions
-        looks = [State(state).without_looks() for state in states]
+        looks = [State(state).strip_rendering() for state in states]
         self._pairs.set_state(looks + looks)
         self._pairs.step(np.concatenate([actions, simpler]))
         ends = [State(state).agent[list(MOTION)].tobytes() for state in self._pairs.get_state()]
@@ -102,13 +102,13 @@ class SimulatorSearch(Expert):
 
     def _act(self, env: int, state: State) -> int:
         level, time = state.episode
-        course = self._courses[env]
-        elapsed = time - course.start
-        if level != course.level or not 0 <= elapsed < self.settings.commit:
-            rest = course.actions[elapsed:] if level == course.level and elapsed > 0 else course.actions[:0]
-            course = self._courses[env] = _Course(level, time, self._search(state, rest))
+        plan = self._current[env]
+        elapsed = time - plan.start
+        if level != plan.level or not 0 <= elapsed < self.settings.commit:
+            rest = plan.actions[elapsed:] if level == plan.level and elapsed > 0 else plan.actions[:0]
+            plan = self._current[env] = _Plan(level, time, self._search(state, rest))
             elapsed = 0
-        return int(course.actions[elapsed])
+        return int(plan.actions[elapsed])
 
     def _search(self, state: State, rest: np.ndarray) -> np.ndarray:
         """The actions (T,) to take from `state`, where `rest` (at most T) is left of the last plan."""
@@ -139,7 +139,7 @@ class SimulatorSearch(Expert):
 
     def _try(self, simulator: VecEnv, state: State, plans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Score `plans` (P, T) by rewards, progress and death; returns scores (P,) and deaths, bool (P,)."""
-        simulator.set_state([state.without_looks()] * len(plans))
+        simulator.set_state([state.strip_rendering()] * len(plans))
         scores, alive, dead = np.zeros(len(plans)), np.ones(len(plans), bool), np.zeros(len(plans), bool)
         for t, actions in enumerate(plans.T):
             _, rewards, dones = simulator.step(actions)

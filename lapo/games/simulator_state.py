@@ -1,4 +1,4 @@
-"""What an environment's state, as `VecEnv.get_state` serialises it, says about a level and the things in it.
+"""What an environment's state, as `VecEnv.get_state` serialises it, says about a level and its entities.
 
 Dimensions: F entities (things that move), H, W the level's grid.
 """
@@ -15,7 +15,7 @@ ENTITY = np.dtype(
     + [(name, "<i4") for name in ("type", "image_type", "theme")]
     + [("unused", "V68"), ("health", "<f4"), ("unused_too", "V16")]
 )
-"""One thing in a level: centre, velocity and half size in grid cells, then what it is (0: the agent)."""
+"""One entity: centre, velocity and half size in grid cells, then what it is (0: the agent)."""
 
 # The parts of a state, in order: a number counts 4-byte words; a name tells how a part gives its own length.
 _LAYOUT = (
@@ -73,11 +73,11 @@ class State:
 
     @property
     def entities(self) -> np.ndarray:
-        """All things in the level, ENTITY (F,)."""
+        """All entities of the level, ENTITY (F,)."""
         offset = self.at["entities"]
         return np.frombuffer(self.data, ENTITY, self._int(offset - 4), offset)
 
-    def things(self, *types: int) -> np.ndarray:
+    def entities_of(self, *types: int) -> np.ndarray:
         """The entities of some types, ENTITY (F,)."""
         entities = self.entities
         return entities[np.isin(entities["type"], types)]
@@ -95,8 +95,8 @@ class State:
         width, height = struct.unpack_from("<2i", self.data, offset - 12)
         return np.frombuffer(self.data, "<i4", width * height, offset).reshape(height, width)
 
-    def without_looks(self) -> bytes:
-        """A state that plays on alike up to the end of the episode, but is cheap to load and to draw.
+    def strip_rendering(self) -> bytes:
+        """The state with the same dynamics up to the end of the episode, cheap to load and to render.
 
         Colours for pictures, no background, a view of one cell; without the random numbers that only make
         new levels.
@@ -115,33 +115,33 @@ class State:
         return struct.unpack_from("<i", self.data, offset)[0]
 
 
-def side_by_side(things: list[np.ndarray]) -> np.ndarray:
-    """The things of N environments, ENTITY (N, F), filled up with some of type -1, far away."""
-    filled = np.zeros((len(things), max(1, *map(len, things))), ENTITY)
+def side_by_side(entities: list[np.ndarray]) -> np.ndarray:
+    """The entities of N environments, ENTITY (N, F), filled up with some of type -1, far away."""
+    filled = np.zeros((len(entities), max(1, *map(len, entities))), ENTITY)
     filled["x"], filled["type"] = 1e6, -1
-    for row, each in zip(filled, things, strict=True):
+    for row, each in zip(filled, entities, strict=True):
         row[: len(each)] = each
     return filled
 
 
-# ---------------------------------------------------------------------------------------- ways on the grid
+# ---------------------------------------------------------------------------------------- paths on the grid
 
 NEIGHBOURS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 """Row and column steps to the cells right, left, above and below."""
 CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
 """The same to the cells across a corner."""
-NO_WAY = 10_000
+UNREACHABLE = 10_000
 
 
 def grid_distances(free: np.ndarray, goals: np.ndarray) -> np.ndarray:
     """Steps from each cell of a grid to the nearest goal, over cells that are `free`, bool (H, W).
 
-    `goals` are rows and columns (G, 2). The result (H + 2, W + 2) has a border around the grid, and NO_WAY
-    wherever there is none.
+    `goals` are rows and columns (G, 2). The result (H + 2, W + 2) has a border around the grid; where no
+    path leads, it is UNREACHABLE.
     """
     height, width = free.shape[0] + 2, free.shape[1] + 2
     is_free = np.pad(free, 1).ravel().tolist()
-    distances = [NO_WAY] * (height * width)
+    distances = [UNREACHABLE] * (height * width)
     frontier = deque((int(row) + 1) * width + int(column) + 1 for row, column in goals)
     for cell in frontier:
         distances[cell] = 0
@@ -155,16 +155,16 @@ def grid_distances(free: np.ndarray, goals: np.ndarray) -> np.ndarray:
     return np.array(distances).reshape(height, width)
 
 
-def cells(things: np.ndarray) -> np.ndarray:
-    """Rows and columns (F, 2) of the cells in which `things` (F,) are."""
-    return np.stack([things["y"], things["x"]], axis=1).astype(int)
+def cells(entities: np.ndarray) -> np.ndarray:
+    """Rows and columns (F, 2) of the cells in which `entities` (F,) are."""
+    return np.stack([entities["y"], entities["x"]], axis=1).astype(int)
 
 
-def way_length(state: State, free: np.ndarray, goals: np.ndarray, corners: bool = False) -> float:
-    """Length of the agent's way to the nearest of `goals` (G, 2), through the centres of `free` cells (H, W).
+def path_length(state: State, free: np.ndarray, goals: np.ndarray, corners: bool = False) -> float:
+    """Length of the agent's path to the nearest of `goals` (G, 2), through centres of `free` cells (H, W).
 
-    It leads through the agent's cell or one beside, with `corners` perhaps across a corner. At least NO_WAY
-    where there is none.
+    The path starts in the agent's cell or a neighbour of it, with `corners` also a diagonal one. At least
+    UNREACHABLE where there is none.
     """
     distances = _known_distances(free.tobytes(), free.shape, np.asarray(goals, int).tobytes())
     # Cell k of the bordered grid has its centre at k.

@@ -100,11 +100,11 @@ def latents(views: list[LatentView], ta: np.ndarray, names: list[str], title: st
         right.set_yticks(range(len(names)), names, fontsize=9)
         right.set(xlabel="action read from the latent action", ylabel="true action")
         for row, column in np.ndindex(view.confusion.shape):
-            share = view.confusion[row, column]
-            if share >= 0.005:
-                color = "white" if share > 0.6 else "black"
-                right.text(column, row, f"{share:.0%}", ha="center", va="center", color=color, fontsize=8)
-        figure.colorbar(image, ax=right, shrink=0.8, format="{x:.0%}", label="share of the row")
+            fraction = view.confusion[row, column]
+            if fraction >= 0.005:
+                color = "white" if fraction > 0.6 else "black"
+                right.text(column, row, f"{fraction:.0%}", ha="center", va="center", color=color, fontsize=8)
+        figure.colorbar(image, ax=right, shrink=0.8, format="{x:.0%}", label="fraction of the row")
     return figure
 
 

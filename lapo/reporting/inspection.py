@@ -19,8 +19,8 @@ from lapo.runs.compute import Compute
 
 MAX_WINDOWS = 4096
 BLOCK = 64
-"""A linear map is fitted to every other block of so many windows (fewer where there are few), and judged on
-those between: both parts see all environments, and few windows have a neighbour in the other part."""
+"""Windows per block (fewer where there are few). A linear map is fitted to every other block and evaluated on
+the others: both halves see all environments, and few windows have a neighbour in the other half."""
 MIN_WINDOWS = 8
 """An action that fewer of the windows fitted to have is not shown."""
 EXAMPLES = 5
@@ -38,7 +38,7 @@ class LatentView:
     xy: np.ndarray
     """(M, 2) projected latent actions."""
     confusion: np.ndarray
-    """(A, A): of the windows with true action `row`, the share that is read as `column`."""
+    """(A, A): of the windows with true action `row`, the fraction that is read as `column`."""
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ class Inspection:
             la_q = self.idm(stack_frames(self.windows.gather(torch.stack(typical))))[1].la_q
             tried = [self.world_model(images, la.expand(len(images), -1)) for la in la_q]
         predicted = torch.stack(tried, 1)  # (CANDIDATES, K, C, H, W)
-        spread = predicted.var(1).mean((1, 2, 3))
+        variance = predicted.var(1).mean((1, 2, 3))
         cases = []
         for part in torch.arange(CANDIDATES).tensor_split(STATES):
-            best = part[spread[part].argmax()]
+            best = part[variance[part].argmax()]
             cases.append(WhatIf(frames[best].cpu().numpy(), to_frames(predicted[best]), self.names))
         return cases
 
@@ -192,8 +192,8 @@ def discriminate(fit: Tensor, ta: Tensor, la: Tensor) -> tuple[Tensor, Tensor]:
     """Linear discriminant analysis (Fisher 1936, Rao 1948), fitted to `fit` and applied to `la` (M, D).
 
     `fit` (B, D) has the classes `ta` (B,), each of 0 to A-1 among them. Returns the two directions in which
-    the classes' means differ most, measured by the spread around them, (M, 2), and the likeliest class under
-    normal distributions of equal covariance, (M,). Scaling or rotating the latents changes neither.
+    the classes' means differ most, relative to the variance around them, (M, 2), and the likeliest class
+    under normal distributions of equal covariance, (M,). Scaling or rotating the latents changes neither.
     """
     fit, la, one_hot = fit.double(), la.double(), F.one_hot(ta).double()
     prior = one_hot.mean(0)

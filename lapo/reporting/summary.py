@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from lapo.acting import judge, random_actor
+from lapo.acting import evaluate_actor, random_actor
 from lapo.config import Config, to_dict
 from lapo.errors import UserError
 from lapo.games.table import GAMES, relative_return
@@ -18,48 +18,48 @@ MODES = ("bc", "scratch", "offline", "online")
 STAGES = ("stage1", "stage2", *(f"stage3_{mode}" for mode in MODES))
 
 
-def read_records(cfg: Config) -> dict[str, "Record"]:
-    """The records of all stages of a run that have saved something.
+def read_outputs(cfg: Config) -> dict[str, "StageOutput"]:
+    """The outputs of all stages of a run that have saved something.
 
     Raises `UserError` if there is none, or if one is damaged.
     """
-    records = {stage: Record.read(cfg.run_dir / stage) for stage in STAGES}
-    records = {stage: record for stage, record in records.items() if record}
-    if not records:
+    outputs = {stage: StageOutput.read(cfg.run_dir / stage) for stage in STAGES}
+    outputs = {stage: output for stage, output in outputs.items() if output}
+    if not outputs:
         raise UserError(
             f"{cfg.run_dir} has no stage to report on; the first is made with"
             f" `python stage1.py --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed}`"
         )
-    return records
+    return outputs
 
 
-def summarize(cfg: Config, records: dict[str, "Record"]) -> dict:
+def summarize(cfg: Config, outputs: dict[str, "StageOutput"]) -> dict:
     """All numbers of a report, as plain data."""
     return {
         "env": cfg.env,
         "exp": cfg.exp,
         "seed": cfg.seed,
-        "stages": stages(records),
-        "learnt": learnt(records),
-        "returns": returns(cfg, records),
+        "stages": stages(outputs),
+        "learnt": learnt(outputs),
+        "returns": returns(cfg, outputs),
         "visuals": cfg.visuals,
         "eval": to_dict(cfg.eval),
     }
 
 
-def stages(records: dict[str, "Record"]) -> dict[str, dict | None]:
-    """How far every stage has come, see `Record.progress`, and which stages it was built on are `stale`."""
-    weights = {stage: weights_of(records[stage].checkpoint) for stage in STAGES[:2] if stage in records}
+def stages(outputs: dict[str, "StageOutput"]) -> dict[str, dict | None]:
+    """Progress of every stage, see `StageOutput.progress`, and which of the stages below it are `stale`."""
+    weights = {stage: weights_of(outputs[stage].checkpoint) for stage in STAGES[:2] if stage in outputs}
     return {
-        stage: record.progress() | {"stale": stale(record.checkpoint, weights)}
-        if (record := records.get(stage))
+        stage: output.progress() | {"stale": stale(output.checkpoint, weights)}
+        if (output := outputs.get(stage))
         else None
         for stage in STAGES
     }
 
 
 @dataclass(frozen=True)
-class Record:
+class StageOutput:
     """What one stage has left behind."""
 
     checkpoint: dict
@@ -67,8 +67,8 @@ class Record:
     """Of metrics.jsonl."""
 
     @classmethod
-    def read(cls, folder: Path) -> "Record | None":
-        """The record of the stage in `folder`, None if it has saved nothing.
+    def read(cls, folder: Path) -> "StageOutput | None":
+        """The output of the stage in `folder`, None if it has saved nothing.
 
         Raises `UserError` if something is damaged or kept from being read.
         """
@@ -98,10 +98,10 @@ class Record:
         return {"steps": steps, "finished": self.checkpoint["finished"], "seconds": round(seconds)}
 
 
-def learnt(records: dict[str, Record]) -> dict[str, float | None]:
+def learnt(outputs: dict[str, StageOutput]) -> dict[str, float | None]:
     """What stages 1 and 2 have learnt, on held-out frames; None for what has not been measured."""
-    stage1, stage2 = (records[stage].metrics if stage in records else {} for stage in STAGES[:2])
-    vq = records["stage1"].checkpoint["config"]["vq"] if stage1 else {}
+    stage1, stage2 = (outputs[stage].metrics if stage in outputs else {} for stage in STAGES[:2])
+    vq = outputs["stage1"].checkpoint["config"]["vq"] if stage1 else {}
     error, copying = stage1.get("wm_loss_test"), stage1.get("copy_loss_test")
     return {
         "wm_loss": error,
@@ -117,19 +117,19 @@ def learnt(records: dict[str, Record]) -> dict[str, float | None]:
     }
 
 
-def returns(cfg: Config, records: dict[str, Record]) -> dict[str, dict]:
-    """Returns on held-out levels of the policies judged so far, the random policy and the expert.
+def returns(cfg: Config, outputs: dict[str, StageOutput]) -> dict[str, dict]:
+    """Returns on held-out levels of the policies evaluated so far, the random policy and the expert.
 
     Empty when there is no policy to compare.
     """
-    judged = {}
+    rows = {}
     for mode in MODES:
-        record = records.get(f"stage3_{mode}")
-        if record and "return_mean" in record.metrics:
-            judged[mode] = result(cfg, record.metrics, source=made_from(mode, record))
-    if not judged:
+        output = outputs.get(f"stage3_{mode}")
+        if output and "return_mean" in output.metrics:
+            rows[mode] = result(cfg, output.metrics, source=made_from(mode, output))
+    if not rows:
         return {}
-    return {"random": random_return(cfg), **judged, "expert": expert_return(cfg)}
+    return {"random": random_return(cfg), **rows, "expert": expert_return(cfg)}
 
 
 def result(cfg: Config, metrics: dict, source: str) -> dict:
@@ -144,10 +144,10 @@ def result(cfg: Config, metrics: dict, source: str) -> dict:
     }
 
 
-def made_from(mode: str, record: Record) -> str:
+def made_from(mode: str, output: StageOutput) -> str:
     """What the policy of a mode of stage 3 is made from, in words."""
-    labels = f"{record.checkpoint['config']['offline']['labels']:,} labels"
-    rewards = f"{record.progress()['steps']:,} env steps"
+    labels = f"{output.checkpoint['config']['offline']['labels']:,} labels"
+    rewards = f"{output.progress()['steps']:,} env steps"
     return {
         "bc": labels,
         "scratch": rewards,
@@ -157,13 +157,13 @@ def made_from(mode: str, record: Record) -> str:
 
 
 def random_return(cfg: Config) -> dict:
-    """The random policy's row: that of the last summary, if it was judged alike, or else played now."""
+    """The random policy's row: that of the last summary, if it was evaluated alike, or else played now."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         last = json.loads((cfg.run_dir / "summary.json").read_text(encoding="utf-8"))
         if (last["eval"], last["visuals"]) == (to_dict(cfg.eval), cfg.visuals):
             return last["returns"]["random"]
     print(f"the random policy plays {cfg.eval.episodes} episodes")
-    played = judge(random_actor(cfg.seed), cfg.env, cfg.visuals, cfg.eval, cfg.seed)
+    played = evaluate_actor(random_actor(cfg.seed), cfg.env, cfg.visuals, cfg.eval, cfg.seed)
     metrics = {"return_mean": played.mean, "return_stderr": played.stderr, "episodes": played.episodes}
     return result(cfg, metrics, source="uniform actions")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lapo.config import Config
 from lapo.errors import UserError, say
 from lapo.runs.graphs import Replayed
-from lapo.runs.ranks import launched, local_processes, local_rank, share
+from lapo.runs.ranks import launched, local_processes, local_rank, shard
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Compute:
         name = torch.cuda.get_device_name(self.device) if gpu else f"{torch.get_num_threads()} threads"
         precision = "bf16" if self.bf16 else "fp32"
         graphs = ", CUDA graphs" if self.graphs else ""
-        processes = f", {share().of} processes" if share().of > 1 else ""
+        processes = f", {shard().world_size} processes" if shard().world_size > 1 else ""
         return f"{self.device} ({name}), {precision}{', compiled' if self.compile else ''}{graphs}{processes}"
 
 

@@ -2,7 +2,7 @@
 
 Dimensions: W processes ("ranks"), one per GPU.
 
-Every rank reads its own share of the training chunks and computes 1/W of each batch. Gradients, metrics and
+Every rank reads its own shard of the training chunks and computes 1/W of each batch. Gradients, metrics and
 BatchNorm's running statistics are averaged over the ranks in every step, and the quantiser adds up its
 statistics over them (see models.py), so that all of them hold the same numbers after it. Rank 0 alone writes
 and prints. Every function here also serves the usual single process, at no cost.
@@ -29,21 +29,21 @@ QUIET, MEETING, PARTING = 10.0, 600.0, 30.0
 NOT_TORCHRUN = "if torchrun did not start this process, unset TORCHELASTIC_RUN_ID"
 
 
-class Share(NamedTuple):
-    """Which of the chunks a process reads: every `of`-th, from number `rank` on."""
+class Shard(NamedTuple):
+    """Which of the chunks a process reads: every `world_size`-th, from number `rank` on."""
 
     rank: int = 0
-    of: int = 1
+    world_size: int = 1
 
 
-def share() -> Share:
-    """This process's share."""
-    return Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Share()
+def shard() -> Shard:
+    """This process's shard."""
+    return Shard(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Shard()
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes."""
-    return share().rank == 0
+def is_main() -> bool:
+    """Whether this is rank 0, the process that writes."""
+    return shard().rank == 0
 
 
 def by_torchrun() -> bool:
@@ -84,7 +84,7 @@ def expect_one_process(script: str) -> None:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def distributed() -> Iterator[None]:
     """Meet the other processes that torchrun has started, and part from them at the end.
 
     All but the first print nothing on stdout, and a `UserError` that several of them raise is reported once.
@@ -135,7 +135,7 @@ def _meet() -> dist.Store:
 
     def meet() -> dist.Store:
         store, rank, of = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING)))
-        # Numbers on the CPU are reduced too, see `greatest`: by default NCCL would be the only backend.
+        # Numbers on the CPU are reduced too, see `all_max`: by default NCCL would be the only backend.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=of)
         return store
@@ -174,12 +174,12 @@ def _aside(function: Callable[[], T]) -> Future[T]:
     return future
 
 
-def part_of_batch(batch_size: int) -> int:
-    """How many of a batch's windows this process computes. Raises `UserError` if they cannot be shared."""
-    part, rest = divmod(batch_size, share().of)
+def per_rank_batch(batch_size: int) -> int:
+    """Windows of a batch that this process computes. Raises `UserError` if they cannot be shared."""
+    part, rest = divmod(batch_size, shard().world_size)
     if rest:
         raise UserError(
-            f"a batch of {batch_size} windows cannot be shared by {share().of} processes;"
+            f"a batch of {batch_size} windows cannot be shared by {shard().world_size} processes;"
             " choose a batch size that is a multiple of their number"
         )
     return part
@@ -188,20 +188,20 @@ def part_of_batch(batch_size: int) -> int:
 @torch.no_grad()
 def average(tensors: Sequence[Tensor]) -> None:
     """Replace fp32 `tensors` on one device by their means over the ranks, in place, in one collective."""
-    if share().of == 1:
+    if shard().world_size == 1:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
-    flat /= share().of
+    flat /= shard().world_size
     parts = flat.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(
         list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
     )
 
 
-def greatest(*values: int) -> tuple[int, ...]:
-    """The greatest of every value over the ranks; returns when all of them have asked."""
-    if share().of == 1:
+def all_max(*values: int) -> tuple[int, ...]:
+    """The maximum of each value over the ranks; a barrier for all of them."""
+    if shard().world_size == 1:
         return values
     tensor = torch.tensor(values)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -210,6 +210,6 @@ def greatest(*values: int) -> tuple[int, ...]:
 
 def expect_same(value: int, what: str) -> None:
     """Raise `UserError` unless `value` is the same number for all ranks; `what` says what may be wrong."""
-    high, low = greatest(value, -value)
+    high, low = all_max(value, -value)
     if high != -low:
         raise UserError(f"{what} ({-low} for one, {high} for another)")

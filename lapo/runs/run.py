@@ -31,21 +31,21 @@ from lapo.errors import STOPPING, UserError, handle_signals, say
 from lapo.runs.checkpoints import FORMAT, checksum, leaves, load_checkpoint, provenance, saved_config, stale
 from lapo.runs.compute import Compute, rng_state, set_rng_state, to_floats
 from lapo.runs.files import atomic_write, lock, reading, writing
-from lapo.runs.ranks import by_torchrun, expect_same, greatest, is_first
+from lapo.runs.ranks import all_max, by_torchrun, expect_same, is_main
 from lapo.runs.tracking import NoTracking, start_wandb
 
 NEUTRAL = "log_every", "save_every"
 """Keys of the config's groups on which no number depends."""
-EXPLODED = 1e6
-"""No healthy loss or gradient norm comes near: frames lie in ±0.5 and rewards are normalised, so that losses
-are of order one, and of order ten while codes that the published quantiser's start threw far away return."""
+MAX_LOSS = 1e6
+"""No healthy loss or gradient norm comes near this. Frames lie in ±0.5 and rewards are normalised, so losses
+are of order one, or of order ten while codes that the published quantiser's start threw far away return."""
 
 
 class Run:
     """One run of a stage, new or continued.
 
-    `reads` names the config keys and groups the stage's numbers depend on: a continued or finished run must
-    have the same. `built_on` holds checksums, by name, of what else they depend on: earlier stages (see
+    `config_keys` names the config keys and groups the stage's numbers depend on: a continued or finished run
+    must have the same. `built_on` holds checksums, by name, of what else they depend on: earlier stages (see
     `checkpoints.weights_of`) and frames. Places and `device` may change. `precision` is kept as it turned
     out: a run begun in bf16 does not go on in fp32 because another machine's `auto` means that.
 
@@ -60,7 +60,7 @@ class Run:
         self,
         cfg: Config,
         stage: str,
-        reads: tuple[str, ...],
+        config_keys: tuple[str, ...],
         compute: Compute,
         built_on: dict[str, str] | None = None,
     ):
@@ -71,7 +71,7 @@ class Run:
         self.checkpoint_path = self.dir / "checkpoint.pt"
         self.metrics_path = self.dir / "metrics.jsonl"
         self.step, self.finished, self.metrics, self.state = 0, False, {}, None
-        self._reads = ("env", "seed", "visuals", "precision", *reads)
+        self._config_keys = ("env", "seed", "visuals", "precision", *config_keys)
         self._wandb_id: str | None = None
         self._stop_signal = 0
         self._rng: dict | None = None
@@ -90,7 +90,7 @@ class Run:
         with writing(self.dir, "nothing was changed"):
             self.dir.mkdir(parents=True, exist_ok=True)
         self._wandb = NoTracking()
-        if not self.finished and is_first():
+        if not self.finished and is_main():
             self._keep_others_out()
             atomic_write(
                 self.dir / "config.yaml",
@@ -138,7 +138,7 @@ class Run:
 
     def _relevant(self, cfg: Config) -> dict:
         """What of a configuration the run's numbers depend on."""
-        values = {key: value for key, value in to_dict(cfg).items() if key in self._reads}
+        values = {key: value for key, value in to_dict(cfg).items() if key in self._config_keys}
         for group in values.values():
             for key in NEUTRAL if isinstance(group, dict) else ():
                 group.pop(key, None)
@@ -177,7 +177,7 @@ class Run:
             desc=self.stage,
             mininterval=1 if sys.stderr.isatty() else 60,  # a log needs no line a second
             unit_scale=True,
-            disable=not is_first(),
+            disable=not is_main(),
         )
         if self._rng:
             set_rng_state(self._rng, self.device)
@@ -187,12 +187,12 @@ class Run:
                 self.step += 1
                 bar.update(scale)
                 overdue = time.monotonic() - self._saved > 60 * self.cfg.save_minutes
-                stop, overdue = greatest(self._stop_signal, overdue)
+                stop, overdue = all_max(self._stop_signal, overdue)
                 if stop or self.step == total or self.step % save_every == 0 or overdue:
                     self.save(state())
                 if stop:
                     bar.close()
-                    if is_first():
+                    if is_main():
                         say(f"stopped at step {self.step:,}; the same command continues")
                     sys.exit(128 + stop)
         finally:
@@ -216,9 +216,9 @@ class Run:
         if bad:
             raise self._diverged(f"{'.'.join(map(str, bad))} holds values that are not finite", self.step)
         self._means(self.step)  # what has exploded since the last line must not cost the good checkpoint
-        if is_first():
+        if is_main():
             self._write(state)
-        greatest()
+        all_max()
         self._saved = time.monotonic()
 
     def _write(self, state: dict) -> None:
@@ -250,7 +250,7 @@ class Run:
         self.metrics |= result or {}
         self.save(state)
         self._wandb.finish()
-        if is_first():
+        if is_main():
             (self.dir / "lock").unlink(missing_ok=True)
         self.report()
 
@@ -277,7 +277,7 @@ class Run:
         if bad:
             raise self._diverged(_listed(bad), step)
         line = {"step": step, **values, "seconds": round(time.monotonic() - self._started, 1)}
-        if is_first():
+        if is_main():
             with (
                 writing(self.metrics_path, self._kept()),
                 self.metrics_path.open("a", encoding="utf-8") as file,
@@ -293,9 +293,9 @@ class Run:
         Raises `UserError` when a loss or gradient norm among them has exploded.
         """
         means = {key: value / self._count for key, value in to_floats(self._sums).items()}
-        # Others may be huge in good health, such as the unexplained variance before the first reward.
+        # Others may be huge in good health, such as the explained variance before the first reward.
         watched = {key: value for key, value in means.items() if key.endswith(("loss", "grad_norm"))}
-        bad = {key: value for key, value in watched.items() if not abs(value) < EXPLODED}
+        bad = {key: value for key, value in watched.items() if not abs(value) < MAX_LOSS}
         if bad:
             raise self._diverged(_listed(bad), step)
         return means

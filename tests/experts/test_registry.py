@@ -5,11 +5,11 @@ import pytest
 
 from lapo.acting import Evaluation, play
 from lapo.errors import UserError
-from lapo.experts.expert import LEFT, NOOP, RIGHT, RIGHT_UP, UP, Expert, Explorer
+from lapo.experts.expert import LEFT, NOOP, RIGHT, RIGHT_UP, UP, Expert, NoisyExpert
 from lapo.experts.planners import FruitBotExpert
 from lapo.experts.registry import expert_name, find_expert, make_expert
 from lapo.experts.search import SearchSettings, SimulatorSearch
-from lapo.games.simulator_state import NO_WAY, State, cells, grid_distances, side_by_side, way_length
+from lapo.games.simulator_state import UNREACHABLE, State, cells, grid_distances, path_length, side_by_side
 from lapo.games.table import GAMES
 from lapo.games.vec_env import HELD_OUT_LEVELS, VecEnv
 
@@ -56,7 +56,7 @@ def test_states_without_looks_play_on_alike(game: str) -> None:
     for _ in range(20):
         env.step(rng.integers(15, size=8))
     states = env.get_state()
-    simulator.set_state([State(state).without_looks() for state in states])
+    simulator.set_state([State(state).strip_rendering() for state in states])
     playing = np.ones(8, bool)
     for _ in range(40):
         actions = rng.integers(15, size=8)
@@ -135,7 +135,7 @@ def test_jumper_expert_finds_the_carrot() -> None:
 def test_explorer_takes_its_share_of_random_actions() -> None:
     env = VecEnv("maze", 50, seed=0, num_threads=0)
     expert, rare, always = (make_expert("maze", 50) for _ in range(3))
-    rare, always = Explorer(rare, 0.2, seed=1), Explorer(always, 1.0, seed=1)
+    rare, always = NoisyExpert(rare, 0.2, seed=1), NoisyExpert(always, 1.0, seed=1)
     other, counts = 0, np.zeros(15, int)
     for _ in range(40):
         states = env.get_state()
@@ -157,13 +157,13 @@ class Jumper(Expert):
     def act(self, states: list[bytes]) -> np.ndarray:
         return np.full(len(states), RIGHT_UP, np.int32)
 
-    def simplest(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
+    def canonical_actions(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
         in_the_air = np.array([state == b"air" for state in states])
         return np.where(in_the_air & (actions == RIGHT_UP), RIGHT, actions)
 
 
 def test_probability_of_what_an_explorer_does_counts_all_ways_to_it() -> None:
-    explorer, states = Explorer(Jumper(), 0.4, seed=0), [b"air", b"ground"] * 2000
+    explorer, states = NoisyExpert(Jumper(), 0.4, seed=0), [b"air", b"ground"] * 2000
     actions, probability = explorer.draw(states)
     assert actions.dtype == np.int32
     expected = {
@@ -186,10 +186,10 @@ def test_simplest_action_has_the_same_effect() -> None:
     for _ in range(30):
         actions = rng.choice(expert.actions, 8).astype(np.int32)
         states = env.get_state()
-        simplest = expert.simplest(states, actions)
-        simplified += (simplest != actions).sum()
+        canonical = expert.canonical_actions(states, actions)
+        simplified += (canonical != actions).sum()
         simulator.set_state(states)
-        _, rewards, dones = simulator.step(simplest)
+        _, rewards, dones = simulator.step(canonical)
         _, expected_rewards, expected_dones = env.step(actions)
         assert np.array_equal(rewards, expected_rewards)
         assert np.array_equal(dones, expected_dones)
@@ -292,8 +292,8 @@ def test_way_length_is_the_distance_on_the_grid() -> None:
         free = state.grid != 51
         goals = np.argwhere(state.grid == 2)
         row, column = cells(state.agent[None])[0]
-        assert way_length(state, free, goals) == grid_distances(free, goals)[row + 1, column + 1]
-        assert way_length(state, free, goals[:0]) >= NO_WAY
+        assert path_length(state, free, goals) == grid_distances(free, goals)[row + 1, column + 1]
+        assert path_length(state, free, goals[:0]) >= UNREACHABLE
 
 
 def test_things_are_filled_up_with_some_far_away() -> None:

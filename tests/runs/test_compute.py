@@ -161,7 +161,7 @@ def test_one_step_of_stage_1_in_bf16_is_close_to_fp32():
     results = []
     for bf16 in (False, True):
         with Compute(torch.device("cpu"), bf16, False).autocast():
-            la = idm.label(images)
+            la = idm.infer_latents(images)
             predicted = world_model(images[:, :6], la)
         loss = F.mse_loss(predicted, images[:, 6:])
         idm.zero_grad(), world_model.zero_grad()

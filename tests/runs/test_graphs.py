@@ -89,7 +89,7 @@ def train_online(cfg: Config, compute: Compute) -> list[Any]:
         metrics = []
         for update in range(1, 4):
             metrics.append(trainer.improve(1000 * update, trainer.collect()))
-            trainer.decoder.label(trainer.rollout)
+            trainer.decoder.infer_latents(trainer.rollout)
         return [metrics, trainer.policy.state_dict(), trainer.decoder.la, trainer.decoder.ta]
 
 

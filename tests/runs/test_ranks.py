@@ -28,14 +28,14 @@ from lapo.models import VectorQuantizer, make_idm, make_latent_policy, make_worl
 from lapo.runs import ranks
 from lapo.runs.checkpoints import load_checkpoint
 from lapo.runs.compute import Compute, seed_everything
-from lapo.runs.ranks import Share, average, expect_same, greatest, is_first, joined, part_of_batch, share
+from lapo.runs.ranks import Shard, all_max, average, distributed, expect_same, is_main, per_rank_batch, shard
 from support import LAPO, PATIENCE, ROOT, Workplace, numbered_frames, read_numbers, write_chunk, write_game
 
 CPU = torch.device("cpu")
 PLAIN = Compute(CPU, bf16=False, compile=False)
 
 
-# ---------------------------------------------------------------- shares of the data
+# ---------------------------------------------------------------- shards of the data
 
 
 @pytest.fixture
@@ -46,20 +46,20 @@ def counted(tmp_path: Path) -> Path:
     return tmp_path / "train"
 
 
-def shares_of(folder: Path, kind: Callable[..., Windows], **options: int) -> list[Windows]:
-    return [kind(folder, device=CPU, share=Share(rank, 2), **options) for rank in range(2)]
+def shards_of(folder: Path, kind: Callable[..., Windows], **options: int) -> list[Windows]:
+    return [kind(folder, device=CPU, shard=Shard(rank, 2), **options) for rank in range(2)]
 
 
 def test_shares_are_disjoint_and_together_everything(counted):
-    everything, shares = Windows(counted, device=CPU), shares_of(counted, Windows)
-    first, second = ([int(x) for x in read_numbers(w.gather(w.all()))[:, 0]] for w in shares)
+    everything, shards = Windows(counted, device=CPU), shards_of(counted, Windows)
+    first, second = ([int(x) for x in read_numbers(w.gather(w.all()))[:, 0]] for w in shards)
     assert sorted(first + second) == read_numbers(everything.gather(everything.all()))[:, 0].tolist()
     assert {number // 100 for number in first} == {0, 2, 4}
 
 
 def test_an_epoch_of_a_share_visits_each_of_its_windows_once(counted):
-    rolling = shares_of(counted, RollingWindows, pool_chunks=1)
-    for windows in shares_of(counted, Windows) + rolling:
+    rolling = shards_of(counted, RollingWindows, pool_chunks=1)
+    for windows in shards_of(counted, Windows) + rolling:
         batches = [windows.batch(step, 1, seed=3) for step in range(len(windows))]
         assert sorted(torch.cat(batches).tolist()) == list(range(len(windows)))
 
@@ -67,19 +67,19 @@ def test_an_epoch_of_a_share_visits_each_of_its_windows_once(counted):
 def test_shares_of_equal_size_are_not_served_in_the_same_order(tmp_path):
     for k in range(2):
         write_chunk(tmp_path / f"{k}.npz", numbered_frames(np.arange(40)))
-    orders = [Windows(tmp_path, device=CPU, share=Share(rank, 2)).batch(0, 38, seed=0) for rank in range(2)]
+    orders = [Windows(tmp_path, device=CPU, shard=Shard(rank, 2)).batch(0, 38, seed=0) for rank in range(2)]
     assert orders[0].tolist() != orders[1].tolist()
 
 
 def test_fewer_chunks_than_processes_are_refused(counted):
     with pytest.raises(UserError, match=r"in use \(3\) cannot be shared by 4 processes.*start fewer"):
-        Windows(counted, device=CPU, limit=3, share=Share(0, 4))
+        Windows(counted, device=CPU, limit=3, shard=Shard(0, 4))
 
 
 def test_a_run_does_not_go_on_with_another_number_of_processes(counted):
-    alone, shared = Windows(counted, device=CPU), Windows(counted, device=CPU, share=Share(0, 2))
+    alone, shared = Windows(counted, device=CPU), Windows(counted, device=CPU, shard=Shard(0, 2))
     with pytest.raises(UserError, match=r"chunks: 3 → 5; processes: 2 → 1"):
-        alone.expect_order(shared.order)
+        alone.check_data_order(shared.data_order)
 
 
 @pytest.mark.parametrize(
@@ -94,21 +94,21 @@ def test_without_held_out_frames_every_process_measures_the_shares_of_all(
     monkeypatch.setattr(data_loader, "free_bytes", lambda device: room * 64 * 64 * 3)
     place, game = counted.parent.parent, counted.parent.name
     cfg = load_config(["--env", game, "--data_dir", str(place), "--resident", resident])
-    monkeypatch.setattr(data_loader, "share", lambda: Share(0, 1))
+    monkeypatch.setattr(data_loader, "shard", lambda: Shard(0, 1))
     alone, measured = data_loader.read_splits(cfg, CPU)
     assert measured is alone
-    expected = numbers_of(measured, measured.spread(20))
+    expected = numbers_of(measured, measured.evenly_spaced(20))
     for rank in range(2):
-        monkeypatch.setattr(data_loader, "share", partial(Share, rank, 2))
+        monkeypatch.setattr(data_loader, "shard", partial(Shard, rank, 2))
         mine, measured = data_loader.read_splits(cfg, CPU)
-        assert numbers_of(measured, measured.spread(20)) == expected
+        assert numbers_of(measured, measured.evenly_spaced(20)) == expected
         assert isinstance(measured, RollingWindows) == rolling
         assert {number // 100 for number in numbers_of(mine, mine.all())} == [{0, 2, 4}, {1, 3}][rank]
     assert capsys.readouterr().out.count("test: no such folder, so the training windows are measured") == 3
 
 
 def numbers_of(windows: Windows, ids: Tensor) -> list[int]:
-    batches = [windows.gather(part) for part in windows.parts(ids, 7)]
+    batches = [windows.gather(part) for part in windows.iter_batches(ids, 7)]
     return np.concatenate([read_numbers(x)[:, 0] for x in batches]).tolist()
 
 
@@ -137,7 +137,7 @@ def free_port() -> int:
 def as_rank(rank: int, port: int, function: Callable[..., Any], file: Path, arguments: tuple) -> None:
     os.environ.update(variables(rank, port))
     torch.set_num_threads(1)
-    with joined():
+    with distributed():
         torch.save(function(*arguments), file)
 
 
@@ -164,7 +164,7 @@ def on_two_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) ->
 
 
 def collectives() -> dict[str, Any]:
-    mine = share().rank
+    mine = shard().rank
     x, y = torch.full((2, 3), float(mine)), torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T * (mine + 1)
     average([x, y])
     try:
@@ -173,14 +173,14 @@ def collectives() -> dict[str, Any]:
     except UserError as error:
         refused = str(error)
     expect_same(7, "unreachable")
-    return {"x": x, "y": y, "greatest": greatest(mine, 5 - mine), "first": is_first(), "refused": refused}
+    return {"x": x, "y": y, "max": all_max(mine, 5 - mine), "first": is_main(), "refused": refused}
 
 
 def test_collectives(tmp_path):
     for rank, result in enumerate(on_two_ranks(collectives, tmp_path)):
         assert torch.equal(result["x"], torch.full((2, 3), 0.5))
         assert torch.equal(result["y"], torch.tensor([[1.5, 4.5], [3.0, 6.0]]))
-        assert result["greatest"] == (1, 5)
+        assert result["max"] == (1, 5)
         assert result["first"] == (rank == 0)
         assert result["refused"] == "they differ (0 for one, 1 for another)"
 
@@ -194,7 +194,7 @@ def quantise(start: str, batches: Tensor) -> dict[str, Tensor]:
 
 def part_of(batch: Tensor) -> Tensor:
     """This rank's part of a batch: every second row of it, or everything in a single process."""
-    return batch[share().rank :: share().of]
+    return batch[shard().rank :: shard().world_size]
 
 
 def test_ranks_move_the_same_codebook_as_one_process(tmp_path):
@@ -269,13 +269,13 @@ def test_stage_2_on_two_ranks_is_stage_2_on_one(workplace, tmp_path):
 
 def refuse_batch() -> str:
     try:
-        return str(part_of_batch(9))
+        return str(per_rank_batch(9))
     except UserError as error:
         return str(error)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    assert part_of_batch(9) == 9
+    assert per_rank_batch(9) == 9
     for message in on_two_ranks(refuse_batch, tmp_path):
         assert message.startswith("a batch of 9 windows cannot be shared by 2 processes")
 
@@ -287,7 +287,7 @@ def alone(environment: dict[str, str]) -> BaseProcess:
     """A script's process of which torchrun's variables say that there is another one."""
 
     def meet() -> None:
-        with joined():
+        with distributed():
             raise AssertionError("there is nobody to meet")
 
     def run() -> None:
@@ -351,7 +351,7 @@ def test_a_plain_run_with_torchruns_variables_does_not_hang():
         from lapo.runs import ranks
         ranks.QUIET = 0.1
         def main():
-            with ranks.joined():
+            with ranks.distributed():
                 pass
         run_main(main)
     """
@@ -383,11 +383,11 @@ def test_half_of_torchruns_variables_are_a_mistake(monkeypatch, value, found):
 
 
 def fail_alone() -> None:
-    greatest(0)
+    all_max(0)
     dist.destroy_process_group = partial(time.sleep, 3600)  # as with NCCL, where others have ended
-    if share().rank == 1:
+    if shard().rank == 1:
         raise UserError("I alone cannot go on")
-    greatest(0)
+    all_max(0)
 
 
 def test_after_one_rank_has_failed_alone_none_hangs(tmp_path, monkeypatch, capfd):
@@ -471,7 +471,7 @@ def test_a_mistake_is_reported_once(workplace):
 
 
 def test_stage_3_is_for_one_process(monkeypatch):
-    monkeypatch.setattr(stage3_decode, "share", lambda: Share(0, 2))
+    monkeypatch.setattr(stage3_decode, "shard", lambda: Shard(0, 2))
     with pytest.raises(UserError, match="stage 3 runs in one process, not 2"):
         stage3_decode.main()
 

@@ -20,9 +20,9 @@ import lapo.runs.run
 from lapo import stage1_idm_wm
 from lapo.config import diff, to_dict
 from lapo.errors import UserError
-from lapo.reporting.summary import Record
+from lapo.reporting.summary import StageOutput
 from lapo.runs.checkpoints import FORMAT, load_checkpoint
-from lapo.runs.run import EXPLODED, Run
+from lapo.runs.run import MAX_LOSS, Run
 from lapo.runs.tracking import NoTracking
 from support import CPU, PATIENCE, largest_file, logged, result, tiny_run
 
@@ -126,11 +126,11 @@ def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(work
 @pytest.mark.parametrize("key", ["wm_loss", "grad_norm"])
 def test_what_explodes_stops_the_run_and_keeps_the_checkpoint(workplace, key):
     run = tiny_run(workplace)
-    run.track({key: torch.tensor(0.9 * EXPLODED), "unexplained_variance": 1e9})
+    run.track({key: torch.tensor(0.9 * MAX_LOSS), "explained_variance": 1e9})
     run.log(6)
     run.save({"weights": torch.ones(1)})
     before = run.checkpoint_path.read_bytes()
-    run.track({key: torch.tensor(2 * EXPLODED)})
+    run.track({key: torch.tensor(2 * MAX_LOSS)})
     with pytest.raises(
         UserError, match=rf"stage1: {key} is 2e\+06 at step 8; the last good checkpoint, .*kept"
     ):
@@ -148,7 +148,7 @@ def test_training_that_explodes_stops_at_the_next_line(workplace):
         match=r"stage1: loss is \S+e\+\d+ and \w+_loss is .* at step \d; .* try a lower learning rate",
     ):
         stage1_idm_wm.train(workplace.config(*schedule))
-    assert all(abs(line.get("loss", 0)) < EXPLODED for line in logged(workplace.run_dir("stage1")))
+    assert all(abs(line.get("loss", 0)) < MAX_LOSS for line in logged(workplace.run_dir("stage1")))
 
 
 def test_all_terms_that_are_no_good_are_named(workplace):
@@ -277,7 +277,7 @@ def test_seconds_are_those_of_all_sessions(workplace, monkeypatch):
             run.save({})
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     assert [(line["step"], line["seconds"]) for line in lines] == [(1, 10), (2, 12), (3, 28), (4, 29)]
-    assert Record.read(run.dir).progress()["seconds"] == 29
+    assert StageOutput.read(run.dir).progress()["seconds"] == 29
 
 
 def test_a_checkpoint_that_does_not_know_its_seconds_is_continued(workplace):
