@@ -1,17 +1,11 @@
 """How fast the stages run here: `python benchmark.py --stage 1 --compare plain --json out.json`.
 
-Options of its own; every key of the config is an option too, as in the stages (`--preset demo`):
-
-    --stage 1|2|3|load   what to measure; without it, everything: load is reading chunks of frames
-    --compare plain      also measure what the published code does, and give the ratio: fp32, not compiled,
-                         contiguous images, large freed blocks given back at once, the world model's first
-                         layer over all constant channels; stage 2 labelling at every visit, gradients into
-                         the IDM; stage 3 running the trunk forwards and backwards in every epoch of PPO and
-                         labelling every step
-    --repeats N          timed steps, of which the median one is shown (3)
-    --frames N           frames to train on or to load (8192; all 80 published chunks are 2621440); what is
-                         loaded are chunks that are all the same file: the disk's own speed plays no part
-    --json FILE          also write the numbers to this file
+Every key of the config is an option too, as in the stages (`--preset demo`). `--compare plain` measures what
+the published code does as well: fp32, not compiled, contiguous images, large freed blocks given back at once,
+the world model's first layer over all constant channels; stage 2 inferring latents at every visit, with
+gradients into the IDM; stage 3 running the trunk forwards and backwards in every epoch of PPO and inferring
+latents at every step. All 80 published chunks are `--frames 2621440`; the chunks that are loaded are links to
+one file, so the disk's speed plays no part.
 
 No data and no earlier stage is needed: stages 1 and 2 see random frames, stage 3 and load play `--env`.
 Weights are random, which changes no amount of work. What a run does once or now and then is spread over its
@@ -38,9 +32,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lapo.benchmarks.workloads import Lap, Make, check_plain_load, prepared
-from lapo.config import Config, load_config, to_dict
+from lapo.command_line import Parser
+from lapo.config import Config, parse_with_config, to_dict
 from lapo.data.chunks import WINDOW
-from lapo.errors import Parser, UserError, run_main
+from lapo.errors import UserError, run_main
 from lapo.games.table import check_game
 from lapo.reporting.tables import table
 from lapo.runs.checkpoints import provenance
@@ -52,27 +47,36 @@ STAGES = ("1", "2", "3", "load")
 
 def main() -> None:
     """Measure what the command line asks for."""
-    args, rest = parse(sys.argv[1:])
-    benchmark(args, load_config(rest, description=__doc__))
+    benchmark(*parse())
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this script, and the words of the command line that are not.
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """The options of this script, and the config.
 
     Raises `UserError` for an impossible value.
     """
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--stage", choices=STAGES)
-    parser.add_argument("--compare", choices=["plain"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--frames", type=int, default=8192)
-    parser.add_argument("--json", type=Path)
-    args, rest = parser.parse_known_args(argv)
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--stage",
+        choices=STAGES,
+        help="what to measure; without it, everything (load: reading chunks of frames)",
+    )
+    parser.add_argument(
+        "--compare",
+        choices=["plain"],
+        help="also measure what the published code computes, and give the ratio",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed steps, of which the median one is shown (3)"
+    )
+    parser.add_argument("--frames", type=int, default=8192, help="frames to train on or to load (8192)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    args, cfg = parse_with_config(parser, argv)
     for name, least in (("repeats", 1), ("frames", WINDOW)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; there must be at least {least}")
     check_json(args.json)
-    return args, rest
+    return args, cfg
 
 
 def benchmark(args: argparse.Namespace, cfg: Config) -> dict:

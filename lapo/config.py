@@ -1,9 +1,10 @@
-"""The typed view of `config.yaml`, and the command line made from it.
+"""The types and ranges of `config.yaml`, and `load_config`, which every script calls first.
 
-`load_config()` is what every script calls first. The YAML file holds the values, the dataclasses below hold
-types, ranges and help texts; a key that only one of the two knows is an error.
+`config.yaml` holds the values and explains them; the dataclasses below check them. A key that only one of the
+two knows is an error.
 """
 
+import argparse
 import math
 import re
 import sys
@@ -12,15 +13,16 @@ from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import tyro
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from lapo.command_line import Parser
 from lapo.errors import UserError
-from lapo.sources import merge, nested, read_options, read_yaml
+from lapo.sources import explanations, leaves, merge, nested, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = Path(__file__).resolve().parent / "config.yaml"
 
+HELP = {"-h", "--help"}
 PUBLISHED_STEPS = {"stage1": 50_000, "stage2": 60_000, "stage3": 4_000_000}
 """Steps of the published runs, in stage 3 env steps: the lengths that schedules are given for."""
 
@@ -61,15 +63,10 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
     train_chunks: Count
-    """Use at most this many training chunks, in order of their number, bad ones included."""
     test_chunks: Count
-    """The same for test chunks."""
     skip_resets: bool
-    """Leave out windows that touch an episode's end (the published code keeps them)."""
     pool_chunks: Count
-    """Chunks whose windows are mixed where they take turns; the device holds twice as many."""
     skip_bad_chunks: bool
-    """Name a damaged chunk and go on without it, instead of stopping."""
 
 
 @dataclass
@@ -78,11 +75,8 @@ class ModelConfig:
 
     __pydantic_config__ = STRICT
     idm_scale: Count
-    """Width multiplier of the IDM's IMPALA encoder."""
     policy_scale: Count
-    """Width multiplier of the policy's IMPALA encoder."""
     wm_width: Annotated[Int, Field(ge=2, multiple_of=2)]
-    """Base width of the world model's U-Net (even)."""
 
 
 @dataclass
@@ -91,23 +85,14 @@ class VQConfig:
 
     __pydantic_config__ = STRICT
     enabled: bool
-    """False: latents pass unquantised (the paper's no-VQ ablation)."""
     num_codebooks: Count
-    """Independent codebooks."""
     num_latents: Count
-    """Latent slots per codebook."""
     num_embs: Annotated[Int, Field(ge=2)]
-    """Codes per codebook."""
     emb_dim: Count
-    """Size of a code."""
     decay: Decay
-    """Decay of the moving averages that make the codes."""
     commitment_cost: NonNegative
-    """Weight of the commitment loss."""
     epsilon: Positive
-    """Laplace smoothing of the code counts."""
     start: Literal["published", "data"]
-    """Published: uniform codes, counts from zero. Data: codes drawn from the first batch, counts from one."""
 
     @property
     def la_dim(self) -> int:
@@ -121,21 +106,13 @@ class SupervisedConfig:
 
     __pydantic_config__ = STRICT
     steps: Count
-    """Optimisation steps."""
     batch_size: Annotated[Int, Field(ge=2)]
-    """Windows per step."""
     lr: Positive
-    """Learning rate (AdamW)."""
     lr_start: NonNegative
-    """Factor of lr at step 0."""
     lr_warmup: Count
-    """Step at which lr is reached, for a run of the published length."""
     lr_end: NonNegative
-    """Factor of lr one step after the last."""
     log_every: Count
-    """Steps between lines of metrics.jsonl."""
     save_every: Count
-    """Steps between checkpoints."""
 
 
 @dataclass
@@ -143,9 +120,7 @@ class Stage1Config(SupervisedConfig):
     """Stage 1: IDM and world model."""
 
     clip_norm: Positive
-    """Largest global gradient norm over IDM and world model."""
     probe_every: Count
-    """Steps between probes; the last step is always probed."""
 
 
 @dataclass
@@ -154,13 +129,9 @@ class ProbeConfig:
 
     __pydantic_config__ = STRICT
     windows: Annotated[Int, Field(ge=4)]
-    """Windows used at most; half train the probe, half test it. The world model sees up to 16,384."""
     hidden: Count
-    """Width of the probe's two hidden layers."""
     epochs: Count
-    """Passes over the probe's training half."""
     batch_size: Count
-    """Batch of the probe's training."""
 
 
 @dataclass
@@ -169,14 +140,9 @@ class Stage3Config:
 
     __pydantic_config__ = STRICT
     mode: Literal["online", "offline", "scratch", "bc"]
-    """How the acting policy is made: online (PPO + decoder), offline (decoder from labels), or a baseline:
-    scratch (PPO from random weights), bc (behaviour cloning of the labels without latents)."""
     steps: Count
-    """Environment steps (online, scratch)."""
     log_every: Count
-    """PPO updates between lines of metrics.jsonl."""
     save_every: Count
-    """PPO updates between checkpoints."""
 
 
 @dataclass
@@ -185,11 +151,8 @@ class Ramp:
 
     __pydantic_config__ = STRICT
     hold: Annotated[Int, Field(ge=0)]
-    """Env steps with factor 0 (at the published length)."""
     peak_at: Count
-    """Env steps at which the factor peaks (at the published length)."""
     peak: NonNegative
-    """The factor there."""
 
 
 @dataclass
@@ -198,35 +161,20 @@ class PPOConfig:
 
     __pydantic_config__ = STRICT
     num_envs: Count
-    """Environments stepped together."""
     rollout_steps: Count
-    """Steps of each environment per update."""
     minibatches: Count
-    """Minibatches per epoch."""
     epochs: Count
-    """Passes over a rollout."""
     gamma: Fraction
-    """Discount."""
     gae_lambda: Fraction
-    """Lambda of generalised advantage estimation."""
     clip: Positive
-    """Clip range of the policy's ratio and of the value's change."""
     entropy_coef: NonNegative
-    """Weight of the entropy bonus."""
     value_coef: NonNegative
-    """Weight of the value loss."""
     clip_norm: Positive
-    """Largest global gradient norm."""
     lr: Positive
-    """Learning rate of online mode, scaled by the three ramps."""
     policy_head: Ramp
-    """Ramp of the RL path's policy head."""
     value_head: Ramp
-    """Ramp of the value head."""
     fc: Ramp
-    """Ramp of the RL path's hidden layer."""
     scratch_lr: Positive
-    """Constant learning rate of scratch mode."""
 
 
 @dataclass
@@ -235,23 +183,15 @@ class DecoderConfig:
 
     __pydantic_config__ = STRICT
     hidden: Widths
-    """Widths of the hidden layers."""
     batch_size: Count
-    """Batch of the decoder's training."""
     epochs: Count
-    """Passes over all pairs at each training."""
     lr: Positive
-    """Learning rate (Adam)."""
     label_smoothing: Fraction
-    """Label smoothing of the cross-entropy."""
     start: Annotated[Int, Field(ge=0)]
-    """Env steps after which training starts (at the published length)."""
     until: Annotated[Int, Field(ge=0)]
     """Env steps at which it ends (at the published length)."""
     every_update_until: Annotated[Int, Field(ge=0)]
-    """Env steps up to which it is trained after every update (at the published length)."""
     every: Count
-    """Updates between trainings from then on."""
 
 
 @dataclass
@@ -260,13 +200,9 @@ class OfflineConfig:
 
     __pydantic_config__ = STRICT
     labels: Count
-    """Labelled expert frames (offline, bc)."""
     steps: Count
-    """Optimisation steps on them."""
     batch_size: Count
-    """Batch size (at most `labels`)."""
     lr: Positive
-    """Learning rate (Adam)."""
 
 
 @dataclass
@@ -275,15 +211,10 @@ class ExpertConfig:
 
     __pydantic_config__ = STRICT
     teacher: Literal["none", "planner"]
-    """None: PPO from scratch, with the numbers of `ppo`. Planner: DAgger, with the numbers of `dagger`."""
     scale: Count
-    """Width multiplier of the expert's IMPALA encoder; 1 makes a file of 2.5 MB."""
     steps: Count
-    """Environment steps of PPO."""
     log_every: Count
-    """PPO updates or rounds of DAgger between lines of metrics.jsonl."""
     save_every: Count
-    """PPO updates or rounds of DAgger between checkpoints."""
 
 
 @dataclass
@@ -292,21 +223,13 @@ class DaggerConfig:
 
     __pydantic_config__ = STRICT
     steps: Count
-    """Environment steps; the teacher labels every one."""
     num_envs: Count
-    """Environments stepped together."""
     rollout_steps: Count
-    """Steps of each environment per round."""
     teacher_until: Annotated[float, Field(gt=0, le=1)]
-    """Share of the run in which the teacher takes part; the share of its actions falls from 1 to 0."""
     buffer: Count
-    """Latest frames that are learnt from, in whole rounds, one at least."""
     updates: Count
-    """Optimisation steps per round."""
     batch_size: Count
-    """Frames per optimisation step."""
     lr: Positive
-    """Learning rate (Adam), falling to 0."""
 
     @property
     def round_steps(self) -> int:
@@ -330,11 +253,8 @@ class EvalConfig:
 
     __pydantic_config__ = STRICT
     episodes: Count
-    """Episodes played on held-out levels, rounded up to a multiple of num_envs."""
     num_envs: Count
-    """Environments played side by side."""
     greedy: bool
-    """Take the most likely action instead of a sample."""
 
 
 @dataclass
@@ -343,29 +263,17 @@ class Config:
 
     __pydantic_config__ = STRICT
     env: Name
-    """Procgen game, or any name with a folder in data_dir."""
     exp: Name
-    """Experiment: results lie in <results_dir>/<exp>/<env>/seed<seed>."""
     seed: Annotated[Int, Field(ge=0, lt=2**31)]
-    """Seed of everything random."""
     visuals: Literal["full", "plain"]
-    """How Procgen draws: full, as in the paper; plain: no backgrounds, one look for all levels."""
     data_dir: str
-    """Folder of the games' chunks; relative to the repository's root."""
     results_dir: str
-    """Folder of all results; relative to the repository's root."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
-    """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"]
-    """Auto: bf16 where the hardware computes it natively."""
     resident: Literal["auto", "always", "never"]
-    """Whether all training frames stay on the device; never: chunks take turns there; auto: if they fit."""
     compile: Literal["auto", "off", "on", "graphs"]
-    """Compile the training steps; graphs: launch them as CUDA graphs as well; auto: graphs for CUDA."""
     wandb: Literal["online", "offline", "disabled"]
-    """Weights & Biases; metrics.jsonl is written in any case."""
     save_minutes: Positive
-    """Longest time between checkpoints, beside each stage's save_every."""
     data: DataConfig
     model: ModelConfig
     vq: VQConfig
@@ -423,46 +331,90 @@ def validate(values: dict, kind: type = Config, source: str = "config") -> Any:
         raise UserError(_explain(error, kind, source)) from None
 
 
-def load_config(
-    argv: list[str] | None = None, description: str = "", short: dict[str, str] | None = None
-) -> Config:
-    """Read config.yaml, `--config`, `--preset` and the command line, in this order of precedence.
+def load_config(argv: list[str] | None = None, description: str = "") -> Config:
+    """The config that a command line asks for, by default that of this process, see `parse_with_config`."""
+    return parse_with_config(Parser(description), argv)[1]
 
-    Any key of the config is an option: `--stage1.lr 1e-4`, `--stage1.lr=1e-4`; a list takes several values,
-    and of an option given twice the last counts. `short` gives further names of keys. `--help` prints
-    `description` and all keys, and exits. Raises `UserError` for an unknown key, a wrong type, an impossible
+
+def parse_with_config(parser: Parser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """Parse a command line that holds the parser's own options and any key of the config.
+
+    The config comes from config.yaml, `--config` files, `--preset`s and the keys given as options, of which
+    later ones win: `--stage1.lr 1e-4`, `--stage1.lr=1e-4`, `--decoder.hidden 64,32`. An own option whose
+    `dest` is a key of the config sets that key. `--help` prints the own options and all keys with their
+    explanations and values, and exits. Raises `UserError` for an unknown option, a wrong type, an impossible
     value or schedule, or a missing file.
     """
-    options = read_options(sys.argv[1:] if argv is None else argv, short or {}, several=("config", "preset"))
-    files, presets = options.pop("config", []), options.pop("preset", [])
     values = read_yaml(DEFAULTS)
+    presets = values.pop("presets", {})
+    keys = _add_config_options(parser, values)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args([word for word in words if word not in HELP])
     source = DEFAULTS.name
-    for file in files:
+    for file in args.config:
         source = file
         values = merge(values, read_yaml(Path(file).expanduser()), source)
-    known = values.pop("presets", None) or {}
-    if not isinstance(known, dict):
-        raise UserError(f"{source}: 'presets' must hold one group of settings per name, found {known!r}")
-    for name in presets:
-        if name not in known:
-            raise UserError(f"unknown preset '{name}'; the presets are: {', '.join(known) or 'none'}")
+        presets = merge(presets, values.pop("presets", None), f"{source}: 'presets'")
+    for name in args.preset:
+        if name not in presets:
+            raise UserError(f"unknown preset '{name}'; the presets are: {', '.join(presets) or 'none'}")
         source = f"preset {name}"
-        values = merge(values, known[name], source)
+        values = merge(values, presets[name], source)
     cfg = validate(values, source=source)
-    if "help" in options:
-        tyro.cli(Config, default=cfg, args=["--help"], description=description + _HELP, config=(FLAGS,))
-    for key, words in options.items():
-        values = merge(values, nested(key, words), "the command line")
+    if HELP & set(words):  # only now, as files and presets change the values shown
+        now = leaves(to_dict(cfg))
+        for key, option in keys.items():
+            option.metavar = _shown(now[key])
+        parser.print_help()
+        parser.exit()
+    for key in keys.keys() & vars(args).keys():
+        values = merge(values, nested(key, getattr(args, key)), "the command line")
     cfg = validate(values, source="the command line")
     _check_schedules(cfg)
-    return cfg
+    return args, cfg
 
 
-FLAGS = tyro.conf.FlagConversionOff
-_HELP = """
-Every key of config.yaml is an option, shown with the value it has now. Also: --config FILE, a YAML file that
-names only what it changes, and --preset NAME, e.g. demo.
-"""
+def _add_config_options(parser: Parser, values: dict) -> dict[str, argparse.Action]:
+    """Make every key of `values` an option of `parser`; returns the options by key."""
+    parser.usage = "%(prog)s [--option value ...]"
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="YAML file that names only what it changes",
+    )
+    parser.add_argument(
+        "--preset",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="group of settings at the end of config.yaml, e.g. demo",
+    )
+    explained = explanations(DEFAULTS)
+    general = parser.add_argument_group("config.yaml")
+    groups = {
+        name: parser.add_argument_group(name, explained[name])
+        for name, x in values.items()
+        if isinstance(x, dict)
+    }
+    return {
+        key: groups.get(key.split(".")[0], general).add_argument(
+            f"--{key}",
+            nargs="+" if isinstance(value, list) else None,
+            default=argparse.SUPPRESS,
+            metavar=_shown(value),
+            help=explained[key].replace("%", "%%"),
+        )
+        for key, value in leaves(values).items()
+    }
+
+
+def _shown(value: Any) -> str | tuple[str, str]:
+    """A value as `--help` shows it; a list in the two forms that `argparse` wants."""
+    return (",".join(map(str, value)), "N") if isinstance(value, list) else str(value).lower()
 
 
 def _check_schedules(cfg: Config) -> None:

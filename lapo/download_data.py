@@ -11,14 +11,13 @@ import stat
 import sys
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import gdown
-import tyro
 from gdown.exceptions import DownloadError
 from tqdm import tqdm
 
+from lapo.command_line import Parser
 from lapo.config import ROOT
 from lapo.data.chunks import list_chunks
 from lapo.errors import UserError, run_main
@@ -47,19 +46,19 @@ FOLDER = "1XjpcfOm0NafPYFPnNtoHfhJ4nHVkQSB1"
 """Google Drive's id of the folder that holds them all."""
 
 
-@dataclass
-class Args:
-    """Download the published expert data, unpack it and remove the archives. What is there is left alone."""
-
-    games: tyro.conf.Positional[list[str]]
-    """Games to set up, or `all`."""
-    data_dir: Path = ROOT / "expert_data"
-    """Folder that receives <game>/train and <game>/test, and the archives meanwhile."""
-
-
 def main() -> None:
     """Set up every game asked for; exit with 2 if one is missing at the end."""
-    args = tyro.cli(Args)
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "games", nargs="*", metavar="game", help="games to set up, or all; what is there is left alone"
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=ROOT / "expert_data",
+        help="receives <game>/train and <game>/test, and the archives meanwhile (expert_data)",
+    )
+    args = parser.parse_args()
     unknown = [game for game in args.games if game not in (*ARCHIVES, "all")]
     if unknown or not args.games:
         found = f"'{unknown[0]}' has no archive" if unknown else "no game is named"

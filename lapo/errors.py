@@ -1,6 +1,5 @@
 """The one way a user's mistake is reported: a sentence on stderr and a non-zero exit code."""
 
-import argparse
 import contextlib
 import io
 import os
@@ -10,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """How schedulers, closed terminals and time limits tell a process to stop; beside them, Ctrl-C."""
@@ -18,13 +17,6 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 class UserError(Exception):
     """Something the user can mend; the message names the thing, what was found and the remedy."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises `UserError` for a mistake on the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"the command line: {message}")
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -5,13 +5,11 @@ published expert's. Any checkpoint of stage 3 or of train_expert.py will do (`--
 unfinished one as well.
 """
 
+import argparse
 import math
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
-
-import tyro
 
 from lapo.acting import (
     Act,
@@ -25,6 +23,7 @@ from lapo.acting import (
     random_actor,
     steps_played,
 )
+from lapo.command_line import Parser
 from lapo.config import Config, load_config, to_dict, validate
 from lapo.errors import UserError, run_main
 from lapo.experts.expert import Expert
@@ -36,69 +35,63 @@ from lapo.runs.files import check_json, write_json
 from lapo.runs.ranks import expect_one_process
 
 
-@dataclass
-class Arguments:
-    """Play a policy on levels that no recorded data shows, and print how well it does."""
-
-    exp: str
-    """Experiment whose policy plays."""
-    seed: int
-    """Seed of that experiment's run; also draws the levels and the actions."""
-    results_dir: str
-    """Folder of all results; relative to the repository's root."""
-    episodes: int
-    """Episodes played, rounded up to a multiple of num-envs."""
-    num_envs: int
-    """Environments played side by side."""
-    greedy: bool
-    """Take the most likely action instead of a sample."""
-    device: str
-    """auto, cpu, cuda or cuda:N."""
-    visuals: Visuals | None = None
-    """How the game is drawn: full or plain; without it, as in the checkpoint's training."""
-    env: str | None = None
-    """Game; without it, the checkpoint's own or config.yaml's."""
-    policy: Literal["online", "offline", "scratch", "bc", "random", "planner"] | None = None
-    """Which of the experiment's policies, online unless said. Two need no experiment: random is uniform, and
-    planner the game's expert without training, who reads the simulator's state."""
-    checkpoint: Path | None = None
-    """A checkpoint of stage 3 or of train_expert.py, in place of exp and policy."""
-    json: Path | None = None
-    """Also write the result to this file."""
-
-
 def main() -> None:
     """Play as the command line says."""
     expect_one_process("evaluate.py")
+    evaluate(*parse())
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """The command line, and the config that it makes. Raises `UserError` for an impossible one."""
     defaults = load_config([])
-    args = tyro.cli(
-        Arguments,
-        default=Arguments(
-            exp=defaults.exp,
-            seed=defaults.seed,
-            results_dir=defaults.results_dir,
-            device=defaults.device,
-            **to_dict(defaults.eval),
-        ),
+    parser = Parser(__doc__)
+    parser.add_argument("--env", help="game; without it, the checkpoint's own, or that of config.yaml")
+    parser.add_argument(
+        "--policy",
+        choices=("online", "offline", "scratch", "bc", "random", "planner"),
+        help="a mode of the experiment's stage 3 (online), uniform random actions, or the game's planner",
     )
-    evaluate(args, configure(args, defaults))
-
-
-def configure(args: Arguments, defaults: Config) -> Config:
-    """`defaults` with the arguments laid over them. Raises `UserError` for an impossible one."""
+    parser.add_argument("--exp", default=defaults.exp, help=f"experiment of that policy ({defaults.exp})")
+    parser.add_argument(
+        "--seed",
+        default=defaults.seed,
+        help=f"seed of its run; also draws the levels and actions ({defaults.seed})",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="a checkpoint of stage 3 or train_expert.py, in place of --exp and --policy",
+    )
+    parser.add_argument(
+        "--visuals", choices=("full", "plain"), help="without it, as in the policy's training"
+    )
+    episodes, num_envs = defaults.eval.episodes, defaults.eval.num_envs
+    parser.add_argument(
+        "--episodes", default=episodes, help=f"episodes, rounded up to a multiple of --num-envs ({episodes})"
+    )
+    parser.add_argument("--num-envs", default=num_envs, help=f"environments played side by side ({num_envs})")
+    parser.add_argument(
+        "--greedy",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.eval.greedy,
+        help="take the most likely action instead of a sample",
+    )
+    parser.add_argument("--results-dir", default=defaults.results_dir, help="folder of all results")
+    parser.add_argument("--device", default=defaults.device, help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    args = parser.parse_args(argv)
     if args.policy and args.checkpoint:
         raise UserError(f"--policy {args.policy} and --checkpoint {args.checkpoint}: give one of the two")
     if args.env:
         check_game(args.env)
     check_json(args.json)
     given = {key: getattr(args, key) for key in ("exp", "seed", "results_dir", "device")}
-    settings = {key: getattr(args, key) for key in to_dict(defaults.eval)}
-    given["visuals"] = args.visuals or defaults.visuals
-    env = args.env or defaults.env
-    return validate(to_dict(defaults) | given | {"env": env, "eval": settings}, source="the command line")
+    given |= {"env": args.env or defaults.env, "visuals": args.visuals or defaults.visuals}
+    given["eval"] = {key: getattr(args, key) for key in to_dict(defaults.eval)}
+    return args, validate(to_dict(defaults) | given, source="the command line")
 
 
-def evaluate(args: Arguments, cfg: Config) -> dict:
+def evaluate(args: argparse.Namespace, cfg: Config) -> dict:
     """Play, print the result and write it where asked; returns it as plain data."""
     player = choose(args, cfg)
     check_game(player.game)
@@ -162,7 +155,7 @@ class Player:
         return f"{self.policy} policy {self.checkpoint}{progress}"
 
 
-def choose(args: Arguments, cfg: Config) -> Player:
+def choose(args: argparse.Namespace, cfg: Config) -> Player:
     """The player that the arguments ask for.
 
     Raises `UserError` for a checkpoint that is missing, or of a stage whose networks cannot act.

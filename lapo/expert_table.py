@@ -6,11 +6,9 @@ It is kept in docs/experts.json, into which `python expert_table.py --add FILE â
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from lapo.command_line import Parser
 from lapo.config import ROOT
 from lapo.errors import UserError, run_main
 from lapo.games.table import GAMES, check_game
@@ -21,19 +19,24 @@ HEAD = ["game", "random", "planner", "learned expert", "published expert", "rela
 KEPT = "episodes", "return_mean", "return_stderr", "relative_return", "mean_length", "steps_per_cpu_second"
 
 
-@dataclass
-class Arguments:
-    """Print the table of experts."""
-
-    add: tuple[Path, ...] = ()
-    """Results of evaluate.py to take into the table first."""
-    file: Path = ROOT / "docs" / "experts.json"
-    """Where the table's numbers are kept."""
-
-
 def main() -> None:
     """Do what the command line asks for."""
-    args = tyro.cli(Arguments)
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--add",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="results of evaluate.py to take into the table first",
+    )
+    parser.add_argument(
+        "--file",
+        type=Path,
+        default=ROOT / "docs" / "experts.json",
+        help="where the numbers are kept (docs/experts.json)",
+    )
+    args = parser.parse_args()
     results = read(args.file) if args.file.exists() else {}
     for path in args.add:
         result = read(path)

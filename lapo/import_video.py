@@ -16,19 +16,19 @@ picture changes by more than `--cut-threshold` from one frame to the next. Shots
 out.
 """
 
+import argparse
 import json
 import math
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from lapo.command_line import Parser
 from lapo.config import ROOT, load_config
 from lapo.data.chunks import CHUNK_FRAMES, write_chunk
-from lapo.data.clips import SIZE, Clip, Crop, checksum, cropped, probe, shrink, versions
+from lapo.data.clips import SIZE, Clip, checksum, cropped, probe, shrink, versions
 from lapo.data.pictures import find_files
 from lapo.errors import UserError, run_main
 from lapo.games.table import GAMES
@@ -38,60 +38,74 @@ MIN_SHOT = 4
 """Frames of the shortest shot: a window is three frames, none of them the last one of a shot."""
 
 
-@dataclass
-class Arguments:
-    """Turn videos into chunks of frames that stages 1 and 2 learn from."""
-
-    sources: tyro.conf.Positional[list[Path]]
-    """Clips: video files, GIFs, and folders of pictures of one kind, which are taken in the order of the
-    numbers in their names."""
-    env: str
-    """Name of the data set: any but a Procgen game's."""
-    crop: Crop | None = None
-    """X Y WIDTH HEIGHT: the part of the picture to keep, in pixels of the source; all of it unless given.
-    What is kept is squeezed into a square."""
-    frame_skip: int = 1
-    """Keep one frame in so many, beginning with a clip's first: 4 keeps frames 0, 4, 8, ..."""
-    test_share: float = 0.1
-    """Share of every clip, at its end, that is held out for `test`; of clips so short that this end would be
-    no shot, so many whole ones."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises `UserError` for arguments that make no data set."""
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        type=Path,
+        metavar="clip",
+        help="video file, GIF, or folder of pictures of one kind, in the order of the numbers in their names",
+    )
+    parser.add_argument("--env", required=True, help="name of the data set, none of a Procgen game")
+    parser.add_argument(
+        "--crop",
+        nargs=4,
+        type=int,
+        metavar=("X", "Y", "WIDTH", "HEIGHT"),
+        help="part of the picture to keep, in pixels of the source, squeezed into a square; without it, all",
+    )
+    parser.add_argument(
+        "--frame-skip", type=int, default=1, help="keep one frame in so many: 4 keeps frames 0, 4, 8, ... (1)"
+    )
+    parser.add_argument(
+        "--test-share",
+        type=float,
+        default=0.1,
+        help="fraction of every clip, at its end, that is held out; of short clips, so many whole ones (0.1)",
+    )
     # Random play of Procgen stays below it in 97 to 100 % of the steps within episodes (ninja: 94 %).
-    cut_threshold: float = 35.0
-    """Mean absolute difference (0 to 255) between one kept frame and the next beyond which a new shot begins;
-    255 finds no cuts."""
-    data_dir: Path = ROOT / "expert_data"
-    """Where the folder of the data set lies."""
+    parser.add_argument(
+        "--cut-threshold",
+        type=float,
+        default=35.0,
+        help="mean absolute difference (0 to 255) of frames beyond which a shot begins; 255: no cuts (35)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=ROOT / "expert_data",
+        help="where the data set's folder lies (expert_data)",
+    )
+    args = parser.parse_args(argv)
+    if not args.sources:
+        raise UserError("no clip is named; name video files, GIFs or folders of pictures")
+    load_config(["--env", args.env])  # the stages must accept the name
+    if args.env in GAMES:
+        raise UserError(f"'{args.env}' is a Procgen game; choose another name, such as my{args.env}")
+    if args.frame_skip < 1:
+        raise UserError(f"--frame-skip is {args.frame_skip}; 1 keeps every frame")
+    if not 0 <= args.test_share < 1:
+        raise UserError(f"--test-share is {args.test_share}; choose a fraction from 0 to below 1")
+    if not 0 <= args.cut_threshold <= 255:
+        raise UserError(f"--cut-threshold is {args.cut_threshold}; choose a difference from 0 to 255")
+    return args
 
-    def check(self) -> None:
-        """Raise UserError for arguments that make no data set."""
-        if not self.sources:
-            raise UserError("no clip is named; name video files, GIFs or folders of pictures")
-        load_config(["--env", self.env])  # the stages must accept the name
-        if self.env in GAMES:
-            raise UserError(f"'{self.env}' is a Procgen game; choose another name, such as my{self.env}")
-        if self.frame_skip < 1:
-            raise UserError(f"--frame-skip is {self.frame_skip}; 1 keeps every frame")
-        if not 0 <= self.test_share < 1:
-            raise UserError(f"--test-share is {self.test_share}; choose a fraction from 0 to below 1")
-        if not 0 <= self.cut_threshold <= 255:
-            raise UserError(f"--cut-threshold is {self.cut_threshold}; choose a difference from 0 to 255")
 
-    def settings(self) -> dict:
-        """All that the chunks depend on, as plain data. Raises UserError for a clip that does not exist."""
-        return {
-            "sources": [
-                {
-                    "name": path.resolve().name,
-                    "bytes": sum(file.stat().st_size for file in find_files(path)),
-                    "crc32": checksum(path),
-                }
-                for path in self.sources
-            ],
-            "crop": list(self.crop) if self.crop else None,
-            "frame_skip": self.frame_skip,
-            "test_share": self.test_share,
-            "cut_threshold": self.cut_threshold,
-        }
+def settings_of(args: argparse.Namespace) -> dict:
+    """All that the chunks depend on, as plain data. Raises `UserError` for a clip that does not exist."""
+    return {
+        "sources": [
+            {
+                "name": path.resolve().name,
+                "bytes": sum(file.stat().st_size for file in find_files(path)),
+                "crc32": checksum(path),
+            }
+            for path in args.sources
+        ],
+        **{key: getattr(args, key) for key in ("crop", "frame_skip", "test_share", "cut_threshold")},
+    }
 
 
 class Split:
@@ -157,7 +171,7 @@ def first_held_out(clips: list[Clip], fraction: float, every: int) -> list[float
     return firsts
 
 
-def import_clips(args: Arguments, folder: Path) -> dict:
+def import_clips(args: argparse.Namespace, folder: Path) -> dict:
     """Write the chunks that the arguments ask for to `folder`; returns their summary as plain data.
 
     Prints what is to be known of single clips. Raises UserError for a bad clip: before anything else is read
@@ -227,11 +241,10 @@ def is_finished(folder: Path, settings: dict) -> bool:
 
 def main() -> None:
     """Import what the command line names."""
-    args = tyro.cli(Arguments)
-    args.check()
+    args = parse()
     folder = args.data_dir.expanduser().resolve() / args.env
     try:
-        settings = args.settings()
+        settings = settings_of(args)
         done = f"{folder} holds these clips already: nothing to do"
         if is_finished(folder, settings):
             print(done)

@@ -10,6 +10,7 @@ train_expert.py or stage 3), whose actions are drawn from its probabilities; unl
 in expert_data/experts where the game has one, else the planner.
 """
 
+import argparse
 import contextlib
 import math
 import multiprocessing
@@ -19,18 +20,17 @@ import signal
 import threading
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from lapo.command_line import Parser
 from lapo.config import ROOT
 from lapo.data.chunks import CHUNK_FRAMES, write_chunk
 from lapo.errors import UserError, run_main
 from lapo.experts.recording import LEVELS, Chunk, Dataset, PolicyFile, play_chunk
-from lapo.games.table import Visuals, check_game
+from lapo.games.table import check_game
 from lapo.games.vec_env import num_cores
 from lapo.runs.files import locked
 
@@ -39,32 +39,51 @@ SHIPPED = ROOT / "expert_data" / "experts"
 MIN_FRAMES = 3  # one window of the data loader
 
 
-@dataclass
-class Arguments:
-    """Record an expert's play, to learn from. Run again, the same command continues where it was."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises `UserError` for a mistake in it."""
+    parser = Parser(__doc__)
+    parser.add_argument("--env", required=True, help="game to record")
+    parser.add_argument(
+        "--frames", type=int, default=131_072, help="frames to train on, in chunks of 32,768 (131072)"
+    )
+    parser.add_argument(
+        "--test-frames",
+        type=int,
+        default=8_192,
+        help="held-out frames, from levels of their own, in chunks of 4,096 (8192)",
+    )
+    parser.add_argument("--expert", help="planner, or the checkpoint of a policy; without it, see above")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="draws the levels; another seed, another data set (0)"
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="fraction of the steps in which the action is random instead (0)",
+    )
+    parser.add_argument(
+        "--visuals",
+        choices=("full", "plain"),
+        default="full",
+        help="plain: no backgrounds, one look for all levels (full)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=num_cores(),
+        help="processes, each with a chunk at a time in 0.6 GB of memory, more for a policy (one per core)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=ROOT / "expert_data",
+        help="where the game's folder lies (expert_data)",
+    )
+    return parser.parse_args(argv)
 
-    env: str
-    """Game to record."""
-    frames: int = 131_072
-    """Frames to train on, in chunks of 32,768."""
-    test_frames: int = 8_192
-    """Frames to test on, from levels of their own, in chunks of 4,096."""
-    expert: str | None = None
-    """planner, or the checkpoint of a policy that plays; without it, expert_data/experts/<game>.pt where
-    there is one that knows the visuals, else the planner."""
-    seed: int = 0
-    """Draws the levels; another seed makes another data set."""
-    noise: float = 0.0
-    """Fraction of the steps in which a random action is taken instead of the expert's."""
-    visuals: Visuals = "full"
-    """How the game is drawn; plain: no backgrounds, one look for all levels."""
-    workers: int = field(default_factory=num_cores)
-    """Processes; each records one chunk at a time, in about 0.6 GB of memory (a policy takes more)."""
-    data_dir: Path = ROOT / "expert_data"
-    """Where the folder of the game lies."""
 
-
-def find_policy(args: Arguments) -> PolicyFile | None:
+def find_policy(args: argparse.Namespace) -> PolicyFile | None:
     """The learned expert to record, None if the planner plays.
 
     Raises UserError for a checkpoint that is missing, damaged or cannot act, or of another game or visuals.
@@ -89,7 +108,7 @@ def find_policy(args: Arguments) -> PolicyFile | None:
     return PolicyFile(path, learned.fingerprint(path), provenance, learned.versions())
 
 
-def plan_chunks(args: Arguments, policy: PolicyFile | None = None) -> list[Chunk]:
+def plan_chunks(args: argparse.Namespace, policy: PolicyFile | None = None) -> list[Chunk]:
     """All chunks of a data set, of which the last of a split may be shorter than the others.
 
     Raises UserError for numbers that make no data set.
@@ -186,7 +205,7 @@ def record(dataset: Dataset, chunks: list[Chunk], workers: int) -> None:
 
 def main() -> None:
     """Record what the command line asks for."""
-    args = tyro.cli(Arguments)
+    args = parse()
     policy = find_policy(args)
     chunks = plan_chunks(args, policy)
     folder = args.data_dir.expanduser().resolve() / args.env

@@ -4,10 +4,7 @@ Trains stage 1 by both, from the same weights and on the same batches, with a fe
 published code computes: fp32, not compiled, contiguous images, the world model's first layer over all of its
 constant channels. Fast is what `stage1.py` does with this configuration. No run's folder is touched.
 
-Options of its own; every key of the config is an option too, as in the stages (`--stage1.steps 1000`):
-
-    --seeds N      how many seeds, from `--seed` on (3)
-    --json FILE    also write the numbers to this file, after every run; the same command again goes on there
+Every key of the config is an option too, as in the stages (`--stage1.steps 1000`).
 """
 
 import argparse
@@ -15,7 +12,6 @@ import gc
 import json
 import math
 import statistics
-import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,10 +22,11 @@ from torch import nn
 from tqdm import tqdm
 
 from lapo.benchmarks.workloads import plain_stage1_networks, stage1_networks
-from lapo.config import Config, diff, load_config, to_dict
+from lapo.command_line import Parser
+from lapo.config import Config, diff, parse_with_config, to_dict
 from lapo.data.checks import check_data, check_frames
 from lapo.data_loader import Windows, read_splits
-from lapo.errors import Parser, UserError, run_main
+from lapo.errors import UserError, run_main
 from lapo.reporting.tables import table
 from lapo.runs.checkpoints import provenance
 from lapo.runs.compute import Compute, seed_everything, to_floats
@@ -48,23 +45,29 @@ NETWORKS: dict[str, Networks] = {"plain": plain_stage1_networks, "fast": stage1_
 
 def main() -> None:
     """Compare as the command line asks."""
-    args, rest = parse(sys.argv[1:])
-    compare(args, load_config(rest, description=__doc__))
+    compare(*parse())
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this script, and the words of the command line that are not.
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """The options of this script, and the config.
 
     Raises `UserError` for an impossible value.
     """
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    args, rest = parser.parse_known_args(argv)
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="how many seeds, from --seed on (3)"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write the numbers to this file, after every run; the same command continues there",
+    )
+    args, cfg = parse_with_config(parser, argv)
     if args.seeds < 1:
         raise UserError(f"--seeds is {args.seeds}; there must be at least 1")
     check_json(args.json)
-    return args, rest
+    return args, cfg
 
 
 def compare(args: argparse.Namespace, cfg: Config) -> dict:

@@ -1,11 +1,11 @@
-"""Where settings come from: YAML files and command lines, both as words that stay as they were written.
+"""YAML files of settings, read as words that stay as they were written.
 
 YAML reads some plain words as what they do not look like: 1.10 as 1.1, 0010 as 8, off as false, 1:30 as 90,
 2024-01-15 as a date; and 1e-4, which looks like a number, as text. Here the types of the config decide, not
 YAML: `exp: 1.10` is the name "1.10", `lr: 1e-4` a number, `compile: off` the word.
 """
 
-from collections.abc import Collection
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,39 +80,27 @@ def merge(base: dict, changes: Any, source: str) -> dict:
     return merged
 
 
-def read_options(
-    argv: list[str], short: dict[str, str], several: Collection[str] = ()
-) -> dict[str, list[str]]:
-    """The words of a command line by option, the last ones of each: `--a.b-c 1 2` → {"a.b_c": ["1", "2"]}.
-
-    `short` gives further names of options; those in `several` add up when repeated. Raises `UserError` for a
-    word that belongs to no option, and an option without a word; "help" alone has none.
-    """
-    options: dict[str, list[str]] = {}
-    words: list[str] | None = None
-    for word in argv:
-        if word in ("-h", "--help"):
-            options["help"] = []
-        elif word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            name = short.get(name, name)
-            before = options.pop(name, [])
-            words = options[name] = before if name in several else []
-            words.extend([value] if equals else [])
-        elif words is None:
-            raise UserError(f"the command line: found '{word}' where an option such as --env was expected")
-        else:
-            words.append(word)
-    empty = next((name for name, words in options.items() if not words and name != "help"), None)
-    if empty:
-        raise UserError(f"the command line: --{empty} needs a value")
-    return options
-
-
-def nested(key: str, words: list[str]) -> dict:
-    """`a.b` and its words as {"a": {"b": words}}; validation turns words into numbers and lists."""
-    value: Any = words[0] if len(words) == 1 else words
+def nested(key: str, value: Any) -> dict:
+    """`a.b` and its value as {"a": {"b": value}}."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def leaves(values: dict, prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by their dotted keys: {"a": {"b": 1}} → {"a.b": 1}."""
+    found = {}
+    for key, value in values.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def explanations(path: Path) -> dict[str, str]:
+    """The comments behind the keys of a YAML file, by dotted key; "" for keys without one."""
+    found, parents = {}, []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if match := re.fullmatch(r"( *)(\w+):(?:\s+[^#]*?)?(?:\s*#\s*(.*))?", line):
+            indent, key, comment = match.groups()
+            parents = [*parents[: len(indent) // 2], key]
+            found[".".join(parents)] = comment or ""
+    return found

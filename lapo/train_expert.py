@@ -8,13 +8,15 @@ The finished run's checkpoint is the expert: a small file that says what it is, 
 it plays. `expert_data/experts/<game>.pt` is where `record_expert.py` looks for one by itself.
 """
 
+from argparse import SUPPRESS
 from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
 from lapo.acting import evaluate_policy
-from lapo.config import Config, load_config
+from lapo.command_line import Parser
+from lapo.config import Config, parse_with_config
 from lapo.errors import run_main
 from lapo.experts import registry as experts
 from lapo.experts.dagger import Dagger
@@ -32,7 +34,11 @@ STAGE = "expert"
 def main() -> None:
     """Train as the command line says."""
     expect_one_process("train_expert.py")
-    train(load_config(description=__doc__, short={"teacher": "expert.teacher"}))
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--teacher", dest="expert.teacher", default=SUPPRESS, help="short for --expert.teacher"
+    )
+    train(parse_with_config(parser)[1])
 
 
 def train(cfg: Config) -> None:

@@ -115,8 +115,8 @@ def test_the_published_code_does_more_work(measured):
         (["--frames", "2"], "--frames is 2; there must be at least 3"),
         (["--frames", "few"], "the command line: argument --frames: invalid int value: 'few'"),
         (["--json", "nowhere/out.json"], "--json nowhere/out.json: the folder nowhere does not exist"),
-        (["--stage1.lrr", "1"], "the command line: unknown key 'stage1.lrr'"),
-        (["--rep", "1"], "the command line: unknown key 'rep'"),
+        (["--stage1.lrr", "1"], "the command line: unknown option --stage1.lrr"),
+        (["--rep", "1"], "the command line: unknown option --rep; did you mean --repeats?"),
         (["--stage", "3", "--env", "bigfsh"], "'bigfsh' is not a Procgen game"),
     ],
 )

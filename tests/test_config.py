@@ -1,17 +1,17 @@
 """config.yaml, its typed view, and the command line made from it."""
 
-import ast
+import argparse
 import dataclasses
-import itertools
-import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from lapo.config import PUBLISHED_STEPS, Config, load_config, to_dict, validate
+from lapo.command_line import Parser
+from lapo.config import PUBLISHED_STEPS, Config, load_config, parse_with_config, to_dict, validate
 from lapo.errors import UserError
 from lapo.runs.optim import ramp_schedule, warmup_schedule
+from lapo.sources import explanations
 from support import LAPO, ROOT
 
 YAML = yaml.safe_load((LAPO / "config.yaml").read_text())
@@ -251,10 +251,6 @@ def test_of_an_option_given_twice_the_last_counts(yaml_file, tmp_path):
     assert load_config(["--seed", "0", "--env", "maze", "--seed=1"]).seed == 1
     assert load_config(["--decoder.hidden", "5", "6", "--decoder.hidden", "7"]).decoder.hidden == [7]
     assert load_config(["--stage1.log-every", "5", "--stage1.log_every", "6"]).stage1.log_every == 6
-    short = {"teacher": "expert.teacher"}
-    for last, other in (("teacher", "expert.teacher"), ("expert.teacher", "teacher")):
-        words = [f"--{last}", "none", f"--{other}", "none", f"--{last}", "planner"]
-        assert load_config(words, short=short).expert.teacher == "planner"
     # Files and presets are laid over each other.
     other = tmp_path / "other.yaml"
     other.write_text("env: maze")
@@ -334,10 +330,12 @@ def test_files_on_the_command_line_are_looked_for_in_the_working_directory(monke
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("--stage1.lrr 1", "unknown key 'stage1.lrr'; allowed here: steps, batch_size, lr,"),
-        ("--stage4.lr 1", "unknown key 'stage4'; allowed here: env, exp, seed,"),
-        ("--stage1 5", "'stage1' is '5'"),
-        ("--stage1.lr.x 5", "'stage1.lr' is {'x': '5'}"),
+        ("--stage1.lrr 1", "unknown option --stage1.lrr; did you mean --stage1.lr? --help lists all"),
+        ("--xyzzy 1", "unknown option --xyzzy; --help lists all"),
+        ("--stage1 5", "unknown option --stage1; did you mean --stage1.steps?"),
+        ("--sed 5", "unknown option --sed; did you mean --seed?"),
+        ("--stage1.batch 5", "unknown option --stage1.batch; did you mean --stage1.batch_size?"),
+        ("--stage1.lr.x 5", "unknown option --stage1.lr.x"),
         ("--vq.num_embs 0", "'vq.num_embs' is '0': input should be greater than or equal to 2"),
         ("--vq.decay 1", "'vq.decay' is '1': input should be less than 1"),
         ("--stage1.lr high", "'stage1.lr' is 'high': input should be a valid number"),
@@ -357,14 +355,14 @@ def test_files_on_the_command_line_are_looked_for_in_the_working_directory(monke
         ("--env a/b", "'env' is 'a/b'"),
         ("--seed -1", "'seed' is '-1'"),
         ("--seed 2147483648", "'seed' is '2147483648'"),
-        ("--seed 1 2", "'seed' is ['1', '2']"),
+        ("--seed 1 2", "found '2' where an option was expected"),
         ("--seed 1e999", "'seed' is '1e999': input should be a valid integer"),
         ("--stage1.steps 1e-1", "'stage1.steps' is '1e-1': input should be a valid integer"),
         ("--decoder.hidden 8,,8", "'decoder.hidden.1' is ''"),
         ("--decoder.hidden [8", "'decoder.hidden.0' is '[8'"),
-        ("--seed", "--seed needs a value"),
-        ("--seed 1 --exp", "--exp needs a value"),
-        ("bigfish", "found 'bigfish' where an option such as --env was expected"),
+        ("--seed", "argument --seed: expected one argument"),
+        ("--seed 1 --exp", "argument --exp: expected one argument"),
+        ("bigfish", "found 'bigfish' where an option was expected"),
         ("--preset huge", "unknown preset 'huge'; the presets are: demo"),
         ("--config missing.yaml", "cannot read the config file missing.yaml"),
     ],
@@ -431,34 +429,38 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
     assert "cannot read the config file" in refusal("--config", str(tmp_path))
 
 
-def documented_keys(kind: str = "Config", prefix: str = "") -> dict[str, str]:
-    """What config.py writes below each key's line, by the dotted key."""
-    tree = ast.parse((LAPO / "config.py").read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    found = {}
-    for base in classes[kind].bases:
-        found |= documented_keys(base.id, prefix)
-    for field, below in itertools.pairwise([*classes[kind].body, None]):
-        if isinstance(field, ast.AnnAssign):
-            key, annotation = prefix + field.target.id, ast.unparse(field.annotation)
-            found |= (
-                documented_keys(annotation, f"{key}.") if annotation in classes else {key: below.value.value}
-            )
-    return found
-
-
 @pytest.mark.parametrize("word", ["--help", "-h"])
-def test_help_shows_every_key_with_its_meaning_and_value(capsys, word):
+def test_help_shows_every_key_with_its_comment_and_value(capsys, monkeypatch, word):
+    """The comment is the one in config.yaml, the value the one that files and presets make it."""
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         load_config(["--preset", "demo", word], description="What the script does.")
     assert stop.value.code == 0
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    text = " ".join(capsys.readouterr().out.split())
     for sentence in ("What the script does.", "--config FILE", "--preset NAME"):
         assert sentence in text
-    values, meanings = leaves(to_dict(load_config(["--preset", "demo"]))), documented_keys()
-    assert values.keys() == meanings.keys()
-    for key, value in values.items():
-        option = f"--{key.replace('_', '-')} "
-        shown = " ".join(map(str, value)) if isinstance(value, list) else value
-        expected = " ".join(f"{meanings[key]} (default: {shown})".split())
-        assert expected in text[text.index(option) :], key
+    text_of_file = (LAPO / "config.yaml").read_text(encoding="utf-8").partition("\npresets:")[0]
+    lines = text_of_file.splitlines()
+    for key, value in leaves(to_dict(load_config(["--preset", "demo"]))).items():
+        name = key.split(".")[-1]
+        comments = [line.partition("#")[2].strip() for line in lines if line.strip().startswith(f"{name}:")]
+        assert all(comments), key
+        shown = f"{','.join(map(str, value))} [N ...]" if isinstance(value, list) else str(value).lower()
+        found = text.partition(f"--{key} {shown} ")[2]
+        assert found.startswith(tuple(comments)), key
+
+
+def test_a_comment_belongs_to_the_key_of_its_line(tmp_path):
+    (tmp_path / "x.yaml").write_text(
+        "# head\na: 1  # of a\nb:  # of b\n  c: [1, 2]  # of c\n  d:\n    e: x\n  f: 1 # 100 %\n"
+    )
+    expected = {"a": "of a", "b": "of b", "b.c": "of c", "b.d": "", "b.d.e": "", "b.f": "100 %"}
+    assert explanations(tmp_path / "x.yaml") == expected
+
+
+def test_the_values_of_a_script_s_own_options_and_of_the_config_are_told_apart():
+    parser = Parser("A script.")
+    parser.add_argument("--json", default="none")
+    parser.add_argument("--teacher", dest="expert.teacher", default=argparse.SUPPRESS)
+    args, cfg = parse_with_config(parser, ["--json=a-b", "--teacher", "planner", "--stage1.log-every", "3"])
+    assert (args.json, cfg.expert.teacher, cfg.stage1.log_every) == ("a-b", "planner", 3)

@@ -155,7 +155,7 @@ def test_single_episode_has_no_standard_error(call, tmp_path):
         (["--env", "maze"], "make it with `python stage3.py --env maze --exp main --seed 0"),
         (["--env", GAME, "--policy", "bc", "--seed", "1"], "--seed 1 --stage3.mode bc`"),
         (["--env", GAME, "--exp", "no/name"], "the command line: 'exp' is 'no/name'"),
-        (["--episodes", "0"], "'eval.episodes' is 0"),
+        (["--episodes", "0"], "'eval.episodes' is '0'"),
         (["--device", "tpu"], "'device' is 'tpu'"),
         (["--policy", "bc", "--checkpoint", "some.pt"], "give one of the two"),
         (["--checkpoint", "absent.pt"], "the checkpoint absent.pt does not exist"),

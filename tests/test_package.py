@@ -17,7 +17,7 @@ from support import LAPO, PATIENCE, ROOT
 
 LAYERS = (
     ("errors",),
-    ("sources",),
+    ("command_line", "sources"),
     ("config", "games"),
     ("runs",),
     ("data", "models"),

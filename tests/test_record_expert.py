@@ -1,3 +1,4 @@
+import argparse
 import contextlib
 import json
 import random
@@ -23,13 +24,19 @@ from lapo.experts.recording import Chunk, Dataset, PolicyFile, play_chunk
 from lapo.games.table import ACTIONS, GAMES
 from lapo.games.vec_env import HELD_OUT_LEVELS, TRAIN_LEVELS
 from lapo.models import make_acting_policy
-from lapo.record_expert import Arguments, find_policy, plan_chunks
+from lapo.record_expert import find_policy, parse, plan_chunks
 from lapo.runs.compute import Compute
 from lapo.runs.files import lock
 from lapo.runs.run import Run
 from support import INTERRUPTIONS, LAPO, PATIENCE, ROOT, Workplace, largest_file
 
 SMALL = ("--frames", "300", "--test-frames", "4100")  # three chunks, of 300, 4,096 and 4 frames
+
+
+def arguments(env: str, **options: object) -> argparse.Namespace:
+    """The command line with these options."""
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return parse(["--env", env, *words])
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -74,7 +81,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_plan_covers_all_frames_with_seeds_of_their_own() -> None:
-    chunks = plan_chunks(Arguments(env="maze", frames=70_000, test_frames=4_097, workers=1))
+    chunks = plan_chunks(arguments(env="maze", frames=70_000, test_frames=4_097, workers=1))
     assert [(chunk.name, chunk.frames) for chunk in chunks] == [
         ("train/0.npz", 32_768),
         ("train/1.npz", 32_768),
@@ -82,7 +89,7 @@ def test_plan_covers_all_frames_with_seeds_of_their_own() -> None:
         ("test/0.npz", 4_096),
         ("test/1.npz", 3),
     ]
-    others = plan_chunks(Arguments(env="maze", frames=70_000, test_frames=4_097, workers=1, seed=1))
+    others = plan_chunks(arguments(env="maze", frames=70_000, test_frames=4_097, workers=1, seed=1))
     seeds = {chunk.simulator_seed for chunk in (*chunks, *others, Chunk("bigfish", 0, "train", 0, 9))}
     assert len(seeds) == 11
 
@@ -232,7 +239,7 @@ def test_ctrl_c_stops_with_one_line_and_keeps_finished_chunks(tmp_path: Path) ->
 
 def test_more_frames_are_added_to_what_is_there(recorded: Path) -> None:
     dataset = Dataset(recorded / "maze", "maze", 0)
-    plan = plan_chunks(Arguments(env="maze", frames=300, test_frames=4100, workers=1))
+    plan = plan_chunks(arguments(env="maze", frames=300, test_frames=4100, workers=1))
     assert dataset.unfinished(plan) == []
     more = Chunk("maze", 0, "train", 1, 32_768)
     assert dataset.unfinished([*plan, more]) == [more]
@@ -304,7 +311,7 @@ def test_data_of_another_expert_are_complete_but_not_continued(recorded: Path, t
     record["versions"]["experts"] = "older"
     file.write_text(json.dumps(record))
     dataset = Dataset(tmp_path / "maze", "maze", 0)
-    plan = plan_chunks(Arguments(env="maze", frames=300, test_frames=4100, workers=1))
+    plan = plan_chunks(arguments(env="maze", frames=300, test_frames=4100, workers=1))
     assert dataset.unfinished(plan) == []
     with pytest.raises(UserError, match="another version"):
         dataset.unfinished([*plan, Chunk("maze", 0, "train", 1, 32_768)])
@@ -363,7 +370,7 @@ def make_policy(folder: Path, *arguments: str) -> Path:
 def policy(tmp_path_factory: pytest.TempPathFactory) -> PolicyFile:
     """A learned expert for maze."""
     path = make_policy(tmp_path_factory.mktemp("policy"))
-    return find_policy(Arguments(env="maze", expert=str(path)))
+    return find_policy(arguments(env="maze", expert=str(path)))
 
 
 def test_a_policy_is_recorded_with_the_probabilities_of_its_actions(policy: PolicyFile) -> None:
@@ -390,7 +397,7 @@ def test_an_interrupted_recording_of_a_policy_is_completed_byte_for_byte(
     """The first chunk is of this process, the other one of a worker, and equal to one made here."""
     folder = tmp_path / "data"
     options = {"env": "maze", "frames": 300, "test_frames": 100, "workers": 1}
-    chunks = plan_chunks(Arguments(**options), policy)
+    chunks = plan_chunks(arguments(**options), policy)
     dataset = Dataset(folder / "maze", "maze", 0, policy=policy)
     for split in ("train", "test"):
         (folder / "maze" / split).mkdir(parents=True)
@@ -426,28 +433,28 @@ def test_a_policy_that_changes_meanwhile_is_refused(policy: PolicyFile) -> None:
 
 def test_the_policy_must_know_the_game_and_its_looks(policy: PolicyFile, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="for game maze, not coinrun; choose --env maze or another --ex"):
-        find_policy(Arguments(env="coinrun", expert=str(policy.path)))
+        find_policy(arguments(env="coinrun", expert=str(policy.path)))
     with pytest.raises(UserError, match="for visuals full, not plain; choose --visuals full or another"):
-        find_policy(Arguments(env="maze", visuals="plain", expert=str(policy.path)))
+        find_policy(arguments(env="maze", visuals="plain", expert=str(policy.path)))
     with pytest.raises(UserError, match=r"absent\.pt does not exist"):
-        find_policy(Arguments(env="maze", expert=str(tmp_path / "absent.pt")))
+        find_policy(arguments(env="maze", expert=str(tmp_path / "absent.pt")))
     with pytest.raises(UserError, match="damaged, or not one of ours"):
-        find_policy(Arguments(env="maze", expert=__file__))
+        find_policy(arguments(env="maze", expert=__file__))
 
 
 def test_a_shipped_policy_is_the_default_where_it_knows_the_visuals(
     policy: PolicyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record_expert, "SHIPPED", tmp_path)
-    assert find_policy(Arguments(env="maze")) is None
+    assert find_policy(arguments(env="maze")) is None
     shutil.copy(policy.path, tmp_path / "maze.pt")
-    assert str(find_policy(Arguments(env="maze"))) == f"maze.pt, sha256 {policy.fingerprint[:12]}"
-    assert find_policy(Arguments(env="maze", expert="planner")) is None
-    assert find_policy(Arguments(env="maze", visuals="plain")) is None
-    assert find_policy(Arguments(env="coinrun")) is None
+    assert str(find_policy(arguments(env="maze"))) == f"maze.pt, sha256 {policy.fingerprint[:12]}"
+    assert find_policy(arguments(env="maze", expert="planner")) is None
+    assert find_policy(arguments(env="maze", visuals="plain")) is None
+    assert find_policy(arguments(env="coinrun")) is None
     shutil.copy(policy.path, tmp_path / "coinrun.pt")
     with pytest.raises(UserError, match="is a policy for game maze, not coinrun"):
-        find_policy(Arguments(env="coinrun"))
+        find_policy(arguments(env="coinrun"))
 
 
 @pytest.mark.slow
@@ -467,7 +474,7 @@ def test_planners_are_recorded_without_pytorch() -> None:
     code = """if True:
         import sys
         from lapo.record_expert import *
-        policy = find_policy(Arguments("maze", expert="planner"))
+        policy = find_policy(parse(["--env", "maze", "--expert", "planner"]))
         dataset = Dataset(Path("/nowhere"), "maze", 0, policy=policy)
         play_chunk(Chunk("maze", 0, "train", 0, 30, noise=0.5))
         sys.exit("torch" in sys.modules)

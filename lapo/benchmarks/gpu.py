@@ -8,7 +8,6 @@ No data and no earlier stage is needed: frames and weights are random. A line pe
 one that fails does not end the others. Exit status: 0 all held, 1 one did not, 2 there is nothing to check.
 """
 
-import argparse
 import contextlib
 import gc
 import json
@@ -45,10 +44,11 @@ from lapo.benchmarks.gpu_speed import (
     stage2_speed,
     stage3_speed,
 )
+from lapo.command_line import Parser
 from lapo.config import ROOT, Config
 from lapo.data.chunks import FRAME_SHAPE, WINDOW, write_chunk
 from lapo.data_loader import WHOLE, RollingWindows, Windows
-from lapo.errors import Parser, UserError, run_main
+from lapo.errors import UserError, run_main
 from lapo.models import make_latent_policy
 from lapo.runs.checkpoints import provenance
 from lapo.runs.compute import Compute, seed_everything
@@ -67,7 +67,7 @@ def expect(holds: bool, sentence: str) -> None:
 
 def main() -> None:
     """Run the checks, print a line for each and write the results where asked."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only checks whose names begin like this")
     parser.add_argument(

@@ -9,11 +9,10 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 
+from lapo.command_line import Parser
 from lapo.config import resolve
 from lapo.data.chunks import (
     KEYS,
@@ -74,14 +73,6 @@ def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
 
 
 @dataclass
-class Arguments:
-    """Check chunks of frames and print a table; exit with 2 if one is bad or could not be read."""
-
-    check: Annotated[list[Path], tyro.conf.arg(metavar="FOLDER ...")]
-    """Folders of games (with train and test) or of chunks, as seen from here or from the repository."""
-
-
-@dataclass
 class Checked:
     """What a chunk file was found to hold; None where it could not be told, or is not there."""
 
@@ -100,9 +91,16 @@ class Checked:
 
 def main() -> None:
     """Check the folders that the command line names; exit with 2 unless all chunks are good."""
-    folders = tyro.cli(Arguments).check
-    if not folders:
-        raise UserError("--check needs a folder, as in: python data_loader.py --check expert_data/bigfish")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--check",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folders of games (with train and test) or of chunks, as seen from here or from the repository",
+    )
+    folders = parser.parse_args().check
     chunks = {folder: find(folder) for folder in folders}
     found = [result for folder, paths in chunks.items() for result in report(folder, paths)]
     bad = sum(result.fault is not None for result in found)
