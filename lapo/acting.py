@@ -18,7 +18,7 @@ from lapo.config import Config, EvalConfig
 from lapo.errors import UserError
 from lapo.games.table import ACTIONS, GAMES, Visuals, relative_return
 from lapo.games.vec_env import HELD_OUT_LEVELS, EpisodeTracker, VecEnv
-from lapo.models import make_acting_policy
+from lapo.models import make_acting_policy, restore
 from lapo.ppo import sample
 from lapo.runs.checkpoints import load_checkpoint, saved_config
 from lapo.runs.compute import Compute
@@ -45,7 +45,7 @@ def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> A
     return act
 
 
-def load_policy(path: Path, command: str | None = None) -> dict:
+def load_policy_checkpoint(path: Path, command: str | None = None) -> dict:
     """The checkpoint of a policy that acts, of stage 3 or an expert; `command` is what makes a missing one.
 
     Raises `UserError` as `load_checkpoint`, and for a stage whose networks cannot act.
@@ -60,17 +60,16 @@ def load_policy(path: Path, command: str | None = None) -> dict:
     return checkpoint
 
 
-def restore_network(checkpoint: dict) -> torch.nn.Module:
-    """The network of a checkpoint that `load_policy` gave, ready to act on the CPU."""
+def restore_policy(checkpoint: dict, compute: Compute) -> torch.nn.Module:
+    """The frozen network of a checkpoint that `load_policy_checkpoint` gave."""
     cfg = saved_config(checkpoint)
     network = make_acting_policy(cfg, cfg.stage3.mode, len(ACTIONS))
-    network.load_state_dict(checkpoint["state"]["policy"])
-    return network.eval()
+    return restore(network, checkpoint["state"]["policy"], compute)
 
 
 def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:
-    """The policy of a checkpoint that `load_policy` gave, see `network_actor`."""
-    return network_actor(compute.place(restore_network(checkpoint)), compute, greedy)
+    """The policy of a checkpoint that `load_policy_checkpoint` gave, see `network_actor`."""
+    return network_actor(restore_policy(checkpoint, compute), compute, greedy)
 
 
 def steps_played(checkpoint: dict) -> int | None:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import select
 import signal
 import sys
 import threading
@@ -38,9 +37,7 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
-        if not _reader_has_gone():
-            raise
+    except BrokenPipeError:  # `head`, say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except RuntimeError as error:
@@ -79,13 +76,6 @@ def say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr)
-
-
-def _reader_has_gone() -> bool:
-    """Whether nobody reads our output any more: `head`, say, has seen enough."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

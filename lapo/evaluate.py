@@ -17,7 +17,7 @@ from lapo.acting import (
     checkpoint_actor,
     evaluate_actor,
     held_out_env,
-    load_policy,
+    load_policy_checkpoint,
     num_eval_envs,
     play,
     random_actor,
@@ -168,7 +168,7 @@ def choose(args: argparse.Namespace, cfg: Config) -> Player:
     mode = args.policy or "online"
     path = args.checkpoint or cfg.run_dir / f"stage3_{mode}" / "checkpoint.pt"
     command = f"python stage3.py --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed} --stage3.mode {mode}"
-    checkpoint = load_policy(path, None if args.checkpoint else command)
+    checkpoint = load_policy_checkpoint(path, None if args.checkpoint else command)
     saved = saved_config(checkpoint)
     compute = Compute.from_config(replace(cfg, precision=saved.precision))
     act = checkpoint_actor(checkpoint, compute, cfg.eval.greedy)

@@ -10,7 +10,7 @@ A window holds the frames o[t-1], o[t], o[t+1]. `la` is the latent action of o[t
 
 import copy
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lapo.config import Config, to_dict
 from lapo.runs.compute import Compute
 
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 HIDDEN = 256
 IMAGE = 64
 
@@ -31,6 +32,11 @@ def normalize(obs: Tensor) -> Tensor:
     The result keeps its input's storage order: for four dimensions that is PyTorch's channels-last format.
     """
     return obs.movedim(-1, -3).float().div_(255).sub_(0.5)
+
+
+def to_frames(images: Tensor) -> Tensor:
+    """Float images (..., C, H, W) in [-0.5, 0.5] → uint8 frames (..., H, W, C)."""
+    return ((images + 0.5) * 255).round().clamp(0, 255).byte().movedim(-3, -1)
 
 
 def stack_frames(frames: Tensor) -> Tensor:
@@ -164,6 +170,11 @@ class VectorQuantizer(nn.Module):
             perplexity,
             rearrange(indices, "n (b l) -> b n l", l=self.num_latents),
         )
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Codes (B, N, L), as `Quantized.indices` → the quantised latent actions (B, N·L·D)."""
+        codebooks = torch.arange(len(self.codebook), device=indices.device)[:, None]  # (N, 1)
+        return rearrange(self.codebook[codebooks, indices], "b n l d -> b (n d l)")
 
     @torch.no_grad()
     def _start_from(self, x: Tensor) -> None:
@@ -485,6 +496,12 @@ def make_idm(cfg: Config) -> IDM:
 def make_world_model(cfg: Config) -> WorldModel:
     """The world model."""
     return WorldModel(cfg.vq.la_dim, cfg.model.wm_width)
+
+
+def restore(network: NetworkT, state: dict, compute: Compute) -> NetworkT:
+    """`network` with the weights `state`, on the device, frozen and in eval mode; returns the network."""
+    network.load_state_dict(state)
+    return compute.place(network).eval().requires_grad_(False)
 
 
 def make_latent_policy(cfg: Config) -> Policy:

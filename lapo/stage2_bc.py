@@ -13,7 +13,7 @@ from lapo.data.checks import check_data, check_frames
 from lapo.data.chunks import identify
 from lapo.data_loader import Windows, read_splits
 from lapo.errors import run_main
-from lapo.models import Policy, infer_latents, make_idm, make_latent_policy, normalize
+from lapo.models import Policy, infer_latents, make_idm, make_latent_policy, normalize, restore
 from lapo.runs.checkpoints import inherit, load_stages, weights_of
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr, warmup_schedule
@@ -43,9 +43,7 @@ def train(cfg: Config) -> None:
         return
 
     # ---- data, labelled by the frozen IDM
-    idm = compute.place(make_idm(cfg))
-    idm.load_state_dict(stage1["state"]["idm"])
-    idm.eval().requires_grad_(False)
+    idm = restore(make_idm(cfg), stage1["state"]["idm"], compute)
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
     windows, held_out = read_splits(cfg, compute.device)
     la = infer_latents(idm, windows.iter_frames(windows.all()), compute)

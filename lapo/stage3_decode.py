@@ -23,7 +23,7 @@ from lapo.decoding import OnlineDecoder, fit, training_updates
 from lapo.errors import UserError, run_main
 from lapo.games.table import ACTIONS, GAMES
 from lapo.games.vec_env import VecEnv
-from lapo.models import infer_latents, make_acting_policy, make_idm
+from lapo.models import infer_latents, make_acting_policy, make_idm, restore
 from lapo.ppo import PPOTrainer, make_env, num_updates, train_from_scratch, train_ppo
 from lapo.runs.checkpoints import inherit, load_stages, weights_of
 from lapo.runs.compute import Compute, seed_everything
@@ -90,9 +90,7 @@ def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: VecEnv) ->
         for group, ramp in zip(optimizer.param_groups, ramps, strict=True):
             set_lr(group, cfg.ppo.lr * piecewise_linear(env_steps, ramp))
 
-    idm = compute.place(make_idm(cfg))
-    idm.load_state_dict(earlier["stage1"]["idm"])
-    idm.eval().requires_grad_(False)
+    idm = restore(make_idm(cfg), earlier["stage1"]["idm"], compute)
     decoder = OnlineDecoder(policy.decoder, idm, cfg.decoder, compute, decoder_updates(cfg))
     return PPOTrainer(cfg, compute, env, policy, optimizer, set_lrs, decoder)
 
@@ -114,8 +112,7 @@ def decoder_updates(cfg: Config) -> list[int]:
 def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
     """A decoder on the frozen latent policy, fitted to (la, ta) of the labelled frames."""
     windows, ids, ta = labelled(cfg, compute)
-    idm = compute.place(make_idm(cfg))
-    idm.load_state_dict(earlier["stage1"]["idm"])
+    idm = restore(make_idm(cfg), earlier["stage1"]["idm"], compute)
     la = infer_latents(idm, windows.iter_frames(ids), compute)
     policy = compute.place(make_acting_policy(cfg, "offline", len(ACTIONS), earlier["stage2"]["policy"]))
     loss = fit_labels(lambda batch: policy.decoder(la[batch]), policy.decoder, ta, cfg)

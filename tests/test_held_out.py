@@ -60,14 +60,14 @@ def games(monkeypatch: pytest.MonkeyPatch) -> Games:
     return Games(monkeypatch)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def played(trained: Workplace) -> Games:
-    """What the modes of stage 3 played, as experiment `evaluated`."""
-    trained.branch("evaluated", "stage1", "stage2")
+    """What the modes of stage 3 played, as experiment `held-out`."""
+    trained.branch("held-out", "stage1", "stage2")
     with pytest.MonkeyPatch.context() as patch:
         games = Games(patch)
         for mode in ("online", "scratch", "offline", "bc"):
-            stage3_decode.train(trained.config("--exp", "evaluated", "--stage3.mode", mode))
+            stage3_decode.train(trained.config("--exp", "held-out", "--stage3.mode", mode))
     return games
 
 
@@ -132,7 +132,7 @@ def through_evaluate(workplace: Workplace, finished: Workplace, call_main: Calla
 def test_policies_are_judged_greedily_where_that_is_asked_for(
     workplace, finished, games, call_main, monkeypatch, judge
 ):
-    monkeypatch.setattr("lapo.acting.restore_network", lambda checkpoint: Leaning())
+    monkeypatch.setattr("lapo.acting.restore_policy", lambda checkpoint, compute: Leaning())
     for greedy in (True, False):
         judge(workplace, finished, call_main, greedy)
     assert set(games.actions[0]) == {7}
@@ -176,7 +176,7 @@ def test_stages_1_and_2_measure_the_held_out_frames(trained):
 
 @pytest.mark.parametrize("mode", ["offline", "bc"])
 def test_policies_learnt_from_labels_are_judged_on_the_held_out_frames(trained, played, mode):
-    final = load_checkpoint(trained.run_dir(f"stage3_{mode}", "evaluated") / "checkpoint.pt")
+    final = load_checkpoint(trained.run_dir(f"stage3_{mode}", "held-out") / "checkpoint.pt")
     windows, ta = zip(*held_out_windows(trained), strict=True)
     policy = make_acting_policy(trained.config(), mode, 15)
     policy.load_state_dict(final["state"]["policy"])

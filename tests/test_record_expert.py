@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lapo import record_expert
-from lapo.acting import load_policy
+from lapo.acting import load_policy_checkpoint
 from lapo.data.checks import check_frames
 from lapo.data.chunks import find_chunks, read_header, write_chunk
 from lapo.errors import UserError
@@ -378,7 +378,7 @@ def test_a_policy_is_recorded_with_the_probabilities_of_its_actions(policy: Poli
     chunk = Chunk("maze", 0, "train", 0, 200, noise, policy=policy)
     arrays = play_chunk(chunk)
     check_replay(chunk, arrays)
-    checkpoint = load_policy(policy.path)
+    checkpoint = load_policy_checkpoint(policy.path)
     network = make_acting_policy(Workplace(policy.path.parents[5]).config(), "bc", len(ACTIONS))
     network.load_state_dict(checkpoint["state"]["policy"])
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lapo import stage3_decode, train_expert
-from lapo.acting import checkpoint_actor, load_policy, steps_played
+from lapo.acting import checkpoint_actor, load_policy_checkpoint, steps_played
 from lapo.config import Config, DaggerConfig, to_dict, validate
 from lapo.errors import UserError
 from lapo.experts.dagger import Dagger, ParallelExpert
@@ -88,7 +88,7 @@ def test_the_finished_checkpoint_is_a_small_file_that_says_what_it_is(distilled)
 
 
 def test_an_expert_acts_by_its_weights(distilled):
-    expert = load_policy(folder_of(distilled) / "checkpoint.pt")
+    expert = load_policy_checkpoint(folder_of(distilled) / "checkpoint.pt")
     policy = Policy(15, 1)
     policy.load_state_dict(expert["state"]["policy"])
     frames = np.random.default_rng(0).integers(256, size=(32, 64, 64, 3), dtype=np.uint8)
@@ -97,7 +97,7 @@ def test_an_expert_acts_by_its_weights(distilled):
 
 
 def test_an_expert_outlives_keys_of_the_config_that_do_not_shape_it(distilled):
-    expert = load_policy(folder_of(distilled) / "checkpoint.pt")
+    expert = load_policy_checkpoint(folder_of(distilled) / "checkpoint.pt")
     del expert["config"]["probe"], expert["config"]["model"]["wm_width"]
     expert["config"]["of_old"] = {"a": 1}
     action = checkpoint_actor(expert, CPU, True)(np.zeros((2, 64, 64, 3), np.uint8))
@@ -136,11 +136,11 @@ def test_ppo_is_stage_3_from_scratch(workplace, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     train_expert.main()
     assert "expert of bossfight, seed 0, on cpu (1 threads), fp32\n" in capsys.readouterr().out
-    expert = load_policy(workplace.run_dir("expert") / "checkpoint.pt")
+    expert = load_policy_checkpoint(workplace.run_dir("expert") / "checkpoint.pt")
     assert expert["state"]["origin"]["method"] == "PPO from scratch"
     assert steps_played(expert) == 96
     stage3_decode.train(workplace.config("--stage3.mode", "scratch", "--stage3.steps", "96"))
-    scratch = load_policy(workplace.run_dir("stage3_scratch") / "checkpoint.pt")
+    scratch = load_policy_checkpoint(workplace.run_dir("stage3_scratch") / "checkpoint.pt")
     assert lines(workplace.run_dir("expert")) == lines(workplace.run_dir("stage3_scratch"))
     for key, value in scratch["state"]["policy"].items():
         assert torch.equal(expert["state"]["policy"][key], value), key

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lapo import models
-from lapo.acting import load_policy, restore_network, steps_played
+from lapo.acting import load_policy_checkpoint, restore_policy, steps_played
 from lapo.errors import UserError
 from lapo.games.table import ACTIONS
 from lapo.ppo import sample
@@ -34,9 +34,9 @@ def fingerprint(path: Path) -> str:
 def describe_policy(path: Path) -> dict:
     """What a policy is, how it was made and how well it plays, from its checkpoint, as plain data.
 
-    Raises `UserError` as `load_policy`.
+    Raises `UserError` as `load_policy_checkpoint`.
     """
-    checkpoint = load_policy(path, "python train_expert.py")
+    checkpoint = load_policy_checkpoint(path, "python train_expert.py")
     saved, metrics = checkpoint["config"], checkpoint["metrics"]
     evaluated = {key: metrics.get(key) for key in ("return_mean", "return_stderr", "episodes")}
     made = {"method": f"stage 3, mode {saved['stage3']['mode']}"} | checkpoint["state"].get("origin", {})
@@ -84,4 +84,4 @@ def make_player(path: Path, expected: str, noise: float, seed: int) -> Player:
 def _read(path: Path, expected: str) -> torch.nn.Module:
     if fingerprint(path) != expected:
         raise UserError(f"{path} has changed since the recording began; put it back, or record its new state")
-    return CPU.place(restore_network(load_policy(path)))
+    return restore_policy(load_policy_checkpoint(path), CPU)

@@ -14,7 +14,7 @@ from lapo.config import Config
 from lapo.data.chunks import chunks_holding
 from lapo.data_loader import INFERENCE_BATCH, Windows
 from lapo.games.table import ACTIONS, GAMES
-from lapo.models import infer_latents, make_idm, make_world_model, stack_frames
+from lapo.models import infer_latents, make_idm, make_world_model, restore, stack_frames, to_frames
 from lapo.runs.compute import Compute
 
 MAX_WINDOWS = 4096
@@ -92,14 +92,11 @@ class Inspection:
         block = max(1, min(BLOCK, len(self.ids) // 8))
         self.fitted = torch.arange(len(self.ids), device=self.ids.device) // block % 2 == 0
 
-        self.idm, self.world_model = compute.place(make_idm(cfg)), compute.place(make_world_model(cfg))
-        self.idm.load_state_dict(state["idm"])
-        self.world_model.load_state_dict(state["world_model"])
+        self.idm = restore(make_idm(cfg), state["idm"], compute)
+        self.world_model = restore(make_world_model(cfg), state["world_model"], compute)
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn on the CPU
             torch.manual_seed(cfg.seed)
-            self.untrained_idm = compute.place(make_idm(cfg))
-        for network in (self.idm, self.world_model, self.untrained_idm):
-            network.eval().requires_grad_(False)
+            self.untrained_idm = compute.place(make_idm(cfg)).eval().requires_grad_(False)
         self.la = infer_latents(self.idm, self.windows.iter_frames(self.ids), compute)
 
         fitted = self.ids.new_empty(0) if self.ta is None else self.ta[self.fitted]
@@ -151,7 +148,7 @@ class Inspection:
         names = [""] * len(ids)
         if self.ta is not None:
             names = [self._name(action) for action in self.windows.actions(ids).tolist()]
-        return Predictions(frames.cpu().numpy(), to_frames(predicted), names)
+        return Predictions(frames.cpu().numpy(), to_frames(predicted).cpu().numpy(), names)
 
     def _change(self, ids: Tensor) -> Tensor:
         """Mean squared difference of o[t] and o[t+1], of the windows numbered (B,): (B,)."""
@@ -179,13 +176,10 @@ class Inspection:
         cases = []
         for part in torch.arange(CANDIDATES).tensor_split(STATES):
             best = part[variance[part].argmax()]
-            cases.append(WhatIf(frames[best].cpu().numpy(), to_frames(predicted[best]), self.names))
+            cases.append(
+                WhatIf(frames[best].cpu().numpy(), to_frames(predicted[best]).cpu().numpy(), self.names)
+            )
         return cases
-
-
-def to_frames(images: Tensor) -> np.ndarray:
-    """Images (..., C, H, W) in [-0.5, 0.5] → frames (..., H, W, C) uint8."""
-    return ((images + 0.5) * 255).round().clamp(0, 255).byte().movedim(-3, -1).cpu().numpy()
 
 
 def discriminate(fit: Tensor, ta: Tensor, la: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,237 @@
+"""`import lapo`: the interface against the networks applied by hand, and as the README shows it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lapo
+from finished_run import finished_run
+from lapo.interface import ActingPolicy, LatentActionModel, load_policy, load_stage1
+from lapo.models import VectorQuantizer, make_acting_policy, make_idm, make_world_model, stack_frames
+from lapo.runs.checkpoints import load_checkpoint, saved_config
+from support import CPU, PATIENCE, ROOT, Workplace
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Workplace:
+    """A run with all stages and modes, to be left as it is."""
+    return finished_run(tmp_path_factory.getbasetemp() / "finished")
+
+
+@pytest.fixture(scope="module")
+def model(finished) -> LatentActionModel:
+    return load_stage1(finished.run_dir("stage1").parent, "cpu")
+
+
+@pytest.fixture(scope="module")
+def chunk(finished) -> dict[str, np.ndarray]:
+    return dict(np.load(finished.data / finished.GAME / "test" / "0.npz"))
+
+
+def by_hand(finished: Workplace) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """IDM and world model as the checkpoint has them."""
+    checkpoint = load_checkpoint(finished.run_dir("stage1") / "checkpoint.pt")
+    cfg, state = saved_config(checkpoint), checkpoint["state"]
+    idm, world_model = make_idm(cfg).eval(), make_world_model(cfg).eval()
+    idm.load_state_dict(state["idm"])
+    world_model.load_state_dict(state["world_model"])
+    return idm, world_model
+
+
+@torch.no_grad()
+def test_latents_are_the_idm_s_of_every_window_and_none_at_an_episode_s_end(finished, model, chunk):
+    obs, done = chunk["obs"], np.zeros(len(chunk["obs"]), bool)
+    done[[30, 31, 70]] = True
+    found, everything = model.infer(obs, done), model.infer(torch.from_numpy(obs))
+    idm, _ = by_hand(finished)
+    for t in range(len(obs)):
+        window = range(t - 1, t + 2)
+        inside = t - 1 >= 0 and t + 1 < len(obs)
+        assert everything.valid[t] == inside
+        assert found.valid[t] == (inside and not any(done[frame] for frame in window if inside))
+        if not found.valid[t]:
+            assert found.la[t].isnan().all()
+            assert found.la_q[t].isnan().all()
+            assert (found.codes[t] == -1).all()
+        if inside:
+            la, quantized = idm(stack_frames(torch.from_numpy(obs[None, t - 1 : t + 2])))
+            torch.testing.assert_close(everything.la[t], la[0])
+            torch.testing.assert_close(everything.la_q[t], quantized.la_q[0])
+            assert torch.equal(everything.codes[t], quantized.indices[0])
+        if found.valid[t]:
+            assert torch.equal(found.la[t], everything.la[t])
+            assert torch.equal(found.codes[t], everything.codes[t])
+
+
+def test_a_video_longer_than_a_batch_gives_the_same_latents(model, chunk, monkeypatch):
+    expected = model.infer(chunk["obs"])
+    monkeypatch.setattr("lapo.interface.INFERENCE_BATCH", 7)
+    found = model.infer(chunk["obs"])
+    torch.testing.assert_close(found.la, expected.la, equal_nan=True)
+    assert torch.equal(found.codes, expected.codes)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 16, 5), (1, 1, 3, 2), (3, 2, 8, 1)])
+def test_codes_are_decoded_to_what_they_were_chosen_for(shape):
+    """`decode` knows the order of slots and dimensions in a latent action."""
+    num_codebooks, num_latents, num_embs, emb_dim = shape
+    torch.manual_seed(0)
+    vq = VectorQuantizer(num_codebooks, num_latents, num_embs, emb_dim).eval()
+    quantized = vq(torch.randn(9, num_codebooks * num_latents * emb_dim) / 10)
+    assert len(quantized.indices.unique()) > 1
+    torch.testing.assert_close(vq.decode(quantized.indices), quantized.la_q)
+
+
+def test_codes_of_a_video_are_decoded_to_its_quantised_latents(model, chunk):
+    found = model.infer(chunk["obs"])
+    torch.testing.assert_close(model.decode(found.codes[found.valid]), found.la_q[found.valid])
+    quantized = model.quantize(found.la[found.valid].numpy())
+    assert torch.equal(quantized.indices, found.codes[found.valid])
+
+
+@torch.no_grad()
+def test_predictions_are_the_world_model_s_and_a_rollout_feeds_them_back_unrounded(finished, model, chunk):
+    _, world_model = by_hand(finished)
+    frames = torch.from_numpy(np.stack([chunk["obs"][:4], chunk["obs"][1:5]], 1))
+    la_q = torch.randn(4, 3, model.idm.head.out_features)
+    past, expected = list(stack_frames(frames).split(3, 1)), []
+    for step in range(3):
+        past.append(world_model(torch.cat(past[-2:], 1), la_q[:, step]))
+        image = ((past[-1] + 0.5) * 255).round().clamp(0, 255)
+        expected.append(image.permute(0, 2, 3, 1))
+    found = model.rollout(frames, la_q)
+    assert found.dtype == torch.uint8
+    assert (found.float() - torch.stack(expected, 1)).abs().max() <= 1  # at a rounding boundary
+    torch.testing.assert_close(model.predict(frames.numpy(), la_q[:, 0].numpy()), found[:, 0])
+
+
+def test_use_changes_nothing_and_nothing_can_be_trained(finished, model, chunk):
+    before = {key: x.clone() for key, x in model.idm.state_dict().items()}
+    found = model.infer(chunk["obs"])
+    model.predict(np.stack([chunk["obs"][:9], chunk["obs"][:9]], 1), found.la_q[1:10])
+    for key, x in model.idm.state_dict().items():
+        assert torch.equal(x, before[key]), key
+    parameters = [*model.idm.parameters(), *model.world_model.parameters()]
+    assert not any(p.requires_grad for p in parameters)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "scratch", "bc"])
+def test_policies_act_as_their_networks_say(finished, chunk, mode):
+    policy = load_policy(finished.run_dir(f"stage3_{mode}"), "cpu")
+    checkpoint = load_checkpoint(finished.run_dir(f"stage3_{mode}") / "checkpoint.pt")
+    network = make_acting_policy(saved_config(checkpoint), mode, 15).eval()
+    network.load_state_dict(checkpoint["state"]["policy"])
+    obs = chunk["obs"][:20]
+    with torch.no_grad():
+        expected = network.logits(torch.from_numpy(obs))
+    torch.testing.assert_close(policy.logits(obs), expected)
+    assert policy.act(obs, greedy=True).tolist() == expected.argmax(-1).tolist()
+    torch.manual_seed(3)
+    first = policy.act(obs)
+    torch.manual_seed(3)
+    assert policy.act(obs).tolist() == first.tolist()
+
+
+class Uniform(torch.nn.Module):
+    """All 15 actions are equally likely, the last one by a hair most."""
+
+    def logits(self, frames: torch.Tensor) -> torch.Tensor:
+        return torch.linspace(0, 1e-3, 15).expand(len(frames), -1)
+
+
+def test_actions_are_sampled_unless_greedy_ones_are_asked_for(chunk):
+    policy = ActingPolicy(Uniform(), CPU)
+    assert set(policy.act(chunk["obs"], greedy=True)) == {14}
+    assert len(set(policy.act(chunk["obs"]))) > 10
+
+
+@pytest.mark.parametrize("form", ["run", "stage", "file", "relative"])
+def test_a_run_is_named_by_its_folder_or_its_checkpoint(finished, monkeypatch, form):
+    stage = finished.run_dir("stage1")
+    monkeypatch.chdir(stage.parent.parent)
+    path = {"run": stage.parent, "stage": stage, "file": stage / "checkpoint.pt", "relative": "seed0/stage1"}[
+        form
+    ]
+    assert isinstance(load_stage1(path, "cpu"), LatentActionModel)
+
+
+def test_a_model_without_quantiser_has_no_codes(finished, chunk):
+    cfg = finished.config("--vq.enabled", "false")
+    model = LatentActionModel(make_idm(cfg).eval(), make_world_model(cfg).eval(), CPU)
+    found = model.infer(chunk["obs"])
+    assert found.codes.shape == (120, 0, 0)
+    torch.testing.assert_close(found.la_q, found.la, equal_nan=True)
+    with pytest.raises(lapo.UserError, match=r"^this model has no codes: .* vq\.enabled false$"):
+        model.decode(found.codes)
+
+
+def test_mistakes_are_named(finished, model, chunk):
+    obs, latents = chunk["obs"], model.infer(chunk["obs"])
+    policy = load_policy(finished.run_dir("stage3_bc"), "cpu")
+    for call, sentence in (
+        (
+            lambda: model.infer(obs / 255),
+            r"video must be uint8 \(B, 64, 64, 3\), found float64 \(120, 64, 64, 3\)",
+        ),
+        (lambda: model.infer(obs[:, :32]), r"video must be .*, found uint8 \(120, 32, 64, 3\)"),
+        (lambda: model.infer(obs[:2]), "the video has 2 frames; an action is inferred from 3"),
+        (lambda: model.infer(obs, np.zeros(120)), r"done must be bool \(120,\), found float64 \(120,\)"),
+        (lambda: model.infer(obs, np.zeros(9, bool)), r"done must be bool \(120,\), found bool \(9,\)"),
+        (
+            lambda: model.decode(latents.la),
+            r"codes must be integers \(B, 2, 2\), found float32 \(120, 8\)|codes",
+        ),
+        (lambda: model.decode(latents.codes), r"codes must lie in 0\.\.7, found -1\.\."),
+        (lambda: model.predict(obs[:2], latents.la_q[:2]), r"frames must be uint8 \(B, 2, 64, 64, 3\)"),
+        (
+            lambda: model.predict(np.stack([obs, obs], 1), latents.la_q[:, :3]),
+            r"la_q must be \(120, K, \d+\)",
+        ),
+        (lambda: policy.act(obs[0]), r"obs must be uint8 \(B, 64, 64, 3\), found uint8 \(64, 64, 3\)"),
+        (lambda: load_stage1("nowhere"), r"the checkpoint .*nowhere/checkpoint\.pt does not exist"),
+        (lambda: load_stage1(finished.run_dir("stage2")), "is a checkpoint of stage2, not of stage1"),
+        (lambda: load_policy(finished.run_dir("stage1")), "is a checkpoint of stage1, which cannot act"),
+    ):
+        with pytest.raises(lapo.UserError, match=sentence):
+            call()
+
+
+def test_unknown_names_are_no_attributes():
+    assert set(lapo.__all__) <= {name for name in lapo.__all__ if hasattr(lapo, name)}
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        lapo.nothing  # noqa: B018
+
+
+def test_the_readme_s_example_runs_as_written_without_procgen(finished, tmp_path):
+    """In a folder where its paths lead to a tiny run."""
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    for name, target in (
+        ("exp_results/demo/jumper/seed0", finished.run_dir("stage1").parent),
+        ("expert_data/demo/jumper", finished.data / finished.GAME),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to(target)
+    # A chunk of the recorder's has marks; these ones have none.
+    np.savez(
+        Path(tmp_path / "chunk.npz"),
+        **np.load(tmp_path / "expert_data/demo/jumper/test/0.npz"),
+        done=np.zeros(120, bool),
+    )
+    example = example.replace("expert_data/demo/jumper/test/0.npz", "chunk.npz")
+    blocked = "import sys; sys.modules |= {'procgen': None, 'gym': None, 'gym3': None}\n"
+    checks = "assert film.shape[:2] == (8, 5) and predicted.shape == swapped.shape and len(actions) == 8"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{blocked}sys.path.insert(0, {str(ROOT)!r})\n{example}\n{checks}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
