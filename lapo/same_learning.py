@@ -1,8 +1,9 @@
-"""Does the fast path learn what the plain one learns? `python same_learning.py --preset demo --env jumper`.
+"""Does the optimised path learn the same? `python same_learning.py --preset demo --env jumper`
 
-Trains stage 1 by both, from the same weights and on the same batches, with a few seeds. Plain is what the
-published code computes: fp32, not compiled, contiguous images, the world model's first layer over all of its
-constant channels. Fast is what `stage1.py` does with this configuration. No run's folder is touched.
+Trains stage 1 by the reference and the optimised path, from the same weights and on the same batches, with a
+few seeds. The reference computes what the published code computes: fp32, not compiled, contiguous images, the
+world model's first layer over all constant channels. The optimised path is what `stage1.py` does with this
+config. No run's folder is touched.
 
 Every key of the config is an option too, as in the stages (`--stage1.steps 1000`).
 """
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lapo.benchmarks.workloads import plain_stage1_networks, stage1_networks
+from lapo.benchmarks.workloads import reference_stage1_networks, stage1_networks
 from lapo.command_line import Parser
 from lapo.config import Config, diff, parse_with_config, to_dict
 from lapo.data.checks import check_data, check_frames
@@ -37,10 +38,13 @@ LAST = 100
 """Steps at the end whose training loss is averaged."""
 CONFIG_KEYS = "env", "visuals", "precision", "data", "model", "vq", "stage1", "probe"
 """Of the configuration, what all runs in a file must share."""
-FIGURES = "wm_loss", "wm_loss_test", "probe_acc_test"
+METRICS = "wm_loss", "wm_loss_test", "probe_acc_test"
+
+OLD_PATHS = {"plain": "reference", "fast": "optimised"}
+"""What files of older versions call the paths."""
 
 Networks = Callable[[Config, Compute], tuple[nn.Module, nn.Module]]
-NETWORKS: dict[str, Networks] = {"plain": plain_stage1_networks, "fast": stage1_networks}
+NETWORKS: dict[str, Networks] = {"reference": reference_stage1_networks, "optimised": stage1_networks}
 
 
 def main() -> None:
@@ -74,14 +78,15 @@ def compare(args: argparse.Namespace, cfg: Config) -> dict:
     """Train all runs, print the tables and write the numbers where asked; returns them as plain data.
 
     Finished runs in the file are not made again. Raises `UserError` if it is of another configuration, or if
-    a figure is not finite.
+    a metric is not finite.
     """
-    fast = Compute.from_config(cfg)
-    computes = {"plain": Compute(fast.device, bf16=False, compile=False), "fast": fast}
+    optimised = Compute.from_config(cfg)
+    reference = Compute(optimised.device, bf16=False, compile=False)
+    computes = {"reference": reference, "optimised": optimised}
     check_data(cfg.env, cfg.game_data)
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
     report = read(args.json, cfg)
-    splits = read_splits(cfg, fast.device)
+    splits = read_splits(cfg, optimised.device)
     runs = {(run["seed"], run["path"]): run for run in report["runs"]}
     compared = [(seed, path) for seed in range(cfg.seed, cfg.seed + args.seeds) for path in computes]
     for seed, path in compared:
@@ -109,7 +114,8 @@ def read(path: Path | None, cfg: Config) -> dict:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         changes = diff(report["config"], config)
-        report["runs"]
+        for run in report["runs"]:
+            run["path"] = OLD_PATHS.get(run["path"], run["path"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--json {path} holds no results of this script; name another file") from None
     if changes:
@@ -118,13 +124,13 @@ def read(path: Path | None, cfg: Config) -> dict:
 
 
 def learn(cfg: Config, compute: Compute, networks: Networks, windows: Windows, held_out: Windows) -> dict:
-    """Train stage 1 from `cfg.seed` on; returns what came of it, as plain data.
+    """Train stage 1 with `cfg.seed`; returns its metrics.
 
-    Raises `UserError` if a figure is not finite.
+    Raises `UserError` if a metric is not finite.
     """
-    gc.collect()  # the trainer before this one refers to itself by way of its compiled functions
+    gc.collect()  # the previous trainer refers to itself through its compiled functions
     if compute.compile:
-        torch.compiler.reset()  # it would give up compiling after a few trainers
+        torch.compiler.reset()  # after a few trainers it would stop compiling
     seed_everything(cfg.seed)
     trainer = Trainer(cfg, compute, windows, *networks(cfg, compute))
     losses = deque(maxlen=LAST)
@@ -141,28 +147,30 @@ def runs_table(runs: list[dict]) -> str:
     """A row for each run."""
     rows = []
     for run in runs:
-        figures = (figure(run, key) for key in FIGURES)
-        rows.append([str(run["seed"]), run["path"], run["device"], *figures])
-    return table(["seed", "path", "device", *FIGURES], rows)
+        values = (shown(run, key) for key in METRICS)
+        rows.append([str(run["seed"]), run["path"], run["device"], *values])
+    return table(["seed", "path", "device", *METRICS], rows)
 
 
-def figure(run: dict, key: str) -> str:
-    """Four significant digits; nothing for data without true actions, which no probe can judge."""
+def shown(run: dict, key: str) -> str:
+    """A metric with four significant digits; empty for a probe without true actions."""
     return f"{run[key]:.4g}" if key in run else ""
 
 
 def summary_table(runs: list[dict]) -> str:
-    """A row for each figure: the fast runs' mean, and between which values the plain runs lie."""
+    """A row for each metric: the mean of the optimised runs, and the range of the reference's."""
     rows = []
-    for key in FIGURES:
-        plain, fast = ([run[key] for run in runs if run["path"] == path and key in run] for path in NETWORKS)
-        if plain:
-            mean, low, high = statistics.mean(fast), min(plain), max(plain)
-            inside = "" if len(plain) < 2 else "yes" if low <= mean <= high else "no"
+    for key in METRICS:
+        reference, optimised = (
+            [run[key] for run in runs if run["path"] == path and key in run] for path in NETWORKS
+        )
+        if reference:
+            mean, low, high = statistics.mean(optimised), min(reference), max(reference)
+            inside = "" if len(reference) < 2 else "yes" if low <= mean <= high else "no"
             rows.append(
-                [key, f"{statistics.mean(plain):.4g}", f"{low:.4g} to {high:.4g}", f"{mean:.4g}", inside]
+                [key, f"{statistics.mean(reference):.4g}", f"{low:.4g} to {high:.4g}", f"{mean:.4g}", inside]
             )
-    return table(["figure", "plain: mean", "plain: all seeds", "fast: mean", "inside"], rows)
+    return table(["metric", "reference: mean", "reference: range", "optimised: mean", "inside"], rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""benchmark.py, same_learning.py: command lines, what is counted, and that the plain path computes alike."""
+"""benchmark.py, same_learning.py: command lines, what is counted, and that both paths compute the same."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +17,14 @@ from lapo.benchmark import count_gflop, lap_seconds
 from lapo.benchmarks import workloads
 from lapo.benchmarks.workloads import (
     Lap,
-    PlainPolicy,
+    ReferencePolicy,
     TimedEnv,
+    Workload,
+    contiguous,
     load,
-    plain_stage1_networks,
-    published,
     random_windows,
     record_random_play,
+    reference_stage1_networks,
     stage1_networks,
 )
 from lapo.data import chunks
@@ -36,14 +39,14 @@ from support import Workplace, write_game
 
 CPU = torch.device("cpu")
 PARTS = {
-    ("1", "lapo"): {"load", "forward/backward", "update", "probe"},
-    ("1", "plain"): {"load", "forward/backward", "update", "probe"},
-    ("2", "lapo"): {"load", "infer latents", "forward/backward", "update"},
-    ("2", "plain"): {"load", "forward/backward", "update"},
-    ("3", "lapo"): {"policy", "env", "update", "infer latents", "decoder"},
-    ("3", "plain"): {"policy", "env", "update", "infer latents"},
-    ("load", "lapo"): {"load"},
-    ("load", "plain"): {"load"},
+    ("1", "optimised"): {"load", "forward/backward", "update", "probe"},
+    ("1", "reference"): {"load", "forward/backward", "update", "probe"},
+    ("2", "optimised"): {"load", "infer latents", "forward/backward", "update"},
+    ("2", "reference"): {"load", "forward/backward", "update"},
+    ("3", "optimised"): {"policy", "env", "update", "infer latents", "decoder"},
+    ("3", "reference"): {"policy", "env", "update", "infer latents"},
+    ("load", "optimised"): {"load"},
+    ("load", "reference"): {"load"},
 }
 SAMPLES = {"1": 4, "2": 4, "3": 32, "load": 64}
 
@@ -52,7 +55,7 @@ SAMPLES = {"1": 4, "2": 4, "3": 32, "load": 64}
 def measured(tmp_path_factory):
     """All stages measured by the real command line: what it printed, and the results by stage and path."""
     workplace = Workplace(tmp_path_factory.mktemp("benchmark"))
-    options = ["--compare", "plain", "--repeats", "1", "--frames", "64", "--probe.windows", "16"]
+    options = ["--compare", "reference", "--repeats", "1", "--frames", "64", "--probe.windows", "16"]
     done = workplace.run("benchmark.py", *options, "--json", "out.json")
     assert done.returncode == 0, done.stderr
     report = json.loads((workplace.folder / "out.json").read_text())
@@ -60,13 +63,15 @@ def measured(tmp_path_factory):
     return done.stdout, report, {(result["stage"], result["path"]): result for result in report["results"]}
 
 
-def test_the_command_line_measures_every_stage_and_the_plain_path(measured):
+def test_the_command_line_measures_every_stage_and_the_reference_path(measured):
     stdout, report, results = measured
     assert results.keys() == PARTS.keys()
     assert report["config"]["probe"]["windows"] == 16
     assert report["provenance"].keys() == {"revision", "python", "torch"}
     for (stage, path), result in results.items():
-        assert any(line.split("|")[1:3] == [f" {stage:<5} ", f" {path:<5} "] for line in stdout.splitlines())
+        assert any(
+            [cell.strip() for cell in line.split("|")[1:3]] == [stage, path] for line in stdout.splitlines()
+        )
         assert result["device"] == "cpu (1 threads), fp32"
         assert result["samples_per_step"] == SAMPLES[stage]
         assert result["seconds"].keys() == PARTS[stage, path]
@@ -88,22 +93,22 @@ def test_numbers_agree_with_each_other(measured):
             rate = sum(result["gflop"].values()) * result["steps_per_s"]
             assert result["gflop_per_s"] == pytest.approx(rate)
             assert result["matmul_share"] == pytest.approx(rate / result["matmul_gflop_per_s"])
-        if path == "lapo":
-            plain = results[stage, "plain"]["seconds_per_step"]
-            assert result["times_plain"] == pytest.approx(plain / result["seconds_per_step"])
+        if path == "optimised":
+            reference = results[stage, "reference"]["seconds_per_step"]
+            assert result["speed_up"] == pytest.approx(reference / result["seconds_per_step"])
 
 
 def test_the_published_code_does_more_work(measured):
     """Labels aside, stage 2 trains the same; the trunk's work in stage 3 shrinks to one pass per step."""
     _, _, results = measured
     gflop = {key: result["gflop"] for key, result in results.items()}
-    assert gflop["1", "lapo"]["forward/backward"] < gflop["1", "plain"]["forward/backward"]
-    assert gflop["2", "lapo"]["forward/backward"] < 0.6 * gflop["2", "plain"]["forward/backward"]
+    assert gflop["1", "optimised"]["forward/backward"] < gflop["1", "reference"]["forward/backward"]
+    assert gflop["2", "optimised"]["forward/backward"] < 0.6 * gflop["2", "reference"]["forward/backward"]
     # A rollout of 8 steps ends with a look at what follows.
-    policy = gflop["3", "lapo"]["policy"]
-    assert gflop["3", "plain"]["policy"] == pytest.approx(policy)
+    policy = gflop["3", "optimised"]["policy"]
+    assert gflop["3", "reference"]["policy"] == pytest.approx(policy)
     # Forward and backward, less the first layer's gradient by the image, in each of two epochs.
-    assert 5 < gflop["3", "plain"]["update"] / (policy * 8 / 9) < 6
+    assert 5 < gflop["3", "reference"]["update"] / (policy * 8 / 9) < 6
 
 
 @pytest.mark.parametrize(
@@ -140,7 +145,7 @@ def test_flops_of_small_layers_equal_arithmetic():
         y.sum().backward()
         yield Lap("backward")
         linear(x).sum().backward()
-        yield Lap("linear", share=0.5)
+        yield Lap("linear", per_step=0.5)
 
     gflop = count_gflop(laps())
     forward = 2 * (2 * 8 * 8) * 5 * (3 * 3 * 3) / 1e9
@@ -153,8 +158,75 @@ def test_seconds_add_up_by_part_and_share(monkeypatch):
     """A clock that is asked at the start, and at the end and the new start of every part."""
     times = iter([0, 10, 10, 14, 20, 21, 21])
     monkeypatch.setattr(benchmark, "now", lambda device: next(times))
-    laps = [Lap("policy", env_seconds=3, env_share=4), Lap("label", share=0.5), Lap("policy", share=2)]
+    laps = [
+        Lap("policy", env_seconds=3, env_per_step=4),
+        Lap("label", per_step=0.5),
+        Lap("policy", per_step=2),
+    ]
     assert lap_seconds(laps, CPU) == {"policy": 7 + 2, "env": 12, "label": 2}
+
+
+def test_on_a_gpu_the_host_waits_twice_in_a_hundred_steps(monkeypatch):
+    """Here a clock stands for the GPU: every wait takes it 50 seconds further, every step issued 0.1."""
+    clock = {"time": 0.0, "waits": 0}
+
+    def update(number: int) -> None:
+        clock["time"] += 0.1
+        assert number == updates.pop(0)
+
+    def wait(device: torch.device) -> float:
+        clock["time"] += 50
+        clock["waits"] += 1
+        return clock["time"]
+
+    monkeypatch.setattr(benchmark, "now", wait)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock["time"])
+    updates = list(range(100))
+    seconds, host = benchmark.seconds_between_waits(update, CPU)
+    assert (updates, clock["waits"]) == ([], 2)
+    assert (seconds, host) == (pytest.approx(0.6), pytest.approx(0.1))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_a_step_of_a_gpu_is_the_stage_s_own_and_what_comes_beside_it(monkeypatch, kind):
+    """The parts of every step are replaced by the whole one, here a second; a probe's part is added."""
+    compute = SimpleNamespace(device=SimpleNamespace(type=kind), compile=False)
+    whole = []
+    laps = [Lap(name) for name in benchmark.EVERY_STEP] + [Lap("probe", per_step=0.5)]
+    workload = Workload(lambda number: iter(laps), 4, whole.append)
+    monkeypatch.setattr(benchmark, "replace", lambda compute, **_: compute)
+    monkeypatch.setattr(benchmark, "reset_peaks", lambda device: None)
+    clock = itertools.count()
+    monkeypatch.setattr(benchmark, "now", lambda device: next(clock))
+    monkeypatch.setattr(benchmark, "seconds_between_waits", lambda update, device: (1.0, 0.25))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    result = benchmark.measure(lambda compute: workload, compute, 1, 0)
+    parts = {"load": 1, "forward/backward": 1, "update": 1, "probe": 0.5}
+    assert result["seconds"] == parts
+    gpu = kind == "cuda"
+    assert (result["seconds_per_step"], result["host_seconds_per_step"]) == (
+        (1.5, 0.25) if gpu else (3.5, None)
+    )
+    assert len(whole) == (5 if gpu else 0)  # a graph is recorded in the fourth call
+
+
+def test_the_reference_computes_in_fp32_without_tf32(workplace):
+    torch.backends.cudnn.allow_tf32 = True
+    Compute(CPU, bf16=False, compile=False)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_the_older_name_of_the_reference_is_understood():
+    assert benchmark.parse(["--compare", "plain"])[0].compare == "reference"
+
+
+def test_results_of_older_versions_are_read(workplace, tmp_path):
+    cfg = workplace.config()
+    file = tmp_path / "old.json"
+    report = same_learning.read(None, cfg) | {"runs": [{"path": "plain"}, {"path": "fast"}]}
+    file.write_text(json.dumps(report))
+    assert [run["path"] for run in same_learning.read(file, cfg)["runs"]] == ["reference", "optimised"]
 
 
 def test_the_environment_counts_the_waiting_in_both_calls(workplace):
@@ -192,35 +264,35 @@ def test_loading_brings_every_frame_to_the_device(workplace, monkeypatch, reside
     )
     workload = load(cfg, Compute(CPU, bf16=False, compile=False), folder, 60, resident)
     (lap,) = workload.step(0)
-    assert (lap.name, lap.share, workload.samples) == ("load", 1, 60)
+    assert (lap.name, lap.per_step, workload.samples) == ("load", 1, 60)
     assert set(read) == set(find_chunks(folder))
     assert served == ([] if resident else Windows(folder, device=CPU).all().tolist())
 
 
-def test_frames_that_the_plain_loader_has_no_room_for_are_refused_at_once(monkeypatch, call_main):
+def test_frames_that_the_reference_loader_has_no_room_for_are_refused_at_once(monkeypatch, call_main):
     monkeypatch.setattr(workloads, "free_bytes", lambda device: 10**9)
-    arguments = ["--stage", "load", "--frames", "50000", "--compare", "plain"]
+    arguments = ["--stage", "load", "--frames", "50000", "--compare", "reference"]
     status, stdout, stderr = call_main(benchmark.main, *arguments)
     assert (status, stdout) == (2, "")
-    assert "50,000 frames the plain way needs 1.2 GB of host memory, 1.0 GB are free" in stderr
+    assert "50,000 frames as the reference does needs 1.2 GB of host memory, 1.0 GB are free" in stderr
 
 
-# ---------------------------------------------------------------- the plain path computes the same
+# ---------------------------------------------------------------- the reference path computes the same
 
 
-def test_plain_stage_1_equals_ours(workplace):
+def test_reference_stage_1_equals_ours(workplace):
     cfg = workplace.config("--vq.start", "data")
     cfg = replace(cfg, stage1=replace(cfg.stage1, batch_size=8))
     compute, windows = Compute(CPU, bf16=False, compile=False), random_windows(32, CPU)
     torch.manual_seed(0)
     ours = stage1_idm_wm.Trainer(cfg, compute, windows, *stage1_networks(cfg, compute))
     torch.manual_seed(0)
-    plain = stage1_idm_wm.Trainer(cfg, compute, windows, *plain_stage1_networks(cfg, compute))
-    assert ours.world_model.fold_action != plain.world_model.fold_action
+    reference = stage1_idm_wm.Trainer(cfg, compute, windows, *reference_stage1_networks(cfg, compute))
+    assert ours.world_model.fold_action != reference.world_model.fold_action
     torch.manual_seed(0)
     found = ours.update(0)
     torch.manual_seed(0)
-    expected = plain.update(0)
+    expected = reference.update(0)
     assert found.keys() == {"loss", "wm_loss", "vq_loss", "perplexity", "grad_norm"}
     for key, value in expected.items():
         assert found[key].item() == pytest.approx(value.item(), rel=1e-5), key
@@ -241,29 +313,34 @@ def test_both_paths_learn_and_are_compared_figure_by_figure(workplace, call_main
     assert "seed 3" not in stdout
     runs = json.loads((workplace.folder / "out.json").read_text())["runs"]
     assert [(run["seed"], run["path"]) for run in runs] == [
-        (3, "plain"),
-        (3, "fast"),
-        (4, "plain"),
-        (4, "fast"),
+        (3, "reference"),
+        (3, "optimised"),
+        (4, "reference"),
+        (4, "optimised"),
     ]
     assert runs[:2] == first
-    for plain, fast in (runs[:2], runs[2:]):
+    for reference, optimised in (runs[:2], runs[2:]):
         for key in ("wm_loss", "wm_loss_test"):  # in fp32 the paths differ by rounding alone
-            assert fast[key] == pytest.approx(plain[key], rel=1e-3)
+            assert optimised[key] == pytest.approx(reference[key], rel=1e-3)
     assert runs[0]["wm_loss"] != runs[2]["wm_loss"]
     assert not workplace.results.exists()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in stdout.splitlines() if "|" in line]
-    assert [row[:2] for row in rows[2:6]] == [["3", "plain"], ["3", "fast"], ["4", "plain"], ["4", "fast"]]
+    assert [row[:2] for row in rows[2:6]] == [
+        ["3", "reference"],
+        ["3", "optimised"],
+        ["4", "reference"],
+        ["4", "optimised"],
+    ]
     assert [row[0] for row in rows[8:]] == ["wm_loss", "wm_loss_test", "probe_acc_test"]
 
 
-@pytest.mark.parametrize(("fast", "inside"), [([0.3, 0.4], "yes"), ([0.1, 0.2], "no")])
-def test_the_fast_mean_is_held_against_the_spread_of_the_plain_runs(fast, inside):
-    runs = [{"path": "plain", "wm_loss": x} for x in (0.2, 0.5)] + [
-        {"path": "fast", "wm_loss": x} for x in fast
+@pytest.mark.parametrize(("optimised", "inside"), [([0.3, 0.4], "yes"), ([0.1, 0.2], "no")])
+def test_the_optimised_mean_is_compared_with_the_range_of_the_reference(optimised, inside):
+    runs = [{"path": "reference", "wm_loss": x} for x in (0.2, 0.5)] + [
+        {"path": "optimised", "wm_loss": x} for x in optimised
     ]
     (row,) = summary_table(runs).splitlines()[2:]
-    mean = f"{sum(fast) / 2:.4g}"
+    mean = f"{sum(optimised) / 2:.4g}"
     assert [cell.strip() for cell in row.split("|")[1:-1]] == ["wm_loss", "0.35", "0.2 to 0.5", mean, inside]
 
 
@@ -292,24 +369,24 @@ def test_mistakes_in_a_comparison_are_told_in_a_sentence(
     assert line.startswith(f"error: {sentence}")
 
 
-def test_plain_networks_see_contiguous_images():
+def test_reference_networks_see_contiguous_images():
     conv = nn.Conv2d(3, 4, 3)
     image = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
     assert not conv(image).is_contiguous()
-    assert published(conv, CPU)(image).is_contiguous()
+    assert contiguous(conv, CPU)(image).is_contiguous()
 
 
-def test_the_plain_acting_policy_equals_ours_and_gives_its_trunk_gradients(workplace):
+def test_the_reference_acting_policy_equals_ours_and_gives_its_trunk_gradients(workplace):
     cfg = workplace.config()
 
     def make(kind: type[TwoPathPolicy]) -> TwoPathPolicy:
         return kind(make_latent_policy(cfg), make_decoder(cfg, len(ACTIONS)), len(ACTIONS))
 
-    ours, plain = make(TwoPathPolicy), make(PlainPolicy)
-    plain.load_state_dict(ours.state_dict())
-    plain.requires_grad_(True)
+    ours, reference = make(TwoPathPolicy), make(ReferencePolicy)
+    reference.load_state_dict(ours.state_dict())
+    reference.requires_grad_(True)
     frames = torch.randint(256, (5, 64, 64, 3), dtype=torch.uint8)
-    found, expected = plain(*plain.encode(frames)), ours(*ours.encode(frames))
+    found, expected = reference(*reference.encode(frames)), ours(*ours.encode(frames))
     torch.testing.assert_close(found, expected)
     sum(x.sum() for x in found).backward()
-    assert all(p.grad.any() for p in plain.trunk.parameters())
+    assert all(p.grad.any() for p in reference.trunk.parameters())

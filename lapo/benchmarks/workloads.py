@@ -1,7 +1,6 @@
-"""What benchmark.py measures: the steps of the stages as they are, and the plain ones of the published code.
+"""The workloads of benchmark.py: the steps of the stages, and those of the reference, the published code.
 
-A workload makes steps in parts, each ended by a `Lap`. No data and no earlier stage is needed: frames and
-weights are random.
+A step consists of parts, each ended by a `Lap`. Frames and weights are random: no data, no earlier stage.
 """
 
 import contextlib
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,25 +47,27 @@ PROBE_WINDOWS = 64
 
 @dataclass(frozen=True)
 class Lap:
-    """A part of a step that has just ended."""
+    """The end of a part of a step."""
 
     name: str
-    share: float = 1.0
-    """How often a step of a run does what was done here once."""
+    per_step: float = 1.0
+    """How often a training step does this part, on average over a run."""
     env_seconds: float = 0.0
-    """How long it waited for the environment."""
-    env_share: float = 1.0
-    """How often a step of a run waits so long."""
+    """Seconds of the part spent waiting for the environment."""
+    env_per_step: float = 1.0
+    """How often a training step waits that long."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Something to measure."""
+    """Steps to measure."""
 
     step: Callable[[int], Iterable[Lap]]
     """Makes the step of the given number, part by part."""
     samples: int
     """Samples of a step: windows, environment steps or frames."""
+    update: Callable[[int], Any] | None = None
+    """Makes the same training step in one call, as the stage does (on a GPU, by a CUDA graph)."""
 
 
 Make = Callable[[Compute], Workload]
@@ -73,20 +75,20 @@ Make = Callable[[Compute], Workload]
 
 @contextlib.contextmanager
 def prepared(stage: str, cfg: Config, frames: int, device: torch.device) -> Iterator[tuple[Make, Make]]:
-    """What makes the stage's workload, ours and the plain one."""
+    """Constructors of the stage's workload, optimised and reference."""
     with contextlib.ExitStack() as stack:
         if stage in "12":
             windows = random_windows(frames, device)
-            ours, plain = (stage1, plain_stage1) if stage == "1" else (stage2, plain_stage2)
+            ours, reference = (stage1, reference_stage1) if stage == "1" else (stage2, reference_stage2)
             yield (
                 (lambda compute: ours(cfg, compute, windows)),
-                (lambda compute: plain(cfg, compute, windows)),
+                (lambda compute: reference(cfg, compute, windows)),
             )
         elif stage == "3":
             env = stack.enter_context(contextlib.closing(TimedEnv.of(cfg)))
             yield (
                 (lambda compute: stage3(cfg, compute, env)),
-                (lambda compute: plain_stage3(cfg, compute, env)),
+                (lambda compute: reference_stage3(cfg, compute, env)),
             )
         else:
             folder = Path(stack.enter_context(TemporaryDirectory()))
@@ -94,12 +96,12 @@ def prepared(stage: str, cfg: Config, frames: int, device: torch.device) -> Iter
             resident = keeps_all(folder, device, None, cfg.resident)
             yield (
                 (lambda compute: load(cfg, compute, folder, loaded, resident)),
-                (lambda compute: plain_load(folder, loaded)),
+                (lambda compute: reference_load(folder, loaded)),
             )
 
 
 def published_frames(cfg: Config) -> int:
-    """Frames of published chunks, as many as are configured: what stage 2 labels."""
+    """Frames of the published chunks in use: the windows whose latents stage 2 infers."""
     chunks = {"train": cfg.data.train_chunks, "test": cfg.data.test_chunks}
     return sum(count * CHUNK_FRAMES[split] for split, count in chunks.items())
 
@@ -113,8 +115,8 @@ def random_windows(frames: int, device: torch.device) -> Windows:
         return Windows(Path(folder), device=device)
 
 
-def published(network: nn.Module, device: torch.device) -> nn.Module:
-    """`network` on the device, computing on contiguous images; returns the network."""
+def contiguous(network: nn.Module, device: torch.device) -> nn.Module:
+    """`network` on the device, its convolutions on contiguous images, as published; returns the network."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].contiguous(),))
@@ -122,25 +124,25 @@ def published(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def stage1_networks(cfg: Config, compute: Compute) -> tuple[nn.Module, nn.Module]:
-    """IDM and world model of stage 1 as they are."""
+    """IDM and world model of stage 1."""
     return compute.place(make_idm(cfg)), compute.place(make_world_model(cfg))
 
 
-def plain_stage1_networks(cfg: Config, compute: Compute) -> tuple[nn.Module, nn.Module]:
-    """The same networks, weights too for equal seeds, computing as published."""
+def reference_stage1_networks(cfg: Config, compute: Compute) -> tuple[nn.Module, nn.Module]:
+    """The same networks as the reference computes them; the same weights for the same seed."""
     idm = make_idm(cfg)
     world_model = WorldModel(cfg.vq.la_dim, cfg.model.wm_width, fold_action=False)
-    return published(idm, compute.device), published(world_model, compute.device)
+    return contiguous(idm, compute.device), contiguous(world_model, compute.device)
 
 
 def stage1(cfg: Config, compute: Compute, windows: Windows) -> Workload:
-    """Stage 1 as it is."""
+    """Stage 1."""
     return _stage1(cfg, compute, windows, *stage1_networks(cfg, compute))
 
 
-def plain_stage1(cfg: Config, compute: Compute, windows: Windows) -> Workload:
-    """The same steps with published networks."""
-    return _stage1(cfg, compute, windows, *plain_stage1_networks(cfg, compute))
+def reference_stage1(cfg: Config, compute: Compute, windows: Windows) -> Workload:
+    """Stage 1 of the reference: its networks."""
+    return _stage1(cfg, compute, windows, *reference_stage1_networks(cfg, compute))
 
 
 def _stage1(cfg: Config, compute: Compute, windows: Windows, *networks: nn.Module) -> Workload:
@@ -159,41 +161,41 @@ def _stage1(cfg: Config, compute: Compute, windows: Windows, *networks: nn.Modul
         yield Lap("update")
         la = infer_latents(networks[0], windows.iter_frames(ids), compute)
         train_probe(la, ta, cfg.probe, cfg.seed)
-        yield Lap("probe", share=probed * per_window)
+        yield Lap("probe", per_step=probed * per_window)
         world_model_loss(*networks, windows, ids, la, compute)
-        yield Lap("probe", share=len(range(probed)[wm_subset(probed)]) * per_window)
+        yield Lap("probe", per_step=len(range(probed)[wm_subset(probed)]) * per_window)
 
-    return Workload(step, cfg.stage1.batch_size)
+    return Workload(step, cfg.stage1.batch_size, trainer.update)
 
 
 def stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
-    """Stage 2 as it is; each step bears its part of labelling every window once."""
+    """Stage 2; each step bears its part of inferring the latents of every window once."""
     idm = compute.place(make_idm(cfg)).eval().requires_grad_(False)
     la = torch.randn(len(windows), cfg.vq.la_dim, device=compute.device)
     policy = compute.place(make_latent_policy(cfg))
     trainer = stage2_bc.Trainer(cfg, compute, windows, la, policy)
     size, steps = cfg.stage2.batch_size, cfg.stage2.steps
-    labelled = published_frames(cfg)
+    inferred = published_frames(cfg)
 
     def step(number: int) -> Iterator[Lap]:
         trainer.set_lr(number)
         batch = trainer.load(number)
         yield Lap("load")
         infer_latents(idm, windows.iter_frames(windows.batch(number, size, cfg.seed)), compute)
-        # A run shorter than an epoch is taken to have less data, which it sees once.
-        yield Lap("infer latents", share=min(1.0, labelled / (size * steps)))
+        # A run shorter than an epoch is assumed to have less data, which it sees once.
+        yield Lap("infer latents", per_step=min(1.0, inferred / (size * steps)))
         trainer.backward(*batch)
         yield Lap("forward/backward")
         trainer.apply()
         yield Lap("update")
 
-    return Workload(step, size)
+    return Workload(step, size, trainer.update)
 
 
-def plain_stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
-    """Every batch is labelled anew, and the loss back-propagates into the IDM, which nothing changes."""
-    idm = published(make_idm(cfg), compute.device).eval()
-    policy = published(make_latent_policy(cfg), compute.device)
+def reference_stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
+    """Stage 2 of the reference: latents are inferred at every visit, with gradients into the frozen IDM."""
+    idm = contiguous(make_idm(cfg), compute.device).eval()
+    policy = contiguous(make_latent_policy(cfg), compute.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.stage2.lr)
 
     def step(number: int) -> Iterator[Lap]:
@@ -210,7 +212,7 @@ def plain_stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
 
 
 class TimedEnv(VecEnv):
-    """An environment that knows how long it was waited for."""
+    """An environment that measures how long its callers waited for it."""
 
     waited = 0.0
 
@@ -237,7 +239,11 @@ class TimedEnv(VecEnv):
 
 
 class Slice:
-    """The part of a PPO update that is timed, as a whole one takes long: it plays and learns a minibatch."""
+    """A short PPO update to time in place of a whole one: one minibatch is collected and learnt from.
+
+    `per_rollout`, `per_update` and `forwards` say how often a whole update does what the slice does once:
+    steps of the rollout, minibatches, and forward passes of the policy.
+    """
 
     def __init__(self, cfg: Config):
         length = max(1, cfg.ppo.rollout_steps // cfg.ppo.minibatches)
@@ -245,15 +251,15 @@ class Slice:
         self.per_rollout = cfg.ppo.rollout_steps / length
         self.per_update = self.per_rollout * cfg.ppo.epochs
         # The policy also sees the observation after the last step, of a slice as of a rollout.
-        self.forward_share = (cfg.ppo.rollout_steps + 1) / (length + 1)
+        self.forwards = (cfg.ppo.rollout_steps + 1) / (length + 1)
 
     def policy(self, env: TimedEnv) -> Lap:
         """The lap that ends with the playing."""
-        return Lap("policy", self.forward_share, env.take_waited(), self.per_rollout)
+        return Lap("policy", self.forwards, env.take_waited(), self.per_rollout)
 
 
 def stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
-    """Updates of stage 3's online mode as they are; a step is an update, extrapolated from a slice of it."""
+    """Updates of stage 3's online mode; a step is an update, extrapolated from a `Slice` of it."""
     part = Slice(cfg)
     states = {
         "stage1": {"idm": make_idm(cfg).state_dict()},
@@ -263,27 +269,27 @@ def stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
     decoder: OnlineDecoder = trainer.decoder
     updates, steps_per_update = num_updates(cfg)
     trainings = stage3_decode.decoder_updates(cfg)
-    # Rollouts are labelled until the last training, and a training takes all pairs of the updates so far.
-    labelled, trained = max(trainings, default=0) / updates, sum(trainings) / updates
+    # Latents are inferred until the decoder's last training, which takes the pairs of all updates so far.
+    inferred, trained = max(trainings, default=0) / updates, sum(trainings) / updates
 
     def step(number: int) -> Iterator[Lap]:
         env.take_waited()
         last_value = trainer.collect()
         yield part.policy(env)
         trainer.improve(steps_per_update, last_value)
-        yield Lap("update", share=part.per_update)
+        yield Lap("update", per_step=part.per_update)
         if trainings:
             decoder.infer_latents(trainer.rollout)
-            yield Lap("infer latents", share=part.per_rollout * labelled)
+            yield Lap("infer latents", per_step=part.per_rollout * inferred)
             decoder.train()
-            yield Lap("decoder", share=part.per_rollout * trained)
+            yield Lap("decoder", per_step=part.per_rollout * trained)
             decoder.la, decoder.ta = [], []
 
     return Workload(step, steps_per_update)
 
 
-class PlainPolicy(TwoPathPolicy):
-    """The acting policy of online decoding, all of whose layers run at every visit and get gradients."""
+class ReferencePolicy(TwoPathPolicy):
+    """The acting policy of online mode, all layers of which run at every visit and get gradients."""
 
     def encode(self, frames: Tensor) -> tuple[Tensor, ...]:
         return (frames,)
@@ -293,12 +299,12 @@ class PlainPolicy(TwoPathPolicy):
         return super().forward(features, self.decoder(self.sl_head(F.relu(self.sl_fc(features)))))
 
 
-def plain_stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
-    """The same updates with a plain policy, every step labelled."""
+def reference_stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
+    """Stage 3 of the reference: `ReferencePolicy`, and latents inferred at every step."""
     part = Slice(cfg)
-    idm = published(make_idm(cfg), compute.device).eval()
-    policy = PlainPolicy(make_latent_policy(cfg), make_decoder(cfg, len(ACTIONS)), len(ACTIONS))
-    policy = published(policy, compute.device).requires_grad_(True)
+    idm = contiguous(make_idm(cfg), compute.device).eval()
+    policy = ReferencePolicy(make_latent_policy(cfg), make_decoder(cfg, len(ACTIONS)), len(ACTIONS))
+    policy = contiguous(policy, compute.device).requires_grad_(True)
     learning = [p for name in ("policy_head", "value_head", "fc") for p in getattr(policy, name).parameters()]
     trainer = PPOTrainer(part.cfg, compute, env, policy, torch.optim.Adam(learning, lr=0.0))
 
@@ -314,9 +320,9 @@ def plain_stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
         last_value = trainer.collect()
         yield part.policy(env)
         infer_rollout()
-        yield Lap("infer latents", share=part.per_rollout)
+        yield Lap("infer latents", per_step=part.per_rollout)
         trainer.improve(0, last_value)
-        yield Lap("update", share=part.per_update)
+        yield Lap("update", per_step=part.per_update)
 
     return Workload(step, cfg.ppo.num_envs * cfg.ppo.rollout_steps)
 
@@ -360,7 +366,7 @@ def load(cfg: Config, compute: Compute, folder: Path, frames: int, resident: boo
     return Workload(step, frames)
 
 
-def plain_load(folder: Path, frames: int) -> Workload:
+def reference_load(folder: Path, frames: int) -> Workload:
     """Reading all chunks into host memory, then joining them."""
 
     def step(number: int) -> Iterator[Lap]:
@@ -371,11 +377,11 @@ def plain_load(folder: Path, frames: int) -> Workload:
     return Workload(step, frames)
 
 
-def check_plain_load(frames: int) -> None:
-    """Raise `UserError` if host memory is too small for `plain_load`."""
+def check_reference_load(frames: int) -> None:
+    """Raise `UserError` if host memory is too small for `reference_load`."""
     needed, free = 2 * frames * math.prod(FRAME_SHAPE), free_bytes(torch.device("cpu"))
     if free is not None and needed > free:
         raise UserError(
-            f"loading {frames:,} frames the plain way needs {needed / 1e9:.1f} GB of host memory,"
+            f"loading {frames:,} frames as the reference does needs {needed / 1e9:.1f} GB of host memory,"
             f" {free / 1e9:.1f} GB are free; choose fewer --frames, or leave out --compare"
         )
