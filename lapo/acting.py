@@ -1,4 +1,4 @@
-"""Playing with a policy of ours, and evaluating it on held-out levels, as stage 3 and evaluate.py do.
+"""Acting with trained policies, and evaluating them on held-out levels.
 
 Dimensions: N environments · H, W, C frame · A actions
 """
@@ -33,7 +33,7 @@ def random_actor(seed: int) -> Act:
 
 
 def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> Act:
-    """Actions of a network with `logits`: sampled from its distribution or, if `greedy`, the most likely."""
+    """Acts by a network's `logits`: samples or, if `greedy`, the most likely actions."""
 
     @torch.inference_mode()
     def act(frames: np.ndarray) -> np.ndarray:
@@ -46,9 +46,9 @@ def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> A
 
 
 def load_policy_checkpoint(path: Path, command: str | None = None) -> dict:
-    """The checkpoint of a policy that acts, of stage 3 or an expert; `command` is what makes a missing one.
+    """The checkpoint of an acting policy, of stage 3 or an expert; `command` produces it.
 
-    Raises `UserError` as `load_checkpoint`, and for a stage whose networks cannot act.
+    Raises `UserError` as `load_checkpoint` does, and for a stage whose networks cannot act.
     """
     checkpoint = load_checkpoint(path, command)
     if not checkpoint["stage"].startswith(("stage3", "expert")):
@@ -61,19 +61,19 @@ def load_policy_checkpoint(path: Path, command: str | None = None) -> dict:
 
 
 def restore_policy(checkpoint: dict, compute: Compute) -> torch.nn.Module:
-    """The frozen network of a checkpoint that `load_policy_checkpoint` gave."""
+    """The frozen network of a checkpoint of `load_policy_checkpoint`."""
     cfg = saved_config(checkpoint)
     network = make_acting_policy(cfg, cfg.stage3.mode, len(ACTIONS))
     return restore(network, checkpoint["state"]["policy"], compute)
 
 
 def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:
-    """The policy of a checkpoint that `load_policy_checkpoint` gave, see `network_actor`."""
+    """The policy of a checkpoint of `load_policy_checkpoint`, see `network_actor`."""
     return network_actor(restore_policy(checkpoint, compute), compute, greedy)
 
 
 def steps_played(checkpoint: dict) -> int | None:
-    """Environment steps that a policy has learnt from so far; None if it learnt from recorded frames."""
+    """Environment steps of a policy's training so far; None if it was trained on recorded frames."""
     saved = checkpoint["config"]
     if saved["stage3"]["mode"] in ("online", "scratch"):
         group = saved["ppo"]
@@ -91,11 +91,11 @@ class Evaluation:
     returns: np.ndarray
     lengths: np.ndarray
     speed: float = math.nan
-    """Steps played, over all environments, per second of CPU time of all threads."""
+    """Env steps per second of CPU time of all threads."""
 
     @property
     def episodes(self) -> int:
-        """How many episodes were counted."""
+        """Number of episodes."""
         return self.returns.size
 
     @property
@@ -112,7 +112,7 @@ class Evaluation:
 
 
 class SteppableEnv(Protocol):
-    """What `play` needs of an environment; `VecEnv` is one."""
+    """The part of an environment that `play` uses; `VecEnv` has it."""
 
     num_envs: int
 
@@ -126,12 +126,12 @@ class SteppableEnv(Protocol):
 def play(
     act: Callable[[np.ndarray], np.ndarray], env: SteppableEnv, episodes: int, *, sparing: bool = False
 ) -> Evaluation:
-    """Play a new `env` and measure `episodes` complete episodes, rounded up to a multiple of N.
+    """Play `episodes` complete episodes in a new `env`, rounded up to a multiple of N.
 
     `act` maps frames, uint8 (N, 64, 64, 3), to actions (N,). Every environment contributes its first
-    `episodes / N` episodes: counting whichever end first would favour short ones. With `sparing`, for an
-    `act` that knows nothing but the frames it is given, only those of environments that still contribute are
-    given to it; the others idle. A few long episodes then cost what they take themselves.
+    `episodes / N` episodes: counting the episodes that end first would favour short ones. With `sparing`,
+    `act` only gets the frames of environments that still contribute, and the others do action 0. That saves
+    time when few long episodes remain, but needs an `act` without a state per environment.
     """
     per_env = -(-episodes // env.num_envs)
     returns = np.zeros((env.num_envs, per_env))
@@ -154,17 +154,17 @@ def play(
         lengths[envs, counts[envs]] = finished_lengths[wanted]
         counts[envs] += 1
         steps += env.num_envs
-    # The clock may stand still for the shortest of plays.
+    # The clock's resolution may exceed a very short play.
     return Evaluation(returns.ravel(), lengths.ravel(), steps / max(time.process_time() - start, 1e-6))
 
 
 def held_out_env(game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> VecEnv:
-    """Environments on levels that no recorded data shows; `num_eval_envs(cfg)` of them."""
+    """`num_eval_envs(cfg)` environments on the held-out levels, which no recorded data contains."""
     return VecEnv(game, num_eval_envs(cfg), seed=seed, levels=HELD_OUT_LEVELS, visuals=visuals)
 
 
 def num_eval_envs(cfg: EvalConfig) -> int:
-    """Environments in which policies are evaluated."""
+    """Number of environments for evaluation."""
     return min(cfg.num_envs, cfg.episodes)
 
 
@@ -175,7 +175,7 @@ def evaluate_actor(act: Act, game: str, visuals: Visuals, cfg: EvalConfig, seed:
 
 
 def evaluate_policy(policy: torch.nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
-    """Play on held-out levels; nothing to play for a name that is no Procgen game."""
+    """Returns on held-out levels, as metrics; {} if the data set is not a Procgen game's."""
     if cfg.env not in GAMES:
         return {}
     act = network_actor(policy.eval(), compute, cfg.eval.greedy)

@@ -5,13 +5,13 @@ Dimensions
     K chunks · P chunks of a pool
 
 Frames stay uint8, as stored (see data/chunks.py), in one tensor on the device. A window is three consecutive
-frames of one chunk; the action of interest was taken at the second to last of them.
+frames of one chunk; its action was taken at the second to last of them.
 
 `Windows` keeps all frames on the device. `RollingWindows` serves more chunks than fit there: an epoch
-shuffles the chunks, cuts them into pools of P, and serves the windows of one pool after the other, those of
-each in random order: still an exact permutation of all windows. While one pool is served, a thread reads
-the next one into the room of the one before. So the device holds 2·P chunks, and the host a few more while
-they are being decoded (see `read_ahead`), whatever the size of the data.
+shuffles the chunks, splits them into pools of P, and serves the windows of one pool after the other, each in
+random order. An epoch is still an exact permutation of all windows. While one pool is served, a thread reads
+the next one into the memory of the previous one. So the device holds 2·P chunks, and the host a few more
+while they are decoded (see `read_ahead`), whatever the size of the data.
 
 `python data_loader.py --check FOLDER` checks chunks and prints a table, see data/checks.py.
 """
@@ -34,23 +34,23 @@ from lapo.data.chunks import (
     WINDOW,
     BadChunk,
     find_chunks,
+    print_chunk_limit,
     read_ahead,
     read_header,
-    say_limit,
     window_starts,
 )
 from lapo.errors import UserError, run_main
 from lapo.runs.compute import free_bytes
-from lapo.runs.files import hindrance
+from lapo.runs.files import read_obstacle
 from lapo.runs.ranks import Shard, all_max, shard
 
 WHOLE = Shard()
 INFERENCE_BATCH = 512
-"""Windows of a batch that needs no gradients."""
+"""Windows per batch where no gradients are needed."""
 
 
-def chunks_of(folder: Path, limit: int | None, shard: Shard) -> list[Path]:
-    """A shard's chunk files of a folder, of which `limit` count. Raises `UserError` if it is empty."""
+def shard_paths(folder: Path, limit: int | None, shard: Shard) -> list[Path]:
+    """A shard of the first `limit` chunk files of a folder. Raises `UserError` if it is empty."""
     paths = find_chunks(folder, limit)
     if len(paths) < shard.world_size:
         raise UserError(
@@ -66,9 +66,9 @@ class Windows:
     Attributes
         frames  (F, H, W, C) uint8
         starts  (M,) int64: index of every window's first frame
-        ta      (F,) int64 true actions, or None when some chunk lacks them; used only to measure
+        ta      (F,) int64 true actions, or None if a chunk lacks them; used for evaluation and offline modes
 
-    `num_chunks` were read, `num_bad` left out; `unlabelled` are those that lack `ta`.
+    `num_chunks` were read and `num_bad` skipped; `unlabelled` are the chunks without `ta`.
     """
 
     on_device = "all frames"
@@ -83,33 +83,32 @@ class Windows:
         skip_bad: bool = False,
         shard: Shard = WHOLE,
     ):
-        """Read the chunks of `folder`: host memory holds no more decoded ones than `read_ahead` says.
+        """Read the chunks of `folder`; the host holds no more decoded chunks than `read_ahead` states.
 
-        `limit` counts chunk files, bad ones included; of these, only `shard` is read. With `skip_bad`, bad
-        ones are named on stderr and left out; everything else then follows from those that were read.
+        `limit` counts chunk files, including bad ones; `shard` of these is read. With `skip_bad`, bad chunks
+        are named on stderr and skipped.
 
-        Raises `UserError` for a missing or empty folder, a bad chunk (with `skip_bad`: if there is no good
-        one), one that something keeps from being read, data without any window, or frames that do not fit
-        into memory.
+        Raises `UserError` for a missing or empty folder, a bad chunk (with `skip_bad`: if all are bad), an
+        unreadable one, data without a window, or frames that do not fit into memory.
         """
-        paths = chunks_of(folder, limit, shard)
+        paths = shard_paths(folder, limit, shard)
         self.shard, self.num_bad, self.unlabelled = shard, 0, []
         sizes = {}
         for path in paths:
-            with self.leaving_out_bad(skip_bad):
+            with self.skipping_bad_chunks(skip_bad):
                 sizes[path] = read_header(path)
         frames = allocate(sum(sizes.values()), device, folder)
         starts, actions = [], []
         offset = 0
         for path, take in read_ahead(list(sizes)):
-            with self.leaving_out_bad(skip_bad):
+            with self.skipping_bad_chunks(skip_bad):
                 chunk, size = take(), sizes[path]
                 frames[offset : offset + size].copy_(torch.from_numpy(chunk["obs"]))
                 starts.append(window_starts(chunk.get("done"), size, skip_resets) + offset)
                 actions.append(chunk.get("ta"))
                 self.unlabelled += [path] if "ta" not in chunk else []
                 offset += size
-                del chunk  # or it would stay while the next one is decoded
+                del chunk  # free it before the next one is decoded
         self.frames = frames[:offset]
         self.index(folder, starts, actions, offset, device)
 
@@ -121,7 +120,7 @@ class Windows:
         num_frames: int,
         device: torch.device,
     ) -> None:
-        """Number the windows of all chunks: `starts` per chunk, and true `actions` where it has them.
+        """Set up the window index from each chunk's `starts` and true `actions` (None if it has none).
 
         Raises `UserError` if there is no chunk or no window.
         """
@@ -142,8 +141,8 @@ class Windows:
         self._orders: dict[tuple[int, int], Tensor] = {}
 
     @contextmanager
-    def leaving_out_bad(self, allowed: bool) -> Iterator[None]:
-        """Where it is `allowed`, name and count a bad chunk instead of raising `BadChunk`."""
+    def skipping_bad_chunks(self, allowed: bool) -> Iterator[None]:
+        """If `allowed`, name and count a bad chunk instead of raising `BadChunk`."""
         try:
             yield
         except BadChunk as error:
@@ -154,12 +153,12 @@ class Windows:
 
     @classmethod
     def read(cls, cfg: Config, split: str, device: torch.device, limit: int | None = None) -> "Windows":
-        """The windows of a configured game's `train` or `test`, at most `limit` chunks; prints a summary."""
+        """The windows of the configured game's `split`, of at most `limit` chunks; prints a summary."""
         most = cfg.data.train_chunks if split == "train" else cfg.data.test_chunks
         folder = cfg.game_data / split
         if limit is None or limit > most:
-            say_limit(folder, most)
-        windows = cls(folder, device=device, limit=min(most, limit or most), **reading(cfg))
+            print_chunk_limit(folder, most)
+        windows = cls(folder, device=device, limit=min(most, limit or most), **loader_options(cfg))
         print(f"{split}: {windows.summary()}")
         return windows
 
@@ -167,61 +166,61 @@ class Windows:
         return len(self.starts)
 
     def summary(self) -> str:
-        """One line on what was read."""
+        """One line about what was read."""
         labels = "with true actions" if self.ta is not None else "without true actions"
         if 0 < len(self.unlabelled) < self.num_chunks:
-            labels += f" (which {self.name_unlabelled()})"
+            labels += f" (which {self.describe_unlabelled()})"
         left_out = f" ({self.num_bad} bad left out)" if self.num_bad else ""
         return (
             f"{self.num_frames:,} frames in {self.num_chunks} chunks{left_out}, {len(self):,} windows,"
             f" {labels}, {self.frames.numel() / 1e9:.2f} GB on {self.frames.device}"
         )
 
-    def name_unlabelled(self) -> str:
-        """Which of the chunks lack true actions, as in "1.npz lacks"."""
+    def describe_unlabelled(self) -> str:
+        """The chunks without true actions as subject and verb: "1.npz lacks"."""
         first, *rest = (path.name for path in self.unlabelled)
         return f"{first} and {len(rest)} more lack" if rest else f"{first} lacks"
 
     def all(self) -> Tensor:
-        """Numbers of all windows, in the order of the data: (M,) int64."""
+        """Indices of all windows, in the order of the data: (M,) int64."""
         return torch.arange(len(self), device=self.frames.device)
 
     def evenly_spaced(self, count: int) -> Tensor:
-        """Numbers of at most `count` windows, evenly spaced over the data and in its order: (M,) int64."""
+        """Indices of at most `count` windows, evenly spaced over the data, ascending: (M,) int64."""
         if count >= len(self):
             return self.all()
         return torch.linspace(0, len(self) - 1, count, device=self.frames.device, dtype=torch.float64).long()
 
     def iter_batches(self, windows: Tensor, size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
-        """The windows numbered (M,), ascending, in batches of at most `size`: use each before the next."""
+        """Split window indices (M,), ascending, into batches of at most `size`; use each before the next."""
         yield from windows.split(size)
 
     def frame_index(self, windows: Tensor) -> Tensor:
-        """Index in `frames` of the first frame of the windows numbered (B,): (B,) int64."""
+        """Indices in `frames` of the first frames of windows (B,): (B,) int64."""
         return self.starts[windows]
 
     def gather(self, windows: Tensor) -> Tensor:
-        """Frames of the windows numbered (B,) → (B, T, H, W, C) uint8."""
+        """Frames (B, T, H, W, C) uint8 of windows (B,)."""
         return self.frames[self.frame_index(windows)[:, None] + self._offsets]
 
     def iter_frames(self, windows: Tensor) -> Iterator[Tensor]:
-        """Frames (B, T, H, W, C) uint8 of the windows numbered (M,), batch by batch, see `iter_batches`."""
+        """Frames (B, T, H, W, C) uint8 of windows (M,), ascending, batch by batch."""
         for part in self.iter_batches(windows):
             yield self.gather(part)
 
     def current_frames(self, windows: Tensor) -> Tensor:
-        """The frame o[t] of the windows numbered (B,) → (B, H, W, C) uint8."""
+        """The frames o[t] (B, H, W, C) uint8 of windows (B,)."""
         return self.frames[self.frame_index(windows) + WINDOW - 2]
 
     def actions(self, windows: Tensor) -> Tensor:
-        """True actions taken at o[t] of the windows numbered (B,) → (B,) int64. Needs `ta`."""
+        """True actions (B,) int64, taken at o[t], of windows (B,). Needs `ta`."""
         return self.ta[self.starts[windows] + WINDOW - 2]
 
     def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        """Numbers of the windows of training step `step`: (B,) int64 on the device.
+        """Indices of the windows of training step `step`: (B,) int64 on the device.
 
-        Batches cut an endless row of epochs, each an exact permutation of all windows. A batch is a function
-        of the arguments alone, so a resumed run needs nothing but its step.
+        Batches are consecutive slices of an endless sequence of epochs, each a permutation of all windows. A
+        batch is a function of the arguments alone, so a resumed run needs only its step.
         """
         parts = []
         position, missing = step * batch_size, batch_size
@@ -235,7 +234,7 @@ class Windows:
 
     @property
     def data_order(self) -> dict[str, int | str]:
-        """What the order of batches depends on beside the seed."""
+        """What the batches depend on besides the seed; saved in checkpoints."""
         return {
             "windows": len(self),
             "chunks": self.num_chunks,
@@ -244,9 +243,9 @@ class Windows:
         }
 
     def check_data_order(self, order: dict[str, int | str]) -> None:
-        """Raise `UserError` if a run that began with another `order` of batches is to go on with this one.
+        """Raise `UserError` unless a resumed run, whose saved `data_order` is `order`, gets the same batches.
 
-        Where several processes share the data, `order` is the first one's.
+        With several processes, `order` is that of rank 0.
         """
         changes = diff(order, self.data_order) if self.shard.rank == 0 else []
         if changes:
@@ -258,31 +257,31 @@ class Windows:
     def _order(self, epoch: int, seed: int) -> Tensor:
         key = (epoch, seed)
         if key not in self._orders:
-            # Drawn on the CPU: the same order on every device.
+            # Drawn on the CPU, so that the order is the same on every device.
             self._orders = {key: self._draw(epoch, seed).to(self.frames.device)}
         return self._orders[key]
 
     def _draw(self, epoch: int, seed: int) -> Tensor:
-        """A permutation of all windows, (M,)."""
+        """A random permutation of all windows, (M,)."""
         return torch.randperm(len(self), generator=self._generator(seed, epoch))
 
     def _generator(self, seed: int, epoch: int, purpose: int = 0) -> torch.Generator:
-        """Random numbers of an epoch, others for every purpose and shard."""
+        """The random generator of an epoch, different for each purpose and shard."""
         return generator_of(seed, epoch, purpose, *(self.shard if self.shard.world_size > 1 else ()))
 
 
 def generator_of(*key: int) -> torch.Generator:
-    """A random generator on the CPU, its seed a function of the numbers in `key`."""
+    """A CPU random generator, seeded by the numbers in `key`."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-def reading(cfg: Config) -> dict[str, bool]:
-    """How `cfg` wants chunks to be read: keyword arguments of `Windows`."""
+def loader_options(cfg: Config) -> dict[str, bool]:
+    """Keyword arguments of `Windows` from the config."""
     return {"skip_resets": cfg.data.skip_resets, "skip_bad": cfg.data.skip_bad_chunks}
 
 
 def allocate(total: int, device: torch.device, folder: Path) -> Tensor:
-    """Room for `total` frames; refused when the device has less free than they need."""
+    """An uninitialised tensor for `total` frames. Raises `UserError` if the device has too little memory."""
     needed = total * math.prod(FRAME_SHAPE)
     free = free_bytes(device)
     if free is not None and needed > free:
@@ -293,8 +292,8 @@ def allocate(total: int, device: torch.device, folder: Path) -> Tensor:
         )
     try:
         return torch.empty((total, *FRAME_SHAPE), dtype=torch.uint8, device=device)
-    except RuntimeError as error:  # less is allowed than is free
-        reason = hindrance(error)
+    except RuntimeError as error:  # the process may be allowed less than is free
+        reason = read_obstacle(error)
         if reason is None:
             raise
         raise UserError(
@@ -303,41 +302,41 @@ def allocate(total: int, device: torch.device, folder: Path) -> Tensor:
         ) from None
 
 
-# ---------------------------------------------------------------- pools of chunks that take turns
+# ---------------------------------------------------------------- more chunks than fit on the device
 
-RESIDENT_SHARE = 0.7
-"""Of the memory that is free, how much frames may take if they are all to stay there."""
+RESIDENT_FRACTION = 0.7
+"""Fraction of the free memory that resident frames may take."""
 
 ABSENT = -(1 << 60)
-"""As the place of a chunk: it is not on the device, and whoever looks there anyway gets an IndexError."""
+"""Offset of a chunk that is not on the device: indexing with it raises IndexError."""
 Pool = tuple[int, ...]
-"""Numbers of the chunks that are on the device together, in the order of their room there."""
+"""Indices of the chunks that are on the device together, in the order of their slots."""
 
 
 def read_splits(cfg: Config, device: torch.device) -> tuple[Windows, Windows]:
-    """Training and held-out windows of the configured game; prints what was read.
+    """Training and held-out windows of the configured game; prints a summary.
 
-    The held-out ones are resident, the training ones as `cfg.resident` says; of these, each of several
-    processes has a shard. Without a `test` folder, the training windows serve for both: those of all
-    processes. Raises `UserError` as `Windows` does.
+    The held-out windows are resident, the training windows as `cfg.resident` says. With several processes,
+    each has a shard of the training windows. Without a `test` folder, the training windows of all processes
+    are used for evaluation. Raises `UserError` as `Windows` does.
     """
     mine = shard()
-    say_limit(cfg.game_data / "train", cfg.data.train_chunks)
+    print_chunk_limit(cfg.game_data / "train", cfg.data.train_chunks)
     train = read_train(cfg, device, cfg.resident, mine)
     if (cfg.game_data / "test").is_dir():
         return train, Windows.read(cfg, "test", device)
     print("test: no such folder, so the training windows are measured")
     if mine.world_size == 1:
         return train, train
-    # What does not fit beside the shard takes turns: "always" was said of the shard.
+    # `always` refers to the shard; all windows take turns if they do not fit beside it.
     return train, read_train(cfg, device, "never" if cfg.resident == "never" else "auto", WHOLE)
 
 
 def read_train(cfg: Config, device: torch.device, resident: str, shard: Shard) -> Windows:
-    """A shard of the training windows of the configured game, kept on the device as `resident` says."""
+    """A shard of the configured game's training windows, kept on the device as `resident` says."""
     folder = cfg.game_data / "train"
-    options = {"device": device, "limit": cfg.data.train_chunks, "shard": shard, **reading(cfg)}
-    if keeps_all(folder, device, cfg.data.train_chunks, resident, shard):
+    options = {"device": device, "limit": cfg.data.train_chunks, "shard": shard, **loader_options(cfg)}
+    if stays_resident(folder, device, cfg.data.train_chunks, resident, shard):
         train = Windows(folder, **options)
     else:
         train = RollingWindows(folder, pool_chunks=cfg.data.pool_chunks, **options)
@@ -345,16 +344,16 @@ def read_train(cfg: Config, device: torch.device, resident: str, shard: Shard) -
     return train
 
 
-def keeps_all(
+def stays_resident(
     folder: Path, device: torch.device, limit: int | None, resident: str, shard: Shard = WHOLE
 ) -> bool:
-    """Whether all chunks of a shard of `folder` are to stay on the device; prints what speaks for it.
+    """Whether all chunks of a shard of `folder` stay on the device; prints their size and the free memory.
 
-    They are if they fit there for every one of the processes. Raises `UserError` as `chunks_of` does.
+    With `auto` they do if they fit on every rank. Raises `UserError` as `shard_paths` does.
     """
     sizes = []
-    for path in chunks_of(folder, limit, shard):
-        with suppress(UserError):  # whoever reads it says what is wrong with it
+    for path in shard_paths(folder, limit, shard):
+        with suppress(UserError):  # the reader reports it
             sizes.append(read_header(path))
     total = sum(sizes)
     needed, free = total * math.prod(FRAME_SHAPE), free_bytes(device)
@@ -362,18 +361,18 @@ def keeps_all(
     print(f"train: {total:,} frames need {needed / 1e9:.2f} GB{there} on {device}")
     if resident != "auto":
         return resident == "always"
-    # Two chunks cannot take turns in less room than they need.
-    too_many = free is not None and needed > RESIDENT_SHARE * free and len(sizes) >= 3
+    # Fewer than three chunks cannot take turns: pools need memory for two.
+    too_many = free is not None and needed > RESIDENT_FRACTION * free and len(sizes) >= 3
     return all_max(too_many) == (False,)
 
 
 class RollingWindows(Windows):
-    """All windows of a split of one game, passing through a device.
+    """All windows of a split of one game, with pools of chunks that take turns on the device.
 
-    `batch` and `iter_batches` bring the frames of the windows they name onto the device; `gather` and
-    `current_frames` are for the latest of these, and raise IndexError for windows that are not there. Batches
-    in the order of their steps are read ahead; any other order works too, and waits for the disk. Windows are
-    numbered as if all frames were there.
+    `batch` and `iter_batches` load the frames of the windows that they return; `gather` and `current_frames`
+    work for the latest of these, and raise IndexError for windows that are not on the device. Batches in
+    ascending order of their steps are read ahead; any other order works, too, but waits for the disk. Window
+    indices are those of all frames.
     """
 
     def __init__(
@@ -387,48 +386,48 @@ class RollingWindows(Windows):
         skip_bad: bool = False,
         shard: Shard = WHOLE,
     ):
-        """Find the windows of the chunks in a shard of `folder`; frames are read later,
-        `pool_chunks` chunks together (or a third of all chunks, where that is less).
+        """Index the windows of a shard of `folder`; frames are read later, in pools of `pool_chunks` chunks
+        (or a third of all chunks, if that is less).
 
-        Raises `UserError` as `Windows` does; but damaged frames are noticed only when they are read. With
-        `skip_bad`, all are therefore read once at first.
+        Raises `UserError` as `Windows` does, but damaged frames are found only when they are read. With
+        `skip_bad`, all frames are therefore read once here.
         """
         self.shard, self.num_bad, self.unlabelled = shard, 0, []
         self._paths: list[Path] = []
         keys = KEYS if skip_bad else ("ta", "done")
         headers = {}
-        for path in chunks_of(folder, limit, shard):
-            with self.leaving_out_bad(skip_bad):
+        for path in shard_paths(folder, limit, shard):
+            with self.skipping_bad_chunks(skip_bad):
                 headers[path] = read_header(path)
         sizes, starts, actions = [], [], []
         for path, take in read_ahead(list(headers), keys):
-            with self.leaving_out_bad(skip_bad):
+            with self.skipping_bad_chunks(skip_bad):
                 chunk, size = take(), headers[path]
                 starts.append(window_starts(chunk.get("done"), size, skip_resets) + sum(sizes))
                 actions.append(chunk.get("ta"))
                 self.unlabelled += [path] if "ta" not in chunk else []
                 self._paths.append(path)
                 sizes.append(size)
-                del chunk  # its frames, if read, would stay while the next ones are decoded
+                del chunk  # free its frames, if read, before the next ones are decoded
         self.index(folder, starts, actions, sum(sizes), device)
         self.pool_chunks = min(pool_chunks, max(1, len(sizes) // 3))
         self.on_device = f"pools of {self.pool_chunks} chunks"
-        self._room = max(sizes)  # for one chunk
-        self.frames = allocate(2 * self.pool_chunks * self._room, device, folder)
+        self._slot_frames = max(sizes)  # frames per slot
+        self.frames = allocate(2 * self.pool_chunks * self._slot_frames, device, folder)
 
-        self._num_pools = -(-len(sizes) // self.pool_chunks)  # of an epoch
+        self._num_pools = -(-len(sizes) // self.pool_chunks)  # per epoch
         self._first_frame = np.cumsum([0, *sizes[:-1]])  # (K,)
         self._first_window = np.cumsum([0, *map(len, starts)])  # (K + 1,)
         self._num_windows = np.diff(self._first_window)  # (K,)
-        # A pool has at least so many windows, whichever its chunks are.
-        self._fewest = np.sort(self._num_windows)[: len(sizes) // self._num_pools].sum()
+        # The fewest windows that a pool of any chunks can have.
+        self._min_pool_windows = np.sort(self._num_windows)[: len(sizes) // self._num_pools].sum()
         chunk_of = np.repeat(np.arange(len(sizes)), self._num_windows)
         self._chunk_of = torch.from_numpy(chunk_of).to(device)  # (M,)
-        # Where a chunk's frames lie in `frames`, less their place among all frames: (K,).
+        # Offset of a chunk's frames in `frames` relative to their index among all frames: (K,).
         self._shift = torch.full((len(sizes),), ABSENT, device=device)
-        self._begins = [ABSENT] * len(sizes)  # where `_shift` says that a chunk begins
-        self._there: list[Pool | None] = [None, None]  # the pools in the two halves of `frames`
-        self._coming: tuple[Pool, int, Future] | None = None
+        self._chunk_starts = [ABSENT] * len(sizes)  # index in `frames` of each chunk's first frame
+        self._resident: list[Pool | None] = [None, None]  # the pools in the two halves of `frames`
+        self._pending: tuple[Pool, int, Future] | None = None
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._epochs: dict[tuple[int, int], tuple[list[Pool], np.ndarray]] = {}
 
@@ -437,21 +436,21 @@ class RollingWindows(Windows):
         return self.starts[windows] + self._shift[self._chunk_of[windows]]
 
     def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
-        """See `Windows`; the frames of these windows are on the device when it returns.
+        """See `Windows`; loads the frames of these windows.
 
         Raises `UserError` for a damaged chunk, and if a batch may span more than two pools.
         """
-        if self._fewest < batch_size - 1:
+        if self._min_pool_windows < batch_size - 1:
             raise UserError(
                 f"a batch of {batch_size} windows is too large for {self.on_device}, which may hold but"
-                f" {self._fewest};"
+                f" {self._min_pool_windows};"
                 " choose --resident always, or lower the batch size"
             )
         start = step * batch_size
         first, last = self._pool_of(start, seed), self._pool_of(start + batch_size - 1, seed)
         for number in range(first, last + 1):
-            self._bring(self._pool(number, seed), number % 2)
-        self._fetch(self._pool(first + 1, seed), (first + 1) % 2)
+            self._load(self._pool(number, seed), number % 2)
+        self._prefetch(self._pool(first + 1, seed), (first + 1) % 2)
         return super().batch(step, batch_size, seed)
 
     def iter_batches(self, windows: Tensor, size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
@@ -462,9 +461,9 @@ class RollingWindows(Windows):
         counts = torch.searchsorted(windows, bounds.to(windows.device)).diff().tolist()
         visits = [(pool, part) for pool, part in zip(pools, windows.split(counts), strict=True) if len(part)]
         for number, (pool, part) in enumerate(visits):
-            self._bring(pool, number % 2)
+            self._load(pool, number % 2)
             if number + 1 < len(visits):
-                self._fetch(visits[number + 1][0], (number + 1) % 2)
+                self._prefetch(visits[number + 1][0], (number + 1) % 2)
             yield from part.split(size)
 
     def summary(self) -> str:
@@ -472,10 +471,10 @@ class RollingWindows(Windows):
         held = f"{2 * self.pool_chunks} chunks at a time"
         return f"{super().summary()}, {held}"
 
-    # ---- order: pools are numbered through all epochs
+    # ---- order: pools are numbered consecutively through all epochs
 
     def _epoch(self, epoch: int, seed: int) -> tuple[list[Pool], np.ndarray]:
-        """An epoch's pools, and how many of its windows come before each of them and in all."""
+        """An epoch's pools, and the cumulative number of windows before each of them and in total."""
         if (epoch, seed) not in self._epochs:
             chunks = torch.randperm(len(self._paths), generator=self._generator(seed, epoch, 1))
             pools = [tuple(pool.tolist()) for pool in chunks.tensor_split(self._num_pools)]
@@ -484,7 +483,7 @@ class RollingWindows(Windows):
         return self._epochs[epoch, seed]
 
     def _pool_of(self, position: int, seed: int) -> int:
-        """Number of the pool that the window at `position` in the endless row of epochs belongs to."""
+        """Number of the pool of the window at `position` in the endless sequence of epochs."""
         epoch, offset = divmod(position, len(self))
         pools, bounds = self._epoch(epoch, seed)
         return epoch * len(pools) + int(np.searchsorted(bounds, offset, side="right")) - 1
@@ -493,7 +492,7 @@ class RollingWindows(Windows):
         return self._epoch(number // self._num_pools, seed)[0][number % self._num_pools]
 
     def _draw(self, epoch: int, seed: int) -> Tensor:
-        """See `Windows`: pool by pool, the windows of each in random order."""
+        """See `Windows`: pool by pool, each in random order."""
         generator, order = self._generator(seed, epoch), []
         for pool in self._epoch(epoch, seed)[0]:
             ids = torch.cat([torch.arange(*self._first_window[chunk : chunk + 2]) for chunk in pool])
@@ -502,43 +501,43 @@ class RollingWindows(Windows):
 
     # ---- frames
 
-    def _bring(self, pool: Pool, half: int) -> None:
-        """Have the pool's frames in a half of the room; waits for the disk unless they are there."""
-        if self._there[half] != pool:
-            self._fetch(pool, half)
-            coming = self._coming[2]
-            self._coming = None
+    def _load(self, pool: Pool, half: int) -> None:
+        """Make the pool's frames available in a half of `frames`; waits for the disk if necessary."""
+        if self._resident[half] != pool:
+            self._prefetch(pool, half)
+            coming = self._pending[2]
+            self._pending = None
             coming.result()
-            self._there[half] = pool
-        # A chunk may lie in both halves, as the last of one epoch and the first of the next.
+            self._resident[half] = pool
+        # A chunk may be in both halves: in the last pool of an epoch and the first of the next.
         for slot, chunk in enumerate(pool):
-            begin = self._begin(half, slot)
-            if self._begins[chunk] != begin:
-                self._begins[chunk] = begin
+            begin = self._slot_start(half, slot)
+            if self._chunk_starts[chunk] != begin:
+                self._chunk_starts[chunk] = begin
                 self._shift[chunk] = begin - int(self._first_frame[chunk])
 
-    def _fetch(self, pool: Pool, half: int) -> None:
-        """Start reading the pool into a half of the room, unless it is there or on its way."""
-        if self._there[half] == pool or (self._coming and self._coming[:2] == (pool, half)):
+    def _prefetch(self, pool: Pool, half: int) -> None:
+        """Start reading the pool into a half of `frames`, unless it is there or being read."""
+        if self._resident[half] == pool or (self._pending and self._pending[:2] == (pool, half)):
             return
-        if self._coming:  # somebody went another way
-            self._coming[2].result()
-        for chunk in self._there[half] or ():
-            if self._begins[chunk] // (self.pool_chunks * self._room) == half:
-                self._begins[chunk] = ABSENT
+        if self._pending:  # the order was left; let the read in progress finish
+            self._pending[2].result()
+        for chunk in self._resident[half] or ():
+            if self._chunk_starts[chunk] // (self.pool_chunks * self._slot_frames) == half:
+                self._chunk_starts[chunk] = ABSENT
                 self._shift[chunk] = ABSENT
-        self._there[half] = None
-        self._coming = pool, half, self._reader.submit(self._read, pool, half)
+        self._resident[half] = None
+        self._pending = pool, half, self._reader.submit(self._read, pool, half)
 
     def _read(self, pool: Pool, half: int) -> None:
         for slot, (_, take) in enumerate(read_ahead([self._paths[chunk] for chunk in pool], ("obs",))):
             obs = torch.from_numpy(take()["obs"])
-            begin = self._begin(half, slot)
+            begin = self._slot_start(half, slot)
             self.frames[begin : begin + len(obs)].copy_(obs)
-            del obs  # or it would stay while the next one is decoded
+            del obs  # free it before the next one is decoded
 
-    def _begin(self, half: int, slot: int) -> int:
-        return (half * self.pool_chunks + slot) * self._room
+    def _slot_start(self, half: int, slot: int) -> int:
+        return (half * self.pool_chunks + slot) * self._slot_frames
 
 
 if __name__ == "__main__":

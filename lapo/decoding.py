@@ -1,4 +1,4 @@
-"""Decoders from latent to true actions: `fit`, and `OnlineDecoder`, which learns from an agent's own steps.
+"""Training of decoders latent → true action: `fit`, and `OnlineDecoder` for the steps of a PPO agent.
 
 Dimensions: S rollout steps · N environments · M pairs · T frames of a window (3) · H, W, C frame · A actions
 """
@@ -20,14 +20,14 @@ INFERENCE_BATCH = 512
 
 
 class Steps(Protocol):
-    """What is needed of S steps that N environments played; `ppo.Rollout` is one."""
+    """S steps of N environments; `ppo.Rollout` is one."""
 
     frames: Tensor
-    """(S+1, N, H, W, C) uint8, that were seen; the last ones after the last step."""
+    """(S+1, N, H, W, C) uint8 obs; the last one follows the last step."""
     actions: Tensor
-    """(S, N) int64, that were taken at them."""
+    """(S, N) int64, taken at these obs."""
     dones: Tensor
-    """(S, N) bool: whether they ended the episode."""
+    """(S, N) bool: whether the action ended the episode."""
 
 
 def fit(
@@ -39,9 +39,9 @@ def fit(
     lr: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Train `network` to predict true actions `ta` (M,) with Adam; returns the mean loss, a scalar tensor.
+    """Train `network` with Adam to predict true actions `ta` (M,); returns the mean loss, a scalar tensor.
 
-    `predict` maps indices (B,) of examples to logits (B, A); `batches` says which examples, step by step.
+    `predict` maps indices (B,) of examples to logits (B, A); `batches` yields the indices of each step.
     """
     optimizer = make_optimizer(
         torch.optim.Adam, [{"params": list(network.parameters()), "lr": lr}], [network]
@@ -57,16 +57,16 @@ def fit(
 
 
 def epochs(size: int, count: int, batch_size: int, device: torch.device) -> Iterable[Tensor]:
-    """Indices of `count` passes over `size` examples, shuffled anew each time, in batches."""
+    """Batches of indices: `count` epochs over `size` examples, shuffled in each."""
     for _ in range(count):
         yield from torch.randperm(size, device=device).split(batch_size)
 
 
 def training_updates(cfg: DecoderConfig, updates: int, steps_per_update: int, scale: float) -> list[int]:
-    """The PPO updates (from 1) of a run of `updates` after which the decoder is trained.
+    """The PPO updates (counted from 1), of `updates`, after which the decoder is trained.
 
-    The schedule of `cfg` is given in env steps of a run of the published length, `scale` shrinks it. However
-    short the run, the decoder is trained at least once.
+    The schedule of `cfg` is given in env steps of a run of the published length, and scaled by `scale`. The
+    decoder is trained at least once, however short the run.
     """
     every = max(1, round(cfg.every * scale))
     chosen = []
@@ -80,27 +80,24 @@ def training_updates(cfg: DecoderConfig, updates: int, steps_per_update: int, sc
 
 
 class OnlineDecoder:
-    """Learns the decoder of online mode from the agent's own steps.
+    """Trains the decoder of online mode on the agent's own steps.
 
-    After every PPO update `learn` lets the IDM infer the latent actions of the rollout's windows and, after
-    the `updates` named (see `training_updates`), trains a new decoder on all pairs so far and hands its
-    weights to the policy's `decoder`. Windows that span an episode's end are left out. After the last
-    training nothing is kept or inferred.
+    After every PPO update `learn` infers the latent actions of the rollout's windows. After the given
+    `updates` (see `training_updates`) it trains a new decoder on all pairs (la, ta) so far and copies its
+    weights to the policy's `decoder`. Windows across an episode's end are left out. After the last training
+    no more pairs are collected.
     """
 
     def __init__(self, decoder: Decoder, idm: IDM, cfg: DecoderConfig, compute: Compute, updates: list[int]):
         self.decoder, self.idm, self.cfg, self.compute, self.updates = decoder, idm, cfg, compute, updates
-        # What the next windows need of the past: frames (N, H, W, C), actions (N,), dones (N,) of a step.
+        # The last step of the previous rollout: frames (N, H, W, C), actions (N,), dones (N,).
         self.past: tuple[Tensor, Tensor, Tensor] | None = None
         self.la: list[Tensor] = []
         self.ta: list[Tensor] = []
         self.active = bool(updates)
 
     def learn(self, rollout: Steps, update: int) -> dict[str, Tensor]:
-        """Label the rollout's windows and train the decoder if it is time; returns metrics.
-
-        `update`: how many updates are done.
-        """
+        """Infer the rollout's latents, and train the decoder if `update` (from 1) is due; returns metrics."""
         if not self.active:
             return {}
         self.infer_latents(rollout)
@@ -112,16 +109,16 @@ class OnlineDecoder:
 
     @torch.no_grad()
     def infer_latents(self, rollout: Steps) -> None:
-        """Turn the rollout's steps into pairs. The last step stays: the past of the next rollout's first."""
+        """Add the rollout's pairs (la, ta). The last step is kept for the next rollout's first window."""
         steps = rollout.frames[:-1], rollout.actions, rollout.dones
         past = [[x[None]] for x in self.past] if self.past else [[], [], []]
-        self.past = tuple(x[-1].clone() for x in steps)  # the next rollout overwrites its own
-        seen = torch.cat([*past[0], rollout.frames])  # (S+1, N, H, W, C), where S counts the past as well
+        self.past = tuple(x[-1].clone() for x in steps)  # the next rollout overwrites them
+        seen = torch.cat([*past[0], rollout.frames])  # (S+1, N, H, W, C); S counts the kept step, too
         actions, dones = (torch.cat([*before, x]) for before, x in zip(past[1:], steps[1:], strict=True))
         if len(seen) < WINDOW:
             return
-        # Window s holds frames s to s+2, its action was taken at s+1. Steps s and s+1 may not end an episode;
-        # s+2 may: our marks stand where the action was taken, recorded ones perhaps not, see `window_starts`.
+        # Window s holds frames s to s+2; its action was taken at s+1. An episode must not end at s or s+1.
+        # It may end at s+2, as `dones` marks the action that ends it (data sets differ, see `window_starts`).
         windows = seen.unfold(0, WINDOW, 1).movedim(-1, 2)  # (S-1, N, T, H, W, C)
         valid = ~(dones[:-1] | dones[1:])
         windows, ta = windows[valid], actions[1:][valid]
@@ -129,7 +126,7 @@ class OnlineDecoder:
         self.ta.append(ta)
 
     def train(self) -> dict[str, Tensor]:
-        """Fit a new decoder to all pairs and hand its weights over; returns metrics, none without a pair."""
+        """Train a new decoder on all pairs and copy its weights to the policy's; returns metrics."""
         la, ta = torch.cat(self.la), torch.cat(self.ta)
         self.la, self.ta = [la], [ta]
         if not len(ta):
@@ -145,13 +142,13 @@ class OnlineDecoder:
         return {"decoder_loss": loss, "decoder_acc": accuracy, "decoder_pairs": float(len(ta))}
 
     def state_dict(self) -> dict:
-        """All that changes, as plain data."""
+        """Everything that changes."""
         pairs = [torch.cat(x) if x else None for x in (self.la, self.ta)]
         steps = [list(self.past)] if self.past else []
         return {"active": self.active, "steps": steps, "pairs": pairs}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` gave."""
+        """Restore `state_dict`."""
         device = self.compute.device
         self.active = state["active"]
         self.past = next((tuple(x.to(device) for x in step) for step in state["steps"]), None)

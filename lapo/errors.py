@@ -1,4 +1,4 @@
-"""The one way a user's mistake is reported: a sentence on stderr and a non-zero exit code."""
+"""How scripts end: a user's mistake is one sentence on stderr and a non-zero exit code."""
 
 import contextlib
 import io
@@ -10,24 +10,24 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
-STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""How schedulers, closed terminals and time limits tell a process to stop; beside them, Ctrl-C."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals of schedulers, closed terminals and time limits; Ctrl-C (SIGINT) comes in addition."""
 
 
 class UserError(Exception):
-    """Something the user can mend; the message names the thing, what was found and the remedy."""
+    """A mistake of the user: the message names the thing, what was found and the remedy."""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`; what ends it becomes one line and an exit code.
+    """Run a script's `main` and turn its failures into one line and an exit code.
 
-    The code is 2 for a `UserError` and a GPU whose memory is full, 130 for Ctrl-C, 128 + its number for a
-    signal of `STOPPING`. What a terminal has no signs for is printed as an escape sequence, and ends nothing.
+    2 for a `UserError` or a GPU out of memory, 130 for Ctrl-C, 128 + n for signal n of `STOP_SIGNALS`.
+    Characters that the terminal's encoding lacks are printed as escape sequences.
     """
-    handle_signals(STOPPING, _stop)
+    handle_signals(STOP_SIGNALS, _stop)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by who started us
+        if stream is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -57,29 +57,29 @@ def run_main(main: Callable[[], None]) -> None:
 def handle_signals(
     numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]
 ) -> dict[int, Any]:
-    """Let `handler` deal with signals; returns what dealt with them before, by their numbers.
+    """Install `handler` for signals; returns the previous handlers by signal number.
 
-    Python allows that in its main thread alone; in another one, as Jupyter or Ray may train in, nothing
-    changes. A SIGHUP that is ignored stays so: `nohup` wants that.
+    Python allows this in its main thread only. In another one, as in Jupyter or Ray, nothing is changed. An
+    ignored SIGHUP stays ignored, as `nohup` expects.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
     kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    # None stands for a handler that is not Python's, and that Python could not put back.
+    # None stands for a handler that was not installed by Python and cannot be restored.
     return {
         number: signal.signal(number, handler) or signal.SIG_DFL for number in numbers if number not in kept
     }
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, once for all of torchrun's processes; the terminal may have gone."""
+    """Print a line on stderr, on rank 0 only; a closed terminal is no error."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    for other in STOPPING:  # schedulers repeat it
+    for other in STOP_SIGNALS:  # schedulers repeat the signal
         signal.signal(other, signal.SIG_IGN)
     say("terminated; the same command continues")
     sys.exit(128 + number)

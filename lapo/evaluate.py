@@ -32,12 +32,12 @@ from lapo.games.table import GAMES, Visuals, check_game, relative_return
 from lapo.runs.checkpoints import saved_config
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.files import check_json, write_json
-from lapo.runs.ranks import expect_one_process
+from lapo.runs.ranks import require_single_process
 
 
 def main() -> None:
     """Play as the command line says."""
-    expect_one_process("evaluate.py")
+    require_single_process("evaluate.py")
     evaluate(*parse())
 
 

@@ -45,9 +45,9 @@ def stack_frames(frames: Tensor) -> Tensor:
 
 
 class Head(nn.Linear):
-    """A network's last layer, in the precision of its weights under autocast too.
+    """A network's last layer, computed in the precision of its weights even under autocast.
 
-    In bf16, neighbouring logits lie 1/32 apart where they are of order four, too far for PPO's ratios.
+    Around 4, bf16 numbers are 1/32 apart: too coarse for logits whose differences make PPO's ratios.
     """
 
     @torch.autocast("cuda", enabled=False)
@@ -69,7 +69,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place, where nothing needs the value before: a pass over memory less.
+        # In place where autograd does not need the old value: one pass over memory less.
         return self.conv1(F.relu(self.conv0(F.relu(x)), inplace=True)).add_(x)
 
 
@@ -94,7 +94,7 @@ class ImpalaTrunk(nn.Sequential):
 
 
 class Quantized(NamedTuple):
-    """What `VectorQuantizer` makes of latents."""
+    """Output of a quantiser."""
 
     la_q: Tensor
     """(B, N·L·D), with a straight-through gradient."""
@@ -107,15 +107,14 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """Product quantiser, its codes moving averages of the latents (van den Oord et al. 2017, appendix A).
+    """Product quantiser with EMA codebooks (van den Oord et al. 2017, appendix A).
 
     A latent action (B, N·L·D) is read as (B, N, D, L), slots fastest, as in the published code. In training
-    mode a forward pass quantises with the codes as they are, then moves them.
+    mode a forward pass quantises with the current codebooks, then updates them. EMA statistics are
+    all-reduced over ranks.
 
-    Processes that train together add up what they count: all of them move the same codes in the same way.
-
-    `start="published"`: uniform codes and counts from zero, so the first update throws the codes far away;
-    `start="data"`: the first training batch's own latents become the codes, and counts start at one.
+    `start="published"`: uniform codes and counts of zero, so that the first update moves the codes far away.
+    `start="data"`: latents of the first training batch become the codes, and counts start at one.
     """
 
     ema_count: Tensor
@@ -152,12 +151,15 @@ class VectorQuantizer(nn.Module):
         if self.training and self.start == "data":
             self._start_from(x.detach())
         with torch.no_grad():
-            # The squared distance to every code, less |x|², which all codes of a latent share.
+            # Squared distance to every code, without |x|², which does not change the argmin.
             distance = self.codebook.square().sum(-1)[:, None] - 2 * x @ self.codebook.mT  # (N, B·L, K)
             indices = distance.argmin(-1)
             one_hot = F.one_hot(indices, self.codebook.shape[1]).to(x.dtype)
             quantized = one_hot @ self.codebook
-            count, total = one_hot.sum(1), one_hot.mT @ x  # (N, K), (N, K, D): per code, its latents
+            count, total = (
+                one_hot.sum(1),
+                one_hot.mT @ x,
+            )  # (N, K), (N, K, D): sums over the latents of each code
             if self.training:
                 count = self._update(count, total)
             usage = count / count.sum(-1, keepdim=True)
@@ -178,22 +180,22 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _start_from(self, x: Tensor) -> None:
-        """Take latents x (N, B·L, D) as codes, if no batch has been seen yet."""
+        """Initialise the codebooks with latents x (N, B·L, D), in the first training batch only."""
         shuffled = x[:, torch.rand(x.shape[1], device=x.device).argsort()]
         repeats = -(-self.codebook.shape[1] // x.shape[1])
         codes = shuffled.repeat(1, repeats, 1)[:, : self.codebook.shape[1]].contiguous()
-        if dist.is_initialized():  # everybody takes those of the first process
+        if dist.is_initialized():  # all ranks take those of rank 0
             codes.mul_(dist.get_rank() == 0)
             dist.all_reduce(codes)
-        # `where` instead of `if`: reading the flag would wait for the device at every step.
+        # `where` instead of `if`: reading the flag would wait for the device in every step.
         self.codebook.copy_(torch.where(self.started, self.codebook, codes))
         self.ema_weight.copy_(torch.where(self.started, self.ema_weight, codes))
         self.started.fill_(True)
 
     def _update(self, count: Tensor, total: Tensor) -> Tensor:
-        """Move the codes towards the latents assigned to them: how many (N, K), and their sums (N, K, D).
+        """EMA update of the codebooks from the number (N, K) and sum (N, K, D) of each code's latents.
 
-        Returns how many there are in all processes (N, K).
+        Returns the number over all ranks (N, K).
         """
         if dist.is_initialized():
             statistics = torch.cat([count[..., None], total], -1)
@@ -211,9 +213,9 @@ class VectorQuantizer(nn.Module):
 
 
 class IDM(nn.Module):
-    """Inverse dynamics model: the three frames of a window → the latent action between the last two.
+    """Inverse dynamics model: three frames of a window → the latent action between the last two.
 
-    `vq=None` passes latents through unquantised.
+    `vq=None`: latents are not quantised.
     """
 
     def __init__(self, scale: int, la_dim: int, vq: VectorQuantizer | None):
@@ -228,7 +230,7 @@ class IDM(nn.Module):
         return self.head(F.relu(self.fc(self.trunk(window))))
 
     def quantize(self, la: Tensor) -> Quantized:
-        """`la` (B, la_dim) → its quantisation, which without a quantiser is `la` itself."""
+        """`la` (B, la_dim) → its quantisation; without a quantiser, `la` itself."""
         if self.vq is not None:
             return self.vq(la)
         zero = la.new_zeros((), dtype=torch.float32)
@@ -242,9 +244,9 @@ class IDM(nn.Module):
 
 @torch.no_grad()
 def infer_latents(idm: IDM, batches: Iterable[Tensor], compute: Compute) -> Tensor:
-    """Latent actions `la` of M windows, by the IDM in eval mode: (M, la_dim) fp32.
+    """Latent actions `la` (M, la_dim) fp32 of M windows, by the IDM in eval mode.
 
-    `batches` hold the windows' frames, (B, T, H, W, C) uint8.
+    `batches` yields the windows' frames, (B, T, H, W, C) uint8.
     """
     training = idm.training
     idm.eval()
@@ -270,7 +272,7 @@ class DownBlock(nn.Module):
         return self.finish(self.conv(x))
 
     def finish(self, x: Tensor) -> Tensor:
-        """Everything after the block's first convolution."""
+        """All layers after the first convolution."""
         return F.relu(F.max_pool2d(self.residual(self.norm(x)), 2), inplace=True)
 
 
@@ -293,8 +295,8 @@ class UpBlock(nn.Module):
         return F.relu(self.residual(self.norm(x)), inplace=True)
 
 
-# Convolutions between 2×2 pixels and one, as the matrix products that they are. Compiled steps take these: on
-# CUDA, torch.compile (2.11) expects another memory layout of such convolutions' gradients than it gets.
+# Convolutions between 2×2 pixels and one pixel, written as the equal matrix products. Compiled steps use
+# these: on CUDA, torch.compile (2.11) fails on the memory layout of such convolutions' weight gradients.
 
 
 def square_to_pixel(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -312,9 +314,8 @@ class WorldModel(nn.Module):
     """U-Net that predicts o[t+1] from o[t-1], o[t] and the quantised latent action.
 
     The action enters twice: as constant channels beside the images, and at the 1×1 bottleneck.
-
-    `fold_action=True` computes the first convolution's share of the constant channels in its cheaper exact
-    form (see `action_map`); False concatenates the channels, as published.
+    `fold_action=True` computes the first convolution over the constant channels in a cheaper exact form (see
+    `action_map`); False concatenates the channels, as published.
     """
 
     edge_taps: Tensor
@@ -334,16 +335,15 @@ class WorldModel(nn.Module):
         self.out = nn.Sequential(
             nn.Conv2d(b + 6, b, 3, padding=1), ResidualBlock(b, b // 2), nn.ReLU(), nn.Conv2d(b, 3, 1)
         )
-        # Row y, column k: does tap k of a 3-tap kernel read a pixel of the image at position y, or padding?
+        # edge_taps[y, k]: whether tap k of a 3-tap kernel at position y reads a pixel, not padding.
         source = torch.arange(IMAGE)[:, None] + torch.arange(-1, 2)
         self.register_buffer("edge_taps", ((source >= 0) & (source < IMAGE)).float(), persistent=False)
 
     def action_map(self, la_q: Tensor) -> Tensor:
-        """The first convolution of la_q (B, la_dim) repeated over all pixels, without bias: (B, b, H, W).
+        """The first convolution over la_q (B, la_dim) as constant channels, without bias: (B, b, H, W).
 
-        A constant channel contributes, per pixel, the sum of the kernel's taps that lie inside the image. So
-        the map is the product of latent and kernel, (B, b, 3, 3), summed over the valid taps of rows and
-        columns.
+        At each pixel a constant channel contributes its value times the sum of the kernel's taps inside the
+        image. So the map is the product of latent and kernel, (B, b, 3, 3), summed over the valid taps.
         """
         kernel = self.down[0].conv.weight[:, 6:]  # (b, la_dim, 3, 3)
         taps = torch.einsum("bd,odij->bijo", la_q, kernel)
@@ -392,7 +392,7 @@ class Policy(nn.Module):
 
 
 def make_value_head() -> Head:
-    """256 → 1, orthogonal weights of gain √2, no bias at the start."""
+    """256 → 1, orthogonal initialisation with gain √2, zero bias."""
     head = Head(HIDDEN, 1)
     nn.init.orthogonal_(head.weight, 2**0.5)
     nn.init.zeros_(head.bias)
@@ -400,14 +400,14 @@ def make_value_head() -> Head:
 
 
 class ActorCritic(Policy):
-    """A policy with a value, as PPO wants it: `encode` once per env step, `forward` at every update."""
+    """Policy and value for PPO: `encode` runs once per env step, `forward` in every minibatch too."""
 
     def __init__(self, action_dim: int, scale: int):
         super().__init__(action_dim, scale)
         self.value_head = make_value_head()
 
     def encode(self, frames: Tensor) -> tuple[Tensor, ...]:
-        """What a rollout keeps of frames (B, H, W, C) uint8: the frames themselves, as all layers learn."""
+        """What a rollout stores for frames (B, H, W, C) uint8: the frames, as all layers are trained."""
         return (frames,)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -444,11 +444,11 @@ class DecodedPolicy(nn.Module):
 
 
 class TwoPathPolicy(nn.Module):
-    """The acting policy of online decoding, over the frozen trunk of a latent policy.
+    """The acting policy of online mode, on the frozen trunk of a latent policy.
 
-    SL path: the latent policy's own layers, frozen, then the decoder. RL path: its own hidden layer, which
-    starts as the latent policy's, and a head that starts at zero. The logits are the mean of both paths, so
-    at the start half the decoder's; the value reads the RL path's hidden layer.
+    SL path: the latent policy's frozen layers, then the decoder. RL path: a hidden layer initialised from the
+    latent policy's, and a head initialised to zero. The logits are the mean of both paths, so initially half
+    the decoder's. The value head reads the RL path's hidden layer.
     """
 
     def __init__(self, latent_policy: Policy, decoder: Decoder, num_actions: int):
@@ -465,9 +465,9 @@ class TwoPathPolicy(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """What a rollout keeps of frames (B, H, W, C) uint8: features (B, out_dim) and SL logits (B, A).
+        """What a rollout stores for frames (B, H, W, C) uint8: features (B, out_dim), SL logits (B, A).
 
-        Both come from frozen layers, so one evaluation serves every epoch of PPO.
+        Both come from frozen layers, so they are computed once for all epochs of PPO.
         """
         features = self.trunk(normalize(frames))
         return features, self.decoder(self.sl_head(F.relu(self.sl_fc(features))))
@@ -483,11 +483,11 @@ class TwoPathPolicy(nn.Module):
         return self(*self.encode(frames))[0]
 
 
-# ---------------------------------------------------------------- made from a config
+# ---------------------------------------------------------------- from a config
 
 
 def make_idm(cfg: Config) -> IDM:
-    """The inverse dynamics model, with the bottleneck that `cfg.vq` asks for."""
+    """The inverse dynamics model, with the bottleneck of `cfg.vq`."""
     vq = to_dict(cfg.vq)
     enabled = vq.pop("enabled")
     return IDM(cfg.model.idm_scale, cfg.vq.la_dim, VectorQuantizer(**vq) if enabled else None)
@@ -517,9 +517,9 @@ def make_decoder(cfg: Config, num_actions: int) -> Decoder:
 def make_acting_policy(
     cfg: Config, mode: str, num_actions: int, latent_policy: dict | None = None
 ) -> Policy | DecodedPolicy | TwoPathPolicy:
-    """The network that acts after stage 3 in `mode`; its `logits` maps frames to the logits of true actions.
+    """The acting policy of stage 3 in `mode`: `logits` maps frames to logits of `num_actions` true actions.
 
-    `latent_policy` are the weights to start from, in the modes that build on one.
+    `latent_policy` holds the initial weights of the latent policy, in the modes that use one.
     """
     if mode == "bc":
         return Policy(num_actions, cfg.model.policy_scale)

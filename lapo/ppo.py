@@ -1,9 +1,9 @@
-"""Proximal policy optimisation (Schulman et al. 2017): the loss, the playing, the training.
+"""Proximal policy optimisation (PPO, Schulman et al. 2017): loss, rollouts, training.
 
 Dimensions
     S rollout steps · N environments · B minibatch · H, W, C frame · A actions
 
-The policy is any module with `encode(obs) -> tuple of tensors (N, ...)`, what a rollout keeps of the
+The policy is a module with `encode(obs) -> tuple of tensors (N, ...)`, what a rollout stores of the
 observations, and `forward(*encoded) -> logits (N, A), value (N,)`.
 """
 
@@ -29,12 +29,12 @@ from lapo.runs.run import Run
 
 
 class Rollout:
-    """S steps of N environments, in tensors allocated once and overwritten by every rollout."""
+    """S steps of N environments, in tensors that are allocated once and overwritten by every rollout."""
 
     def __init__(self, num_steps: int, num_envs: int, device: torch.device, keep_frames: bool = False):
-        """For `num_steps` of `num_envs` environments; `keep_frames`: the frames as well as their encoding."""
+        """`keep_frames`: store the frames as well as their encoding."""
         self.keep_frames = keep_frames
-        self.frames: Tensor | None = None  # (S+1, N, H, W, C) uint8: the last ones were seen after the end
+        self.frames: Tensor | None = None  # (S+1, N, H, W, C) uint8; the last is the obs after the last step
 
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(num_steps, num_envs, dtype=dtype, device=device)
@@ -45,11 +45,11 @@ class Rollout:
         self.values = zeros(torch.float32)
         self.rewards = zeros(torch.float32)
         self.dones = zeros(torch.bool)  # the action of this step ended the episode
-        self.advantages = zeros(torch.float32)  # these two are computed once the rollout is full
+        self.advantages = zeros(torch.float32)  # these two are computed when the rollout is full
         self.returns = zeros(torch.float32)
 
     def record(self, step: int, frames: Tensor, decision: "Decision") -> None:
-        """Copy what the policy saw and did at `step`; the environment's answer goes to `rewards`, `dones`."""
+        """Store frames and decision of `step`; `rewards` and `dones` are stored by the collector."""
         if not self.encoded:
             self.encoded = [x.new_zeros(len(self.actions), *x.shape) for x in decision.encoded]
             if self.keep_frames:
@@ -63,10 +63,10 @@ class Rollout:
 
 
 class Decision(NamedTuple):
-    """What a policy makes of N frames."""
+    """A policy's outputs for N frames."""
 
     encoded: tuple[Tensor, ...]
-    """What a rollout keeps of the frames, each (N, ...)."""
+    """What a rollout stores of the frames, each (N, ...)."""
     action: Tensor
     """(N,) int64, sampled."""
     logprob: Tensor
@@ -76,7 +76,7 @@ class Decision(NamedTuple):
 
 
 def sample(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw actions (N,) from logits (N, A) by the Gumbel-max trick; also their log-probabilities (N,)."""
+    """Sample actions (N,) from logits (N, A) by the Gumbel-max trick; also their log-probabilities (N,)."""
     logprobs = logits.log_softmax(-1)
     action = (logprobs - torch.empty_like(logprobs).exponential_().log()).argmax(-1)
     return action, logprobs.gather(-1, action[:, None]).squeeze(-1)
@@ -87,9 +87,9 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016).
 
-    `rewards`, `values` (S, N) float; `dones` (S, N) bool, whether step s ended its episode, so that nothing
-    after it counts; `last_value` (N,), the value of the observation after the last step.
-    Returns advantages and returns (advantages + values), both (S, N).
+    `rewards`, `values` (S, N) float; `dones` (S, N) bool, whether step s ended its episode; `last_value`
+    (N,), the value of the observation after the last step. Returns advantages and returns (advantages +
+    values), both (S, N).
     """
     alive = (~dones).to(values.dtype)
     next_values = torch.cat([values[1:], last_value[None]])
@@ -113,9 +113,9 @@ def ppo_loss(
     returns: Tensor,
     cfg: PPOConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped PPO loss of a minibatch: logits (B, A), everything else (B,).
+    """Clipped PPO loss of a minibatch (Schulman et al. 2017): logits (B, A), everything else (B,).
 
-    Advantages are normalised here, over the minibatch; the value's change is clipped like the policy's ratio.
+    Advantages are normalised over the minibatch. The value's change is clipped like the policy's ratio.
     Returns the loss and detached metrics.
     """
     logprobs = logits.log_softmax(-1)
@@ -141,7 +141,7 @@ def ppo_loss(
 
 
 def minibatches(size: int, count: int, device: torch.device) -> Iterator[Tensor]:
-    """A random permutation of `size` indices in `count` nearly equal parts."""
+    """A random permutation of `size` indices, split into `count` minibatches of nearly equal size."""
     yield from torch.randperm(size, device=device).tensor_split(count)
 
 
@@ -153,15 +153,15 @@ def ppo_step(
     cfg: PPOConfig,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, Tensor]:
-    """Improve `policy` (encoded observations → logits, value) on the rollout's steps numbered `ids` (B,).
+    """One optimisation step of `policy` on the rollout's steps with indices `ids` (B,).
 
-    Only what the optimiser holds is clipped and changed. Returns metrics, on the device.
+    Only the optimiser's parameters are clipped and updated. Returns metrics, on the device.
     """
     encoded = (x.flatten(0, 1)[ids] for x in rollout.encoded)
     with autocast():
         logits, value = policy(*encoded)
-    kept = rollout.actions, rollout.logprobs, rollout.values, rollout.advantages, rollout.returns
-    loss, metrics = ppo_loss(logits, value, *(x.flatten()[ids] for x in kept), cfg)
+    stored = rollout.actions, rollout.logprobs, rollout.values, rollout.advantages, rollout.returns
+    loss, metrics = ppo_loss(logits, value, *(x.flatten()[ids] for x in stored), cfg)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -173,9 +173,9 @@ def ppo_step(
 def ppo_update(
     step: Callable[[Tensor], dict[str, Tensor]], rollout: Rollout, last_value: Tensor, cfg: PPOConfig
 ) -> dict[str, Tensor]:
-    """Learn from a full rollout: `cfg.epochs` passes in `cfg.minibatches` minibatches each.
+    """Train on a full rollout: `cfg.epochs` epochs of `cfg.minibatches` minibatches each.
 
-    `step` learns from the rollout's steps of given numbers, see `ppo_step`; `last_value` (N,) is the value of
+    `step` trains on the rollout's steps with given indices, see `ppo_step`. `last_value` (N,) is the value of
     the observation after the last step. Returns metrics averaged over all minibatches, on the device.
     """
     advantages, returns = compute_gae(
@@ -190,29 +190,29 @@ def ppo_update(
             before = list(sums.values()) or [torch.zeros_like(x) for x in metrics.values()]
             sums = dict(zip(metrics, torch._foreach_add(before, list(metrics.values())), strict=True))
     count = cfg.epochs * cfg.minibatches
-    # Before the first reward the returns hardly vary; the tiny term keeps the share finite.
+    # Before the first reward the returns hardly vary; the small constant keeps the ratio finite.
     unexplained = (returns - rollout.values).var() / (returns.var() + 1e-8)
     return {key: x / count for key, x in sums.items()} | {"explained_variance": 1 - unexplained}
 
 
-# ---------------------------------------------------------------- playing
+# ---------------------------------------------------------------- rollouts
 
 
 class ReturnNormalizer:
-    """Divides rewards by the running standard deviation of the discounted return, and clips them.
+    """Divides rewards by the running standard deviation of the discounted return, then clips them.
 
-    As NormalizeReward of gym 0.23, which the published code uses, followed by a clip.
+    Equals NormalizeReward of gym 0.23, which the published code uses, followed by a clip.
     """
 
     def __init__(self, num_envs: int, *, gamma: float, clip: float = 10.0):
-        """For `num_envs` environments, discount `gamma`; results lie within ±`clip`."""
+        """`gamma`: discount of the return; rewards are clipped to ±`clip`."""
         self.gamma, self.clip = gamma, clip
         self.returns = np.zeros(num_envs)
-        # Moments of all returns seen so far; the small count keeps the first variance from being 0/0.
+        # Moments of all returns so far; the small initial count avoids 0/0 in the first variance.
         self.mean, self.var, self.count = 0.0, 1.0, 1e-4
 
     def __call__(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
-        """Take in one step's raw `rewards` (N,) and `dones` (N,); return scaled rewards, float32 (N,)."""
+        """Raw `rewards` (N,) and `dones` (N,) of a step → scaled rewards, float32 (N,)."""
         self.returns = self.returns * self.gamma + rewards
         self._update_moments(self.returns)
         self.returns[dones] = 0.0
@@ -220,17 +220,17 @@ class ReturnNormalizer:
         return np.clip(scaled, -self.clip, self.clip).astype(np.float32)
 
     def state_dict(self) -> dict[str, float | list[float]]:
-        """All that changes, as plain numbers."""
+        """Everything that changes, as numbers."""
         moments = {"mean": self.mean, "var": self.var, "count": self.count}
         return {"returns": self.returns.tolist(), **moments}
 
     def load_state_dict(self, state: dict[str, float | list[float]]) -> None:
-        """Continue from what `state_dict` gave."""
+        """Restore `state_dict`."""
         self.returns = np.array(state["returns"])
         self.mean, self.var, self.count = state["mean"], state["var"], state["count"]
 
     def _update_moments(self, values: np.ndarray) -> None:
-        # Chan et al.'s rule for merging the moments of two samples.
+        # Merges the moments of two samples (Chan et al. 1983).
         total = self.count + len(values)
         delta = float(values.mean()) - self.mean
         squares = self.var * self.count + float(values.var()) * len(values)
@@ -243,10 +243,10 @@ RECENT_EPISODES = 100
 
 
 class Collector:
-    """Plays N environments of a game with a policy that learns meanwhile.
+    """Collects rollouts in N environments of a game.
 
     Attributes
-        frames   (N, H, W, C) uint8 on the device: what the policy sees next, in memory that is used again
+        frames   (N, H, W, C) uint8 on the device: the current obs, in a buffer that is overwritten
         recent   raw returns of the last 100 finished episodes
     """
 
@@ -259,24 +259,26 @@ class Collector:
         self.frames = self.observations.up(env.observe())
 
     def collect(self, decide: Callable[[Tensor], Decision], rollout: Rollout) -> None:
-        """Fill `rollout` with what the policy whose `decide` is given (frames → decision) does and gets."""
+        """Fill `rollout`, acting by `decide` (frames → decision)."""
         rewards, dones = [], []
         for step in range(len(rollout.actions)):
             decision = decide(self.frames)
             self.env.act(self.actions.down(decision.action))
-            rollout.record(step, self.frames, decision)  # while the environments are at work
+            rollout.record(step, self.frames, decision)  # while the environments step
             obs, reward, done = self.env.result()
             self.recent.extend(self.tracker.update(reward, done)[0].tolist())
             rewards.append(self.normalize(reward, done))
             dones.append(done)
-            self.frames = self.observations.up(obs)  # the ones before came before the actions above
+            self.frames = self.observations.up(
+                obs
+            )  # the device copied the previous obs before it returned the actions
         rollout.rewards.copy_(torch.from_numpy(np.stack(rewards)))
         rollout.dones.copy_(torch.from_numpy(np.stack(dones)))
         if rollout.frames is not None:
             rollout.frames[-1] = self.frames
 
     def state_dict(self) -> dict:
-        """Everything the next rollout depends on, the simulator's state included, as plain data."""
+        """Everything that the next rollout depends on, including the simulator's state."""
         states = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self.env.get_state()]
         return {
             "env": states,
@@ -287,7 +289,7 @@ class Collector:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` gave."""
+        """Restore `state_dict`."""
         self.env.set_state([part.numpy().tobytes() for part in state["env"]])
         self.frames = self.observations.up(state["frames"].numpy())
         self.normalize.load_state_dict(state["normalize"])
@@ -299,9 +301,10 @@ class Collector:
 
 
 def num_updates(cfg: Config) -> tuple[int, int]:
-    """PPO updates of a run, and env steps of each; the last one is complete, so a run may be a bit longer.
+    """PPO updates of a run, and env steps of each.
 
-    Raises `UserError` when a minibatch would be too small to normalise its advantages.
+    The last update is complete, so a run may be slightly longer than configured. Raises `UserError` if a
+    minibatch is too small to normalise its advantages.
     """
     steps_per_update = cfg.ppo.num_envs * cfg.ppo.rollout_steps
     if steps_per_update < 2 * cfg.ppo.minibatches:
@@ -313,7 +316,7 @@ def num_updates(cfg: Config) -> tuple[int, int]:
 
 
 class PPOTrainer:
-    """A policy that plays and learns from it. An update is `collect`, `improve`, `decode`."""
+    """Trains a policy by PPO. An update consists of `collect`, `improve` and `decode`."""
 
     def __init__(
         self,
@@ -335,13 +338,13 @@ class PPOTrainer:
         self.decide, self.learn = compute.replayed(self._decide), compute.replayed(self._learn)
 
     def collect(self) -> Tensor:
-        """Play a rollout; returns the value (N,) of the observation after its last step."""
+        """Collect a rollout; returns the value (N,) of the observation after its last step."""
         self.collector.collect(self.decide, self.rollout)
         return self._evaluate(self.collector.frames)[2]
 
     @torch.no_grad()
     def _evaluate(self, frames: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """Frames (N, H, W, C) uint8 → what a rollout keeps of them, logits (N, A), value (N,)."""
+        """Frames (N, H, W, C) uint8 → what a rollout stores of them, logits (N, A), value (N,)."""
         with self.compute.autocast():
             encoded = self.policy.encode(frames)
             return encoded, *self.policy(*encoded)
@@ -351,7 +354,7 @@ class PPOTrainer:
         return Decision(encoded, *sample(logits), value)
 
     def improve(self, env_steps: int, last_value: Tensor) -> dict[str, Tensor]:
-        """Learn from the rollout that ended at `env_steps` with values `last_value` (N,); returns metrics."""
+        """Train on the rollout that ended at `env_steps` with values `last_value` (N,); returns metrics."""
         self.set_lrs(env_steps)
         return ppo_update(self.learn, self.rollout, last_value, self.cfg)
 
@@ -359,7 +362,7 @@ class PPOTrainer:
         return ppo_step(self.forward, self.optimizer, self.rollout, ids, self.cfg, self.compute.autocast)
 
     def decode(self, update: int) -> dict[str, Tensor]:
-        """Let the decoder, if there is one, learn from the rollout of `update` (from 1); returns metrics."""
+        """Train the decoder, if there is one, on the rollout of `update` (from 1); returns metrics."""
         return self.decoder.learn(self.rollout, update) if self.decoder else {}
 
     def _parts(self) -> dict:
@@ -367,17 +370,17 @@ class PPOTrainer:
         return parts | ({"decoder": self.decoder} if self.decoder else {})
 
     def state_dict(self) -> dict:
-        """Everything the next update depends on, as plain data."""
+        """Everything that the next update depends on."""
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` gave."""
+        """Restore `state_dict`."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 
 
 def make_env(cfg: Config) -> VecEnv:
-    """The environments that a policy learns in."""
+    """The training environments."""
     return VecEnv(cfg.env, cfg.ppo.num_envs, seed=cfg.seed, visuals=cfg.visuals)
 
 
@@ -404,7 +407,7 @@ def train_ppo(cfg: Config, run: Run, trainer: PPOTrainer) -> None:
 
 
 def train_from_scratch(cfg: Config, compute: Compute, run: Run) -> nn.Module:
-    """PPO with the acting policy's network from random weights, end to end; returns the policy."""
+    """PPO of the acting policy's network from random weights, end to end; returns the policy."""
     policy = compute.place(make_acting_policy(cfg, "scratch", len(ACTIONS)))
     groups = [{"params": list(policy.parameters()), "lr": cfg.ppo.scratch_lr}]
     optimizer = make_optimizer(torch.optim.Adam, groups, [policy])

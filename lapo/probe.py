@@ -1,6 +1,6 @@
-"""How much of the true action is in the latent action: a small classifier reads one from the other.
+"""Evaluation of stage 1: a probe that predicts true from latent actions, and the world model's error.
 
-Dimensions: M windows · B batch · A actions. The probe only measures; nothing it learns reaches the model.
+Dimensions: M windows · B batch · A actions. The probe is an MLP of its own; no gradient reaches the model.
 """
 
 import torch
@@ -25,10 +25,10 @@ def wm_subset(count: int) -> slice:
 def world_model_loss(
     idm: IDM, world_model: WorldModel, windows: Windows, ids: Tensor, la: Tensor, compute: Compute
 ) -> dict[str, Tensor]:
-    """Mean squared error of predicting o[t+1] on the windows numbered `ids` (M,), all networks in eval mode.
+    """Mean squared error of predicting o[t+1] on windows `ids` (M,), with all networks in eval mode.
 
-    `ids` must ascend, see `Windows.iter_batches`; `la` (M, la_dim) are the windows' latent actions.
-    Returns `wm_loss_test`, the world model's error, and `copy_loss_test`, that of predicting o[t] again.
+    `ids` must ascend, see `Windows.iter_batches`; `la` (M, la_dim) are the windows' latent actions. Returns
+    `wm_loss_test` of the world model, and `copy_loss_test` of the baseline that predicts o[t].
     """
     training = idm.training, world_model.training
     idm.eval(), world_model.eval()
@@ -46,22 +46,21 @@ def world_model_loss(
 
 
 def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str, Tensor]:
-    """Train an MLP la → ta on the first half of the windows and evaluate it on both.
+    """Train an MLP la → ta on the first half of the windows and evaluate it on both halves.
 
-    `la` (M, la_dim), `ta` (M,) int64, in the order of the data: neighbouring frames stay on one side. The
-    latents are standardised, so that features of any scale get the same chance: an untrained IDM's are tiny.
-    The random generator is the probe's own, so that measuring changes nothing.
+    `la` (M, la_dim), `ta` (M,) int64, in the order of the data, so that neighbouring frames are in one half.
+    Latents are standardised: those of an untrained IDM are tiny, and the scale must not matter. The probe has
+    a random generator of its own, so that evaluation does not change the training.
 
     Returns `probe_acc`, `probe_loss` (training half), `probe_acc_test`, `probe_loss_test`, and
-    `majority_acc_test`, the accuracy of the best constant guess: the share of that half's commonest action.
-    Nothing for fewer than two windows.
+    `majority_acc_test`, the accuracy of the commonest action. Empty for fewer than two windows.
     """
     half = len(la) // 2
     if not half:
         return {}
     num_actions = int(ta.max()) + 1
     std = la[:half].std(0, correction=0)
-    # A dimension that hardly varies where the probe learns is left out: it would explode on the test half.
+    # Dimensions that are nearly constant in the training half are left out: scaled, they could be huge.
     scale = torch.where(std > 1e-3 * std.max(), 1 / std, torch.zeros_like(std))
     la = (la - la[:half].mean(0)) * scale
     with torch.random.fork_rng(devices=[la.device] if la.device.type == "cuda" else []):

@@ -2,12 +2,11 @@
 
 Writes `<data_dir>/<game>/{train,test}/<k>.npz` in the published format, and `dataset.json` beside them,
 which says how they were made. The same command again continues an interrupted recording: a chunk is a
-function of the game, the expert, the seed, its split, its number and its length alone, so the files come out
-the same.
+function of game, expert, seed, split, number and length alone, so the files come out the same.
 
-The expert is a planner (`--expert planner`) or any policy of ours (`--expert checkpoint.pt`, of
-train_expert.py or stage 3), whose actions are drawn from its probabilities; unless said, the learned expert
-in expert_data/experts where the game has one, else the planner.
+The expert is a planner (`--expert planner`) or a trained policy (`--expert checkpoint.pt`, of train_expert.py
+or stage 3), whose actions are sampled. By default it is the learned expert in expert_data/experts, if the
+game has one with these visuals, else the planner.
 """
 
 import argparse
@@ -84,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_policy(args: argparse.Namespace) -> PolicyFile | None:
-    """The learned expert to record, None if the planner plays.
+    """The learned expert to record; None for the planner.
 
     Raises UserError for a checkpoint that is missing, damaged or cannot act, or of another game or visuals.
     """
@@ -136,7 +135,7 @@ def plan_chunks(args: argparse.Namespace, policy: PolicyFile | None = None) -> l
 
 # -------------------------------------------------------------------------------- the worker processes
 
-# Set once in each worker: where it reports to, and whether it should stop.
+# Set once in each worker: the queue for its progress, and whether it should stop.
 _reports: multiprocessing.Queue
 _stop: threading.Event
 
@@ -144,7 +143,7 @@ _stop: threading.Event
 def _start_worker(reports: multiprocessing.Queue, stop: threading.Event) -> None:
     global _reports, _stop
     _reports, _stop = reports, stop
-    # Reports that nobody reads any more must not hold up the end of the process.
+    # Progress that is not read any more must not delay the end of the process.
     reports.cancel_join_thread()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -158,13 +157,13 @@ def _record_chunk(chunk: Chunk, path: Path) -> np.ndarray:
     """Record `chunk` to `path` in a worker; return the returns of its complete episodes."""
     all_returns = []
 
-    def report(returns: np.ndarray) -> None:
+    def on_returns(returns: np.ndarray) -> None:
         if _stop.is_set():
             raise CancelledError
         all_returns.append(returns)
         _reports.put((chunk.num_envs, returns))
 
-    arrays = play_chunk(chunk, report)
+    arrays = play_chunk(chunk, on_returns)
     write_chunk(path, arrays)
     return np.concatenate(all_returns)
 
@@ -178,8 +177,8 @@ def record(dataset: Dataset, chunks: list[Chunk], workers: int) -> None:
     episodes, total = 0, 0.0
     with executor, bar:
         try:
-            # Ctrl-C reaches all processes; those started while it is ignored go on ignoring it, and it is
-            # this one that tells them to stop.
+            # Ctrl-C reaches all processes. Workers are started while it is ignored, so they ignore it, and
+            # this process tells them to stop.
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             futures = {
                 executor.submit(_record_chunk, chunk, dataset.folder / chunk.name): chunk for chunk in chunks
@@ -223,7 +222,7 @@ def main() -> None:
                 (folder / split).mkdir(parents=True, exist_ok=True)
             busy = f"another process is recording into {folder}; wait for it, or choose another --data-dir"
             with locked(folder / "lock", busy):
-                dataset, rest = open_dataset()  # as whoever held the lock before has left it
+                dataset, rest = open_dataset()  # as the previous holder of the lock left it
                 dataset.save()
                 if rest:
                     record(dataset, rest, args.workers)

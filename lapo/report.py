@@ -1,16 +1,16 @@
-"""Sum up what a run has learnt: `python report.py --env coinrun --exp demo`.
+"""Summarise a run in tables and figures: `python report.py --env coinrun --exp demo`.
 
 Reads `<results_dir>/<exp>/<env>/seed<k>/` and adds to it
 
     summary.md       the tables printed here
     summary.json     the same numbers
-    learning.png     stage 1: world-model error, and how well a probe reads the true action
+    learning.png     stage 1: world-model error and probe accuracy during training
     latents.png      latent actions by true action, after training and before
-    predictions.png  the world model's predictions, and what other latent actions would have led to
-    returns.png      stage 3: what the policies earn, beside the random policy and the expert
-    rl_curves.png    stage 3: returns while learning from rewards
+    predictions.png  the world model's predictions, also under other latent actions
+    returns.png      stage 3: returns of the policies, beside the random policy and the expert
+    rl_curves.png    stage 3: returns during training in the modes with rewards
 
-Stages that have not run are shown as missing; run again, it takes in what is new.
+Missing stages are shown as missing; run it again when there are more.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ from lapo.reporting.tables import table
 from lapo.runs.checkpoints import inherit, saved_config
 from lapo.runs.compute import Compute
 from lapo.runs.files import atomic_write, write_json
-from lapo.runs.ranks import expect_one_process
+from lapo.runs.ranks import require_single_process
 
 NAMES = {
     "random": "random",
@@ -38,12 +38,12 @@ NAMES = {
     "online": "LAPO online",
     "expert": "expert",
 }
-"""What the policies are called, in the order in which they are shown."""
+"""Names of the policies, in the order in which they are shown."""
 
 
 def main() -> None:
     """Report on the run that the command line names."""
-    expect_one_process("report.py")
+    require_single_process("report.py")
     report(load_config(description=__doc__))
 
 
@@ -72,8 +72,8 @@ def to_markdown(summary: dict) -> str:
     """The summary as tables."""
     parts = [
         f"# {summary['env']}, experiment {summary['exp']}, seed {summary['seed']}",
-        "## Learnt from frames alone, measured on held-out ones",
-        table(["measure", "LAPO", "for comparison"], learnt_rows(summary["learnt"])),
+        "## Stages 1 and 2, evaluated on held-out frames",
+        table(["metric", "LAPO", "for comparison"], learnt_rows(summary["learnt"])),
     ]
     if summary["returns"]:
         parts += [
@@ -87,7 +87,7 @@ def to_markdown(summary: dict) -> str:
 
 
 def learnt_rows(learnt: dict) -> list[list[str]]:
-    """What stages 1 and 2 have learnt, a row for each thing measured."""
+    """A row for each metric of stages 1 and 2."""
 
     def error(key: str) -> str:
         return f"{learnt[key]:#.3g}"
@@ -99,7 +99,7 @@ def learnt_rows(learnt: dict) -> list[list[str]]:
     if learnt["probe_acc"] is not None:
         majority, untrained = (f"{learnt[key]:.1%}" for key in ("majority_acc", "untrained_probe_acc"))
         chance = f"{majority} commonest action, {untrained} from the untrained IDM's"
-        rows.append(["true action read from the latent one", f"{learnt['probe_acc']:.1%}", chance])
+        rows.append(["true action predicted from the latent one", f"{learnt['probe_acc']:.1%}", chance])
     if learnt["perplexity"] is not None:
         rows.append(["codes in use (perplexity)", f"{learnt['perplexity']:.1f}", f"{learnt['codes']} codes"])
     if learnt["policy_loss"] is not None:
@@ -109,7 +109,7 @@ def learnt_rows(learnt: dict) -> list[list[str]]:
 
 
 def return_rows(returns: dict[str, dict]) -> list[list[str]]:
-    """A row for each policy, those missing included."""
+    """A row for each policy, including missing ones."""
     rows = []
     for policy in NAMES:
         row = returns.get(policy)
@@ -131,7 +131,7 @@ def return_rows(returns: dict[str, dict]) -> list[list[str]]:
 
 
 def stage_row(stage: str, progress: dict | None) -> list[str]:
-    """How far a stage has come; None if it has not begun."""
+    """The row of a stage; `progress` is None if it has no checkpoint."""
     if progress is None:
         return [stage, "", "", "missing"]
     minutes, seconds = divmod(progress["seconds"], 60)
@@ -171,7 +171,7 @@ def draw(cfg: Config, outputs: dict[str, StageOutput], summary: dict) -> dict[st
 
 
 def learning_title(env: str, learnt: dict) -> str:
-    """What the figure of stage 1 shows, in numbers."""
+    """Title of the figure of stage 1, with its final numbers."""
     title = f"{env}, stage 1"
     if learnt["wm_loss_ratio"] is not None:
         title += (
@@ -179,36 +179,36 @@ def learning_title(env: str, learnt: dict) -> str:
         )
     if learnt["probe_acc"] is not None:
         title += (
-            f"\nlatent actions tell {learnt['probe_acc']:.0%} of the true ones;"
+            f"\na probe predicts {learnt['probe_acc']:.0%} of the true actions from the latent ones;"
             f" the commonest action alone makes up {learnt['majority_acc']:.0%}"
         )
     return title
 
 
 def bar_label(policy: str, row: dict) -> str:
-    """Name of a policy, and below it what it learns from."""
+    """Name of a policy, and below it the data that it was trained on."""
     return NAMES[policy] + "\n" + row["source"].replace(", ", "\n")
 
 
 def draw_inspection(cfg: Config, stage1: StageOutput) -> dict[str, Figure]:
-    """The figures that run the networks of stage 1. Raises `UserError` if the data cannot be read."""
+    """The figures that need the networks of stage 1. Raises `UserError` if the data cannot be read."""
     cfg = inherit(cfg, stage1.checkpoint, ("idm_scale", "wm_width"))
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
     compute = Compute.from_config(replace(cfg, precision=saved_config(stage1.checkpoint).precision))
     inspection = Inspection(cfg, stage1.checkpoint["state"], compute)
-    drawn, what_if = {}, []
+    drawn, counterfactuals = {}, []
     if len(inspection.actions) > 1:
-        views, ta = inspection.latent_views()
+        views, ta = inspection.latent_projections()
         title = (
-            f"{cfg.env}: what the latent actions of held-out steps tell of the true ones"
+            f"{cfg.env}: latent actions of held-out steps, and the true actions predicted from them"
             f"\n(the commonest action alone makes up {np.bincount(ta).max() / len(ta):.0%})"
         )
         drawn["latents.png"] = figures.latents(views, ta, inspection.names, title)
-        what_if = inspection.what_if()
-    title = f"{cfg.env}: what the world model predicts"
-    if what_if:
-        title += ", and what it takes the latent actions to mean"
-    drawn["predictions.png"] = figures.predictions(inspection.predictions(), what_if, title)
+        counterfactuals = inspection.counterfactuals()
+    title = f"{cfg.env}: predictions of the world model"
+    if counterfactuals:
+        title += ", also under other latent actions"
+    drawn["predictions.png"] = figures.predictions(inspection.predictions(), counterfactuals, title)
     return drawn
 
 

@@ -1,8 +1,8 @@
-"""Stage 1: learn, from frames alone, an inverse dynamics model (IDM) and a world model around a bottleneck.
+"""Stage 1: an inverse dynamics model (IDM) and a world model, trained on frames alone.
 
-The IDM sees o[t-1], o[t], o[t+1] and says what happened between the last two, in a few discrete codes; the
-world model predicts o[t+1] from o[t-1], o[t] and these codes. What the codes must carry, then, is the action.
-True actions, where the data has them, only measure how well that worked (see probe.py).
+The IDM maps o[t-1], o[t], o[t+1] to a few discrete codes. The world model predicts o[t+1] from o[t-1], o[t]
+and these codes. The codes must carry whatever the past does not predict: the action. True actions, where the
+data has them, are only used to evaluate the codes (see probe.py).
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lapo.config import PUBLISHED_STEPS, Config, load_config
 from lapo.data.checks import check_data, check_frames
-from lapo.data.chunks import identify
+from lapo.data.chunks import data_checksums
 from lapo.data_loader import Windows, read_splits
 from lapo.errors import run_main
 from lapo.models import IDM, WorldModel, infer_latents, make_idm, make_world_model, stack_frames
@@ -25,19 +25,19 @@ STAGE = "stage1"
 
 
 def main() -> None:
-    """Train stage 1 as the command line says."""
+    """Train stage 1, as configured on the command line."""
     with distributed():
         train(load_config(description=__doc__))
 
 
 def train(cfg: Config) -> None:
-    """Train IDM and world model; the result lies in the run's checkpoint."""
+    """Train IDM and world model; the result is the run's checkpoint."""
     compute = Compute.from_config(cfg)
     check_data(cfg.env, cfg.game_data)
     seed_everything(cfg.seed)
-    run = Run(cfg, STAGE, ("data", "model", "vq", "stage1", "probe"), compute, identify(cfg))
+    run = Run(cfg, STAGE, ("data", "model", "vq", "stage1", "probe"), compute, data_checksums(cfg))
     if run.finished:
-        run.report()
+        run.print_result()
         return
 
     # ---- data
@@ -52,7 +52,7 @@ def train(cfg: Config) -> None:
 
     # ---- loop
     if run.step == 0:
-        # The untrained IDM's features are the control: the state alone tells much of what an expert does.
+        # Control: an untrained IDM. The current frame alone predicts many of an expert's actions.
         run.log(0, {f"untrained_{key}": value for key, value in trainer.measure(held_out).items()})
     options = {"save_every": cfg.stage1.save_every, "unit": "window", "scale": cfg.stage1.batch_size}
     for step in run.loop(cfg.stage1.steps, trainer.state_dict, **options):
@@ -66,14 +66,14 @@ def train(cfg: Config) -> None:
 
 
 class Trainer:
-    """Trains IDM and world model jointly. A step is `set_lr`, `load`, `backward`, `apply`."""
+    """Trains IDM and world model jointly. A step consists of `set_lr`, `load`, `backward` and `apply`."""
 
     def __init__(self, cfg: Config, compute: Compute, windows: Windows, idm: IDM, world_model: WorldModel):
         self.cfg, self.compute, self.windows = cfg, compute, windows
         self.idm, self.world_model = idm, world_model
         networks = (idm, world_model)
         self.params = [p for network in networks for p in network.parameters()]
-        # Running statistics of BatchNorm, each process's of its own part of the batch.
+        # BatchNorm's running statistics, which every rank computes on its part of the batch.
         self.statistics = [b for b in world_model.buffers() if b.is_floating_point()]
         self.batch_size = per_rank_batch(cfg.stage1.batch_size)
         groups = [{"params": self.params, "lr": cfg.stage1.lr}]
@@ -83,7 +83,7 @@ class Trainer:
         self.learn = compute.replayed(self._learn)
 
     def update(self, step: int) -> dict[str, Tensor]:
-        """Make training step `step`; returns its metrics, valid until the next one."""
+        """Do training step `step`; returns its metrics, valid until the next step."""
         self.set_lr(step)
         return self.learn(self.load(step))
 
@@ -93,11 +93,11 @@ class Trainer:
         set_lr(self.optimizer.param_groups[0], self.cfg.stage1.lr * factor)
 
     def load(self, step: int) -> Tensor:
-        """Frames of the step's windows, (B, T, H, W, C) uint8."""
+        """Frames (B, T, H, W, C) uint8 of the windows of training step `step`."""
         return self.windows.gather(self.windows.batch(step, self.batch_size, self.cfg.seed))
 
     def backward(self, frames: Tensor) -> dict[str, Tensor]:
-        """Compute the losses of windows (B, T, H, W, C) and all gradients; returns the losses."""
+        """Compute losses and gradients on windows (B, T, H, W, C); returns the losses as metrics."""
         loss, metrics = self.losses(frames)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -105,13 +105,13 @@ class Trainer:
         return metrics
 
     def apply(self) -> dict[str, Tensor]:
-        """Change the weights by the gradients, clipped; returns the gradients' norm."""
+        """Clip the gradients and update the weights; returns the gradient norm."""
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.cfg.stage1.clip_norm)
         self.optimizer.step()
         return {"grad_norm": norm}
 
     def measure(self, held_out: Windows) -> dict[str, Tensor]:
-        """The world model's error on held-out windows and, where they have true actions, the probe's."""
+        """World-model error and, if there are true actions, probe accuracy on held-out windows."""
         ids = held_out.evenly_spaced(self.cfg.probe.windows)
         la = infer_latents(self.idm, held_out.iter_frames(ids), self.compute)
         some = wm_subset(len(ids))
@@ -141,12 +141,12 @@ class Trainer:
         return {"idm": self.idm, "world_model": self.world_model, "optimizer": self.optimizer}
 
     def state_dict(self) -> dict:
-        """Everything the next step depends on, as plain data."""
+        """Everything that the next step depends on."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         return parts | {"order": self.windows.data_order}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` gave. Raises `UserError` if batches would come in another order."""
+        """Restore `state_dict`. Raises `UserError` if the batches would come in another order."""
         self.windows.check_data_order(state["order"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])

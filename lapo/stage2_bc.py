@@ -1,7 +1,7 @@
-"""Stage 2: learn a latent policy, by behaviour cloning of the latent actions that stage 1's IDM infers.
+"""Stage 2: a latent policy, trained by behaviour cloning of the latent actions that stage 1's IDM infers.
 
-The policy sees o[t] alone and predicts `la`, the latent action before quantisation that the IDM infers from
-o[t-1], o[t], o[t+1]. The IDM is frozen, so every window is labelled once, up front.
+The policy predicts, from o[t] alone, `la`: the latent action before quantisation that the IDM infers from
+o[t-1], o[t], o[t+1]. The IDM is frozen, so the latents of all windows are inferred once, before training.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lapo.config import PUBLISHED_STEPS, Config, load_config
 from lapo.data.checks import check_data, check_frames
-from lapo.data.chunks import identify
+from lapo.data.chunks import data_checksums
 from lapo.data_loader import Windows, read_splits
 from lapo.errors import run_main
 from lapo.models import Policy, infer_latents, make_idm, make_latent_policy, normalize, restore
-from lapo.runs.checkpoints import inherit, load_stages, weights_of
+from lapo.runs.checkpoints import inherit, load_stages, weights_checksum
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr, warmup_schedule
 from lapo.runs.ranks import average, distributed, per_rank_batch
@@ -24,25 +24,25 @@ STAGE = "stage2"
 
 
 def main() -> None:
-    """Train stage 2 as the command line says."""
+    """Train stage 2, as configured on the command line."""
     with distributed():
         train(load_config(description=__doc__))
 
 
 def train(cfg: Config) -> None:
-    """Train the latent policy; the result lies in the run's checkpoint."""
+    """Train the latent policy; the result is the run's checkpoint."""
     compute = Compute.from_config(cfg)
     check_data(cfg.env, cfg.game_data)
     stage1 = load_stages(cfg, "stage1")["stage1"]
     cfg = inherit(cfg, stage1, ("idm_scale",))
     seed_everything(cfg.seed)
-    built_on = {"stage1": weights_of(stage1)} | identify(cfg)
+    built_on = {"stage1": weights_checksum(stage1)} | data_checksums(cfg)
     run = Run(cfg, STAGE, ("data", "model", "vq", "stage2"), compute, built_on)
     if run.finished:
-        run.report()
+        run.print_result()
         return
 
-    # ---- data, labelled by the frozen IDM
+    # ---- data, with the latents that the frozen IDM infers
     idm = restore(make_idm(cfg), stage1["state"]["idm"], compute)
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
     windows, held_out = read_splits(cfg, compute.device)
@@ -68,7 +68,7 @@ def train(cfg: Config) -> None:
 class Trainer:
     """Trains the latent policy to predict the latent actions `la` (M, la_dim) of all windows.
 
-    A step is `set_lr`, `load`, `backward`, `apply`.
+    A step consists of `set_lr`, `load`, `backward` and `apply`.
     """
 
     def __init__(self, cfg: Config, compute: Compute, windows: Windows, la: Tensor, policy: Policy):
@@ -82,7 +82,7 @@ class Trainer:
         self.learn = compute.replayed(self._learn)
 
     def update(self, step: int) -> dict[str, Tensor]:
-        """Make training step `step`; returns its metrics, valid until the next one."""
+        """Do training step `step`; returns its metrics, valid until the next step."""
         self.set_lr(step)
         return self.learn(*self.load(step))
 
@@ -92,12 +92,12 @@ class Trainer:
         set_lr(self.optimizer.param_groups[0], self.cfg.stage2.lr * factor)
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
-        """What the step learns from: frames o[t] (B, H, W, C) uint8, latent actions (B, la_dim)."""
+        """Frames o[t] (B, H, W, C) uint8 and latent actions (B, la_dim) of training step `step`."""
         ids = self.windows.batch(step, self.batch_size, self.cfg.seed)
         return self.windows.current_frames(ids), self.la[ids]
 
     def backward(self, frames: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Compute the loss on what `load` gave and all gradients; returns the loss."""
+        """Compute loss and gradients on what `load` returned; returns the loss as metrics."""
         loss = self.loss(frames, target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -106,18 +106,18 @@ class Trainer:
         return metrics
 
     def apply(self) -> None:
-        """Change the weights by the gradients."""
+        """Update the weights."""
         self.optimizer.step()
 
     @torch.no_grad()
     def measure(self, held_out: Windows, la_test: Tensor) -> dict[str, Tensor]:
-        """The error on held-out windows, whose latent actions are `la_test` (M, la_dim)."""
-        parts = held_out.iter_batches(held_out.all())
-        # Not the compiled loss: other batch sizes would compile it anew.
-        errors = [self._loss(held_out.current_frames(ids), la_test[ids]) * len(ids) for ids in parts]
+        """Errors on the held-out windows, whose latent actions are `la_test` (M, la_dim)."""
+        batches = held_out.iter_batches(held_out.all())
+        # The uncompiled loss: other batch sizes would recompile it.
+        errors = [self._loss(held_out.current_frames(ids), la_test[ids]) * len(ids) for ids in batches]
         constant = self.la.mean(0)
         average([constant])
-        # The error of always predicting the mean latent action: what a policy that sees nothing reaches.
+        # Baseline: the mean latent action, the best prediction without seeing the frame.
         return {
             "loss_test": torch.stack(errors).sum() / len(held_out),
             "constant_loss_test": F.mse_loss(constant.expand_as(la_test), la_test),
@@ -134,12 +134,12 @@ class Trainer:
         return F.mse_loss(predicted, target)
 
     def state_dict(self) -> dict:
-        """Everything the next step depends on, as plain data."""
+        """Everything that the next step depends on."""
         parts = {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
         return parts | {"order": self.windows.data_order}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` gave. Raises `UserError` if batches would come in another order."""
+        """Restore `state_dict`. Raises `UserError` if the batches would come in another order."""
         self.windows.check_data_order(state["order"])
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,11 +1,11 @@
-"""Stage 3: turn the latent policy into one that acts in the game.
+"""Stage 3: turn the latent policy into a policy that acts in the game.
 
 Modes (`--stage3.mode`)
-    online    PPO on rewards over the frozen trunk of the latent policy, beside a decoder latent → true action
-              that learns from the agent's own steps and the latents that the IDM infers there
-    offline   no rewards: the decoder learns from a few labelled expert frames
+    online    PPO on the frozen trunk of the latent policy, beside a decoder latent → true action, which is
+              trained on the agent's own actions and the latents that the IDM infers for them
+    offline   the decoder is trained on a few labelled expert frames, without rewards
     scratch   baseline: PPO with the same network from random weights, end to end
-    bc        baseline: behaviour cloning of the same few labelled frames, without latents
+    bc        baseline: behaviour cloning of the same labelled frames, without latents
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lapo.acting import evaluate_policy
 from lapo.config import PUBLISHED_STEPS, Config, load_config
 from lapo.data.checks import check_data, check_frames
-from lapo.data.chunks import KEYS, chunks_holding, identify
+from lapo.data.chunks import KEYS, data_checksums, num_chunks_for
 from lapo.data_loader import INFERENCE_BATCH, Windows
 from lapo.decoding import OnlineDecoder, fit, training_updates
 from lapo.errors import UserError, run_main
@@ -25,7 +25,7 @@ from lapo.games.table import ACTIONS, GAMES
 from lapo.games.vec_env import VecEnv
 from lapo.models import infer_latents, make_acting_policy, make_idm, restore
 from lapo.ppo import PPOTrainer, make_env, num_updates, train_from_scratch, train_ppo
-from lapo.runs.checkpoints import inherit, load_stages, weights_of
+from lapo.runs.checkpoints import inherit, load_stages, weights_checksum
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, ramp_schedule, set_lr
 from lapo.runs.ranks import distributed, shard
@@ -33,7 +33,7 @@ from lapo.runs.run import Run
 
 
 def main() -> None:
-    """Run stage 3 as the command line says."""
+    """Train stage 3, as configured on the command line."""
     with distributed():
         processes = shard().world_size
         if processes > 1:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def train(cfg: Config) -> None:
-    """Make the acting policy of `cfg.stage3.mode`; the result lies in the run's checkpoint."""
+    """Train the acting policy of `cfg.stage3.mode`; the result is the run's checkpoint."""
     mode = MODES[cfg.stage3.mode]
     compute = Compute.from_config(cfg)
     mode.check(cfg)
@@ -52,12 +52,12 @@ def train(cfg: Config) -> None:
         cfg = inherit(cfg, earlier["stage1"], ("idm_scale",))
         cfg = inherit(cfg, earlier["stage2"], ("policy_scale",))
     seed_everything(cfg.seed)
-    built_on = {stage: weights_of(checkpoint) for stage, checkpoint in earlier.items()}
+    built_on = {stage: weights_checksum(checkpoint) for stage, checkpoint in earlier.items()}
     if not mode.plays:
-        built_on |= identify(cfg, KEYS)
+        built_on |= data_checksums(cfg, KEYS)
     run = Run(cfg, f"stage3_{cfg.stage3.mode}", ("model", "stage3", *mode.config_keys), compute, built_on)
     if run.finished:
-        run.report()
+        run.print_result()
         return
     policy = mode.train(cfg, compute, run, {stage: saved["state"] for stage, saved in earlier.items()})
     run.finish({"policy": policy.state_dict()}, evaluate_policy(policy, cfg, compute))
@@ -67,14 +67,14 @@ def train(cfg: Config) -> None:
 
 
 def online(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
-    """RL + SL over a frozen trunk, see `models.TwoPathPolicy`."""
+    """RL and SL paths on a frozen trunk, see `models.TwoPathPolicy`."""
     trainer = online_trainer(cfg, compute, earlier, make_env(cfg))
     train_ppo(cfg, run, trainer)
     return trainer.policy
 
 
 def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: VecEnv) -> PPOTrainer:
-    """What trains in online mode; `earlier` holds the states of stages 1 and 2."""
+    """The trainer of online mode; `earlier` holds the states of stages 1 and 2."""
     policy = compute.place(make_acting_policy(cfg, "online", len(ACTIONS), earlier["stage2"]["policy"]))
     groups = [
         {"params": list(getattr(policy, name).parameters()), "lr": 0.0}
@@ -101,7 +101,7 @@ def scratch(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
 
 
 def decoder_updates(cfg: Config) -> list[int]:
-    """The PPO updates (from 1) after which the decoder is trained."""
+    """The PPO updates (counted from 1) after which the decoder is trained."""
     scale = min(1.0, cfg.stage3.steps / PUBLISHED_STEPS["stage3"])
     return training_updates(cfg.decoder, *num_updates(cfg), scale)
 
@@ -110,7 +110,7 @@ def decoder_updates(cfg: Config) -> list[int]:
 
 
 def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
-    """A decoder on the frozen latent policy, fitted to (la, ta) of the labelled frames."""
+    """A decoder on the frozen latent policy, trained on (la, ta) of the labelled frames."""
     windows, ids, ta = labelled(cfg, compute)
     idm = restore(make_idm(cfg), earlier["stage1"]["idm"], compute)
     la = infer_latents(idm, windows.iter_frames(ids), compute)
@@ -122,7 +122,7 @@ def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
 
 
 def bc(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
-    """The policy's network from random weights, fitted to (frame, ta) of the labelled frames."""
+    """The policy network from random weights, trained on (frame, ta) of the labelled frames."""
     windows, ids, ta = labelled(cfg, compute)
     policy = compute.place(make_acting_policy(cfg, "bc", len(ACTIONS)))
 
@@ -137,18 +137,19 @@ def bc(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
 
 
 def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
-    """The labelled frames: windows, numbers (N,) of `cfg.offline.labels` random ones, true actions (N,).
+    """The labelled frames: windows, indices (N,) of `cfg.offline.labels` random ones, true actions (N,).
 
-    Only the first chunks are read, enough for four times as many frames as labels.
+    Only the first chunks are read, enough for four times as many frames as labels. Raises `UserError` if the
+    data has no true actions, too few windows, or actions that the policy does not have.
     """
     folder, count = cfg.game_data / "train", cfg.offline.labels
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
-    limit = chunks_holding(folder, 4 * count, cfg.data.skip_bad_chunks)
+    limit = num_chunks_for(folder, 4 * count, cfg.data.skip_bad_chunks)
     windows = Windows.read(cfg, "train", compute.device, limit=limit)
     if windows.ta is None:
         lacking = f"{folder} holds no"
         if len(windows.unlabelled) < windows.num_chunks:
-            lacking = f"{folder}: {windows.name_unlabelled()} the"
+            lacking = f"{folder}: {windows.describe_unlabelled()} the"
         raise UserError(
             f"{lacking} true actions `ta`, which mode {cfg.stage3.mode} learns from; add them to its"
             " chunks, see docs/data.md"
@@ -166,16 +167,16 @@ def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
 
 
 def fit_labels(predict: Callable[[Tensor], Tensor], network: nn.Module, ta: Tensor, cfg: Config) -> Tensor:
-    """Fit `network` to the labels `ta` (N,) in `cfg.offline.steps` random batches; returns the mean loss."""
+    """Train `network` on the labels `ta` (N,) for `cfg.offline.steps` steps; returns the mean loss."""
     size = min(cfg.offline.batch_size, len(ta))
     batches = (torch.randperm(len(ta), device=ta.device)[:size] for _ in range(cfg.offline.steps))
     return fit(predict, network, ta, batches, lr=cfg.offline.lr)
 
 
 def accuracy(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, Tensor]:
-    """How often `policy` names the expert's action on held-out frames, and how often the commonest is right.
+    """Accuracy of `policy` and of the commonest action against the expert's actions on held-out frames.
 
-    Empty when there are no held-out frames with actions.
+    Empty if there are no held-out frames with actions.
     """
     if not (cfg.game_data / "test").is_dir():
         return {}
@@ -198,19 +199,19 @@ def accuracy(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, Tens
 
 @dataclass(frozen=True)
 class Mode:
-    """How a mode trains, and what its numbers depend on."""
+    """How a mode is trained, and what its results depend on."""
 
     train: Callable[[Config, Compute, Run, dict], nn.Module]
     """(config, compute, run, states of stages 1 and 2) → acting policy."""
     config_keys: tuple[str, ...]
-    """Groups of the config."""
+    """Groups of the config that it reads."""
     needs_latents: bool
-    """Whether it builds on stages 1 and 2."""
+    """Whether it uses stages 1 and 2."""
     plays: bool
-    """Whether it cannot do without the game."""
+    """Whether it is trained in the game."""
 
     def check(self, cfg: Config) -> None:
-        """Raise `UserError` when the configured name cannot serve this mode."""
+        """Raise `UserError` if the configured game or data set cannot be used in this mode."""
         if not self.plays:
             check_data(cfg.env, cfg.game_data)
         elif cfg.env not in GAMES:

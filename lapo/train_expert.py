@@ -25,7 +25,7 @@ from lapo.games.vec_env import VecEnv, simulator_version
 from lapo.models import make_acting_policy
 from lapo.ppo import num_updates, train_from_scratch
 from lapo.runs.compute import Compute, seed_everything
-from lapo.runs.ranks import expect_one_process
+from lapo.runs.ranks import require_single_process
 from lapo.runs.run import Run
 
 STAGE = "expert"
@@ -33,7 +33,7 @@ STAGE = "expert"
 
 def main() -> None:
     """Train as the command line says."""
-    expect_one_process("train_expert.py")
+    require_single_process("train_expert.py")
     parser = Parser(__doc__)
     parser.add_argument(
         "--teacher", dest="expert.teacher", default=SUPPRESS, help="short for --expert.teacher"
@@ -61,7 +61,7 @@ def train(cfg: Config) -> None:
     seed_everything(cfg.seed)
     run = Run(cfg, STAGE, ("expert", "dagger" if distils else "ppo", "eval"), compute)
     if run.finished:
-        run.report()
+        run.print_result()
         return
     if distils:
         policy, env_steps = distil(cfg, compute, run), cfg.dagger.rounds * cfg.dagger.round_steps

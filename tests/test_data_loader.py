@@ -24,8 +24,8 @@ from lapo.data import chunks
 from lapo.data.checks import check
 from lapo.data.chunks import (
     BadChunk,
-    chunks_holding,
     find_chunks,
+    num_chunks_for,
     read_chunk,
     read_header,
     window_starts,
@@ -112,7 +112,7 @@ def test_actions_count_only_when_every_chunk_has_them(kind, tmp_path):
     assert windows.ta is None
     assert "without true actions (which 1.npz lacks)," in windows.summary()
     write_chunk(tmp_path / "2.npz", numbered_frames(np.arange(5)))
-    assert kind(tmp_path, device=CPU).name_unlabelled() == "1.npz and 1 more lack"
+    assert kind(tmp_path, device=CPU).describe_unlabelled() == "1.npz and 1 more lack"
     assert kind(tmp_path, device=CPU, limit=1).ta is not None
 
 
@@ -144,7 +144,7 @@ def test_only_the_first_chunks_are_read_when_limited(tmp_path):
 
 def test_number_of_first_chunks_that_hold_enough_frames(tmp_path):
     counting_chunks(tmp_path, {"0": 5, "1": 5, "2": 5})
-    assert [chunks_holding(tmp_path, frames) for frames in (1, 5, 6, 15, 99)] == [1, 1, 2, 3, 3]
+    assert [num_chunks_for(tmp_path, frames) for frames in (1, 5, 6, 15, 99)] == [1, 1, 2, 3, 3]
 
 
 def test_configured_splits_and_what_is_printed_of_them(workplace, capsys):
@@ -431,7 +431,7 @@ def test_what_keeps_a_chunk_from_being_read_is_not_called_damage(reason, kind, t
         return open_zip(path)
 
     monkeypatch.setattr(zipfile, "ZipFile", hindered)
-    for read in (partial(kind, device=CPU, skip_bad=True), partial(chunks_holding, frames=9, skip_bad=True)):
+    for read in (partial(kind, device=CPU, skip_bad=True), partial(num_chunks_for, frames=9, skip_bad=True)):
         with pytest.raises(UserError) as error:
             read(tmp_path)
         assert str(error.value).startswith(f"{tmp_path / '1.npz'} could not be read ({reason}), which says")
@@ -508,9 +508,9 @@ def test_bad_chunks_hold_no_frames_when_the_first_enough_are_chosen(tmp_path):
     counting_chunks(tmp_path, {"1": 5, "3": 5, "4": 5})
     bad_chunk("no obs", tmp_path / "0.npz")
     bad_chunk("flipped bits", tmp_path / "2.npz")
-    assert [chunks_holding(tmp_path, frames, True) for frames in (5, 6, 10, 11, 99)] == [2, 4, 4, 5, 5]
+    assert [num_chunks_for(tmp_path, frames, True) for frames in (5, 6, 10, 11, 99)] == [2, 4, 4, 5, 5]
     with pytest.raises(UserError, match=r"0\.npz holds no array `obs`"):
-        chunks_holding(tmp_path, 5)
+        num_chunks_for(tmp_path, 5)
 
 
 def test_the_configuration_says_whether_bad_chunks_are_left_out(workplace, capsys):

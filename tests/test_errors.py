@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from lapo.errors import STOPPING, run_main
+from lapo.errors import STOP_SIGNALS, run_main
 from support import PATIENCE, ROOT
 
 START = """
@@ -82,7 +82,7 @@ def test_output_that_was_closed_by_who_started_the_script_is_no_error(stream):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_one_line_and_its_exit_code_though_it_is_repeated(number):
     body = f"os.kill(os.getpid(), {int(number)}); time.sleep(60)"
     assert script(body) == (128 + number, b"", b"terminated; the same command continues\n")
@@ -107,9 +107,9 @@ def test_nohup_keeps_a_script_going():
 
 def test_main_may_run_in_a_thread():
     """Which may not touch signal handlers."""
-    before, done = [signal.getsignal(number) for number in STOPPING], []
+    before, done = [signal.getsignal(number) for number in STOP_SIGNALS], []
     thread = threading.Thread(target=run_main, args=(lambda: done.append("main"),))
     thread.start()
     thread.join()
     assert done == ["main"]
-    assert [signal.getsignal(number) for number in STOPPING] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before

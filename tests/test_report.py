@@ -16,7 +16,7 @@ from lapo.config import Config
 from lapo.errors import UserError
 from lapo.games.table import GAMES
 from lapo.reporting import summary
-from lapo.reporting.inspection import discriminate
+from lapo.reporting.inspection import fit_lda
 from lapo.runs.checkpoints import load_checkpoint
 from support import Workplace
 
@@ -204,7 +204,7 @@ def test_discriminate_is_the_likeliest_class():
         for x in rest
     ]
     for scale in (1.0, 1e-3):
-        xy, read = discriminate(torch.tensor(scale * fit), torch.tensor(ta[:400]), torch.tensor(scale * rest))
+        xy, read = fit_lda(torch.tensor(scale * fit), torch.tensor(ta[:400]), torch.tensor(scale * rest))
         assert read.tolist() == expected
         assert xy.shape == (200, 2)
     assert np.mean(read.numpy() == ta[400:]) > 0.8

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lapo import report, stage1_idm_wm, stage2_bc, stage3_decode
-from lapo.data.chunks import identify
+from lapo.data.chunks import data_checksums
 from lapo.errors import UserError
 from lapo.runs import checkpoints
-from lapo.runs.checkpoints import load_checkpoint, provenance, stale, weights_of
+from lapo.runs.checkpoints import load_checkpoint, provenance, stale, weights_checksum
 from lapo.runs.compute import Compute
 from lapo.runs.run import Run
 from support import CPU, Workplace, write_chunk, write_game
@@ -60,7 +60,9 @@ def test_a_finished_stage_2_of_another_stage_1_is_refused(place):
 
 def test_stage_1_is_not_exchanged_in_the_middle_of_stage_2(place):
     shutil.rmtree(place.run_dir("stage2"))
-    run = Run(place.config(), "stage2", ("stage2",), CPU, {"stage1": weights_of(checkpoint(place, "stage1"))})
+    run = Run(
+        place.config(), "stage2", ("stage2",), CPU, {"stage1": weights_checksum(checkpoint(place, "stage1"))}
+    )
     run.step = 3
     run.save({})
     exchange_stage1(place, *OTHER)
@@ -105,14 +107,14 @@ def test_a_checkpoint_that_does_not_say_is_taken_to_be_right(place, capsys):
 
 def test_weights_count_and_nothing_else(place):
     stage1 = checkpoint(place, "stage1")
-    expected = weights_of(stage1)
+    expected = weights_checksum(stage1)
     assert (
-        weights_of(stage1 | {"step": 1, "state": stage1["state"] | {"optimizer": {}, "order": {}}})
+        weights_checksum(stage1 | {"step": 1, "state": stage1["state"] | {"optimizer": {}, "order": {}}})
         == expected
     )
     weights = stage1["state"]["idm"]["head.weight"]
     weights[0, 0] = torch.nextafter(weights[0, 0], torch.tensor(9.0))
-    assert weights_of(stage1) != expected
+    assert weights_checksum(stage1) != expected
 
 
 def test_a_stage_of_another_game_is_refused(place):
@@ -134,15 +136,17 @@ def frames(folder: Path, seed: int = 0, **arrays: np.ndarray) -> Path:
 
 def test_frames_are_known_by_their_chunks_in_use(workplace):
     game, cfg = workplace.data / workplace.GAME, workplace.config()
-    found = identify(cfg)
+    found = data_checksums(cfg)
     assert found.keys() == {"train frames", "test frames"}
-    assert identify(workplace.config("--data.train_chunks", "2")) == found
-    assert identify(workplace.config("--data.train_chunks", "1"))["train frames"] != found["train frames"]
+    assert data_checksums(workplace.config("--data.train_chunks", "2")) == found
+    assert (
+        data_checksums(workplace.config("--data.train_chunks", "1"))["train frames"] != found["train frames"]
+    )
     (game / "train" / "0.npz").rename(game / "train" / "5.npz")  # now behind the other one
-    assert identify(cfg)["train frames"] != found["train frames"]
-    assert identify(cfg)["test frames"] == found["test frames"]
+    assert data_checksums(cfg)["train frames"] != found["train frames"]
+    assert data_checksums(cfg)["test frames"] == found["test frames"]
     shutil.rmtree(game / "test")
-    assert identify(cfg).keys() == {"train frames"}
+    assert data_checksums(cfg).keys() == {"train frames"}
 
 
 def test_which_arrays_of_the_chunks_count(workplace):
@@ -150,7 +154,7 @@ def test_which_arrays_of_the_chunks_count(workplace):
 
     def of(*keys: str, **arrays: np.ndarray) -> str:
         frames(path, **arrays)
-        return identify(cfg, keys)["test frames"]
+        return data_checksums(cfg, keys)["test frames"]
 
     ta, done = np.zeros(9, np.int64), np.zeros(9, bool)
     assert of("obs", "done", ta=ta, done=done) == of("obs", "done", ta=ta + 1, done=done, rewards=ta)
@@ -158,7 +162,7 @@ def test_which_arrays_of_the_chunks_count(workplace):
     assert of("obs", "done", "ta", ta=ta) != of("obs", "done", "ta", ta=ta + 1)
     damaged = path.read_bytes()
     path.write_bytes(damaged[:100])
-    assert identify(cfg)["test frames"] not in (of("obs", "done"), of("obs", "done", done=done))
+    assert data_checksums(cfg)["test frames"] not in (of("obs", "done"), of("obs", "done", done=done))
 
 
 @pytest.mark.parametrize("train", [stage1_idm_wm.train, stage2_bc.train])

@@ -21,7 +21,7 @@ from lapo import stage1_idm_wm, stage2_bc, stage3_decode
 from lapo.acting import random_actor
 from lapo.config import Config
 from lapo.data.chunks import CHUNK_FRAMES, FRAME_SHAPE, WINDOW, find_chunks, write_chunk
-from lapo.data_loader import RollingWindows, Windows, keeps_all
+from lapo.data_loader import RollingWindows, Windows, stays_resident
 from lapo.decoding import OnlineDecoder
 from lapo.errors import UserError
 from lapo.games.table import ACTIONS
@@ -93,7 +93,7 @@ def prepared(stage: str, cfg: Config, frames: int, device: torch.device) -> Iter
         else:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             loaded = record_random_play(cfg, frames, folder)
-            resident = keeps_all(folder, device, None, cfg.resident)
+            resident = stays_resident(folder, device, None, cfg.resident)
             yield (
                 (lambda compute: load(cfg, compute, folder, loaded, resident)),
                 (lambda compute: reference_load(folder, loaded)),

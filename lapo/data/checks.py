@@ -17,8 +17,8 @@ from lapo.config import resolve
 from lapo.data.chunks import (
     KEYS,
     BadChunk,
+    describe_other_files,
     list_chunks,
-    name_others,
     open_chunk,
     read_chunk,
     read_header,
@@ -129,7 +129,7 @@ def find(folder: Path) -> list[Path]:
     chunks = {split: list_chunks(split) for split in splits}
     for split, paths in chunks.items():
         if not paths:
-            others = name_others(split)
+            others = describe_other_files(split)
             remedy = f", but {others}" if others else "; docs/data.md says how to get some"
             raise UserError(f"{split} holds no chunk (<number>.npz){remedy}")
     return [path for paths in chunks.values() for path in paths]
@@ -150,7 +150,7 @@ def report(folder: Path, paths: list[Path]) -> list[Checked]:
         print(f"{line}  {result.fault or result.unread or 'ok'}", flush=True)
         results.append(result)
     for split in dict.fromkeys(path.parent for path in paths):
-        others = name_others(split)
+        others = describe_other_files(split)
         if others:
             print(f"note: {split} also holds {others}")
     return results

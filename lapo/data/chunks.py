@@ -1,7 +1,7 @@
 """Chunks of frames on disk: finding, checking, reading and writing them.
 
 A chunk is an npz file `<game>/<split>/<k>.npz` with `obs` (N, 64, 64, 3) uint8 and, optionally, `ta` (N,),
-`done` (N,) and what else the published ones have. Knows nothing of tensors.
+`done` (N,) and the other arrays of the published chunks. NumPy only.
 """
 
 import hashlib
@@ -30,21 +30,19 @@ CHUNK_FRAMES = {"train": 32_768, "test": 4_096}
 """Frames of a full chunk, as in the published data."""
 MAX_ACTIONS = 256
 MAX_READERS = 4
-"""Threads that unpack chunks, at most, and decoded chunks in host memory; a published one has 0.4 GB."""
-MAX_UNPACKING = 1032
-"""How many bytes deflate makes of one at most: what claims more is no zip file of frames."""
+"""Upper bound on threads that unpack chunks, and on decoded chunks in host memory (0.4 GB each)."""
 # Level 4 packs frames twice as fast as zlib's default, into files about a quarter larger.
 COMPRESSION = 4
 
 
 class BadChunk(UserError):
-    """A chunk file that is no good; one that merely could not be read is none."""
+    """A damaged or malformed chunk file. Files that cannot be read for other reasons raise `UserError`."""
 
 
 def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
-    """The chunk files of a folder in order of their number, at most `limit`.
+    """The first `limit` chunk files of a folder, by number.
 
-    Raises `UserError` if the folder is missing, cannot be read or holds no chunk.
+    Raises `UserError` if the folder is missing, unreadable or holds no chunk.
     """
     game = folder.parent
     remedy = (
@@ -63,15 +61,15 @@ def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
         raise UserError(f"the data folder {folder} does not exist; make it with {remedy}")
     chunks = list_chunks(folder)
     if not chunks:
-        others = name_others(folder)
+        others = describe_other_files(folder)
         if others:
             raise UserError(f"the data folder {folder} holds no chunk (<number>.npz), but {others}")
         raise UserError(f"the data folder {folder} holds no chunk (<number>.npz); make some with {remedy}")
     return chunks[:limit]
 
 
-def say_limit(folder: Path, limit: int) -> None:
-    """Print how many chunks of a split the configuration leaves out, if any."""
+def print_chunk_limit(folder: Path, limit: int) -> None:
+    """Print how many chunks of a split the config leaves out, if any."""
     total = len(find_chunks(folder))
     if total > limit:
         key = f"data.{folder.name}_chunks"
@@ -79,7 +77,7 @@ def say_limit(folder: Path, limit: int) -> None:
 
 
 def list_chunks(folder: Path) -> list[Path]:
-    """The files `<number>.npz` of a folder in order of their number, perhaps none.
+    """The files `<number>.npz` of a folder, by number; there may be none.
 
     Raises `UserError` if the folder cannot be read.
     """
@@ -87,8 +85,8 @@ def list_chunks(folder: Path) -> list[Path]:
     return sorted(chunks, key=lambda path: int(path.stem))
 
 
-def name_others(folder: Path) -> str:
-    """The npz files of a folder that are not named as chunks are, and what to do with them; "" if none."""
+def describe_other_files(folder: Path) -> str:
+    """The npz files of a folder whose names are not those of chunks, with a remedy; "" if there are none."""
     chunks = list_chunks(folder)
     others = sorted(
         path.name
@@ -102,23 +100,23 @@ def name_others(folder: Path) -> str:
 
 
 def _list(folder: Path) -> list[Path]:
-    """What a folder holds; nothing if it is not there."""
-    with reading(folder):  # `glob` takes what may not be read for empty
+    """The contents of a folder; [] if it does not exist."""
+    with reading(folder):  # `glob` returns nothing for a folder without permission
         return [folder / name for name in os.listdir(folder)] if folder.is_dir() else []
 
 
 def read_header(path: Path) -> int:
-    """Number of frames of a chunk, from its headers alone.
+    """Number of frames of a chunk, from the headers of its arrays.
 
-    Raises `BadChunk` naming the file if it is not a chunk: not a readable npz, no `obs`, wrong shape or
-    type, fewer than three frames. Raises `UserError` if something keeps it from being read.
+    Raises `BadChunk` if the file is not a readable npz, lacks `obs`, has arrays of a wrong shape or dtype, or
+    fewer than three frames. Raises `UserError` if it cannot be read for another reason.
     """
     with open_chunk(path) as archive:
         names = archive.namelist()
         if "obs.npy" not in names:
             raise BadChunk(f"{path} holds no array `obs`, found: {', '.join(sorted(names)) or 'nothing'}")
         for name in names:
-            archive.open(name).close()  # compares the index's name with the one beside the data
+            archive.open(name).close()  # compares the names in the zip directory and beside the data
         headers = {key: read_npy_header(archive, key) for key in KEYS if f"{key}.npy" in names}
     shape, dtype = headers.pop("obs")
     if dtype != np.uint8 or len(shape) != 4 or shape[1:] != FRAME_SHAPE:
@@ -136,9 +134,9 @@ def read_header(path: Path) -> int:
 
 
 def read_chunk(path: Path, keys: tuple[str, ...] = KEYS) -> dict[str, np.ndarray]:
-    """The arrays `keys` of a chunk, those that it has, checksums verified.
+    """Those of the arrays `keys` that a chunk has, with verified checksums.
 
-    Raises as `read_header`, which has checked types and shapes before.
+    Raises as `read_header`, which must have checked shapes and dtypes before.
     """
     with open_chunk(path) as archive:
         names = archive.namelist()
@@ -152,11 +150,11 @@ def read_chunk(path: Path, keys: tuple[str, ...] = KEYS) -> dict[str, np.ndarray
 def read_ahead(
     paths: Sequence[Path], keys: tuple[str, ...] = KEYS, readers: int | None = None
 ) -> Iterator[tuple[Path, Callable[[], dict[str, np.ndarray]]]]:
-    """Every path, in order, with what gives its arrays or raises as `read_chunk` does; to be called once.
+    """Yield each path, in order, with a function that returns its arrays or raises as `read_chunk`.
 
-    Unpacking takes longer than anything else in loading, and runs beside Python: `readers` threads do it, by
-    default `MAX_READERS`. No more than so many chunks are decoded or being decoded at a time, if the caller
-    keeps none beyond its turn.
+    Call the function once. Unpacking dominates the loading time and releases Python's lock, so `readers`
+    threads (`MAX_READERS` by default) read ahead. At most as many chunks are decoded at a time, if the caller
+    frees each before the next.
     """
     readers = readers or MAX_READERS
     with ThreadPoolExecutor(readers, "read-ahead") as pool:
@@ -176,9 +174,9 @@ def read_ahead(
 def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -> np.ndarray:
     """Indices of the first frames of a chunk's windows, (M,) int64.
 
-    With `skip_resets`, a window is left out when any of its frames is marked `done`: data sets differ in
-    whether the mark sits on an episode's last frame or on the next one's first. (What an agent plays itself
-    is marked in one way, see `OnlineDecoder.infer_latents`.)
+    With `skip_resets`, windows with any frame marked `done` are left out: data sets differ in whether the
+    mark is on the last frame of an episode or on the first of the next one. (In rollouts it always belongs to
+    the last action, see `OnlineDecoder.infer_latents`.)
     """
     starts = np.arange(num_frames - WINDOW + 1)
     if done is None or not skip_resets:
@@ -189,10 +187,9 @@ def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -
 
 @contextmanager
 def open_chunk(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The zip archive that a chunk is.
+    """Open a chunk's zip archive.
 
-    Whatever a damaged file makes its readers raise becomes `BadChunk`; what keeps a file from being read,
-    `UserError`.
+    Whatever zipfile and NumPy raise for a damaged file becomes `BadChunk`; other read errors `UserError`.
     """
     try:
         with reading(path), zipfile.ZipFile(path) as archive:
@@ -205,7 +202,7 @@ def open_chunk(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def read_npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array of a chunk. Raises ValueError if the file cannot hold that many bytes."""
+    """Shape and dtype of an array of a chunk. Raises ValueError if they do not match its size in bytes."""
     with archive.open(f"{key}.npy") as file:
         version = np.lib.format.read_magic(file)
         read = (
@@ -215,28 +212,23 @@ def read_npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...]
         expected = file.tell() + math.prod(shape) * dtype.itemsize
     member = archive.getinfo(f"{key}.npy")
     found = member.file_size
-    if found != expected and not dtype.hasobject:  # objects are refused by their type later
+    if found != expected and not dtype.hasobject:  # object arrays are refused later, by their dtype
         raise ValueError(f"`{key}` has {found} bytes instead of {expected}")
-    stored = os.path.getsize(archive.filename)
-    factor = 1 if member.compress_type == zipfile.ZIP_STORED else MAX_UNPACKING
-    if found > factor * stored:  # before anybody makes room for them
-        raise ValueError(f"`{key}` claims {found} bytes, too many for a file of {stored}")
     return shape, dtype
 
 
 def read_npy(archive: zipfile.ZipFile, key: str) -> np.ndarray:
-    """An array of a chunk, its checksum verified. Raises ValueError for pickled objects."""
+    """An array of a chunk, with verified checksum. Raises ValueError for pickled objects."""
     with archive.open(f"{key}.npy") as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
-        file.read(1)  # only a read at the end of the file compares the checksum
+        file.read(1)  # the checksum is compared at the end of the file only
         return array
 
 
-def chunks_holding(folder: Path, frames: int, skip_bad: bool = False) -> int:
-    """How many of the folder's first chunks hold `frames` frames together; all of them if they hold fewer.
+def num_chunks_for(folder: Path, frames: int, skip_bad: bool = False) -> int:
+    """How many of the folder's first chunks together hold `frames` frames; all if they hold fewer.
 
-    With `skip_bad` a bad chunk counts as one without frames. The chunks are read in full then: what is behind
-    a good header may be bad as well.
+    With `skip_bad`, bad chunks count as empty. Chunks are then read in full, as the header may be intact.
     """
     held, count = 0, 0
     for path in find_chunks(folder):
@@ -247,7 +239,7 @@ def chunks_holding(folder: Path, frames: int, skip_bad: bool = False) -> int:
             size = read_header(path)
             if skip_bad:
                 read_chunk(path)
-        except BadChunk:  # `Windows` names it
+        except BadChunk:  # reported by `Windows`
             if not skip_bad:
                 raise
         else:
@@ -255,10 +247,11 @@ def chunks_holding(folder: Path, frames: int, skip_bad: bool = False) -> int:
     return count
 
 
-def identify(cfg: Config, keys: tuple[str, ...] = ("obs", "done")) -> dict[str, str]:
-    """Checksums of what `keys` of the configured game's chunks hold, by split: 16 hex digits each.
+def data_checksums(cfg: Config, keys: tuple[str, ...] = ("obs", "done")) -> dict[str, str]:
+    """Checksum (16 hex digits) per split of the arrays `keys` of the configured game's chunks.
 
-    From the CRCs in the chunks' zip directories: nothing more is read. A split that is not there is left out.
+    It is computed from the CRCs in the zip directories, without reading the arrays. Missing splits are left
+    out.
     """
     found = {}
     for split, limit in (("train", cfg.data.train_chunks), ("test", cfg.data.test_chunks)):
@@ -268,7 +261,7 @@ def identify(cfg: Config, keys: tuple[str, ...] = ("obs", "done")) -> dict[str, 
             try:
                 with reading(path), zipfile.ZipFile(path) as archive:
                     members = {info.filename: (info.CRC, info.file_size) for info in archive.infolist()}
-            except zipfile.BadZipFile:  # whoever reads it says what is wrong with it
+            except zipfile.BadZipFile:  # reported by the reader
                 members = {}
             digest.update(repr([members.get(f"{key}.npy") for key in keys]).encode())
         if paths:
@@ -277,12 +270,12 @@ def identify(cfg: Config, keys: tuple[str, ...] = ("obs", "done")) -> dict[str, 
 
 
 def write_chunk(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write `arrays` as an npz file, atomically; equal arrays give equal bytes."""
+    """Write `arrays` as an npz file, atomically. Equal arrays give equal bytes."""
 
     def write(part: Path) -> None:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=COMPRESSION) as archive:
             for name, array in arrays.items():
-                # A member that is opened by its name carries a fixed date.
+                # A member opened by name has a fixed date.
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
 

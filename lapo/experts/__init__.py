@@ -1,4 +1,4 @@
-"""Who plays the games that are recorded: planners, the search, learned policies, DAgger, and the recording.
+"""Experts to record from: planners, search, learned policies, DAgger; and the recording itself.
 
-How LAPO's own policies are trained is not found here.
+LAPO's own policies are trained elsewhere, by the stages.
 """

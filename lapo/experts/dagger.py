@@ -1,7 +1,7 @@
-"""DAgger (Ross et al. 2011): a policy that sees pixels learns from an expert that sees the simulator's state.
+"""DAgger (Ross et al. 2011): distils an expert that reads the simulator's state into a policy on pixels.
 
-Round by round the policy plays, the expert names its action at every frame on the way, and the policy learns
-from the latest of these frames. Unlike in behaviour cloning, it is taught where its own mistakes lead.
+In every round the policy plays, the expert labels each frame with its own action, and the policy is trained
+on the latest frames. Unlike in behaviour cloning, the frames are those that the policy itself visits.
 
 Dimensions: R rounds kept · S steps of a round · N environments · B batch · H, W, C frame · A actions
 """
@@ -27,16 +27,16 @@ from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr
 
 
 class ParallelExpert(Expert):
-    """Experts for N environments, a few environments each, which plan in parallel.
+    """Experts that plan in parallel, each for some of the N environments.
 
-    Most of a search is spent in simulators, outside Python's lock, so that threads use all cores. How many
-    experts there are must not depend on the machine: sums over more environments may be rounded otherwise.
+    A search spends most of its time in simulators, without Python's lock, so threads use all cores. The
+    number of experts must not depend on the machine: sums over other groups of environments round otherwise.
     """
 
     SIZE = 16
 
     def __init__(self, make_expert: Callable[[int], Expert], num_envs: int):
-        """For `num_envs` environments; `make_expert` makes an expert for a number of them."""
+        """`make_expert` makes an expert for a given number of environments."""
         bounds = np.linspace(0, num_envs, min(self.SIZE, num_envs) + 1).astype(int)
         self.slices = [slice(*bound) for bound in itertools.pairwise(bounds)]
         self.experts = [make_expert(part.stop - part.start) for part in self.slices]
@@ -58,10 +58,10 @@ class Dagger:
     """Trains `policy` in rounds of `collect` and `fit`.
 
     Attributes
-        count    rounds played; round k lies at k mod R
-        frames   (R, S, N, H, W, C) uint8 on the device, what was seen
-        labels   (R, S, N) uint8 on the device, what the expert would have done there
-        actions  (R, S, N) uint8, what was done
+        count    rounds played; round k is stored at index k mod R
+        frames   (R, S, N, H, W, C) uint8 on the device, the observations
+        labels   (R, S, N) uint8 on the device, the expert's actions
+        actions  (R, S, N) uint8, the actions that were taken
         recent   raw returns of the last 100 finished episodes
     """
 
@@ -73,7 +73,7 @@ class Dagger:
         make_expert: Callable[[int], Expert],
         policy: Policy,
     ):
-        """`make_expert` makes a teacher for a number of environments."""
+        """`make_expert` makes a teacher for a given number of environments."""
         self.cfg, self.compute, self.env, self.policy = cfg, compute, env, policy
         self.teacher = ParallelExpert(make_expert, env.num_envs)
         groups = [{"params": list(policy.parameters()), "lr": cfg.lr}]
@@ -83,18 +83,19 @@ class Dagger:
         self.frames = torch.empty(*size, *FRAME_SHAPE, dtype=torch.uint8, device=compute.device)
         self.labels = torch.empty(*size, dtype=torch.uint8, device=compute.device)
         self.actions = torch.empty(*size, dtype=torch.uint8)
-        self.starts: deque[list[bytes]] = deque(maxlen=cfg.rounds_kept)  # states before the rounds kept
+        self.starts: deque[list[bytes]] = deque(
+            maxlen=cfg.rounds_kept
+        )  # simulator states before the stored rounds
         self.tracker = EpisodeTracker(env.num_envs)
         self.recent: deque[float] = deque(maxlen=RECENT_EPISODES)
         self.count = 0
 
     @torch.no_grad()
     def collect(self) -> dict[str, Tensor]:
-        """Play a round and keep it; returns how often the policy agreed with the expert beforehand.
+        """Play a round and store it; returns how often the policy's greedy action was the expert's.
 
-        In a fraction of the steps, which falls from 1 to 0, the expert's action is taken in place of the
-        policy's. The expert decides anew at every frame: what follows from a plan that was made some steps
-        ago, a frame does not show.
+        In a fraction of the steps, which decays from 1 to 0, the expert's action is taken instead of the
+        policy's. The expert plans anew at every frame: a frame does not show a plan made some steps ago.
         """
         fraction = piecewise_linear(self.count / self.cfg.rounds, [(0.0, 1.0), (self.cfg.teacher_until, 0.0)])
         slot, agreed = self.count % self.cfg.rounds_kept, []
@@ -106,7 +107,7 @@ class Dagger:
             with self.compute.autocast():
                 logits = self.policy.logits(frames)
             self.teacher.forget()
-            label = self.teacher.act(states)  # meanwhile, where the policy runs on a GPU
+            label = self.teacher.act(states)  # runs concurrently with the policy on a GPU
             instead = torch.rand(len(label)).numpy() < fraction
             action = np.where(instead, label, sample(logits)[0].cpu().numpy()).astype(np.int32)
             self.actions[slot, step] = torch.from_numpy(action)
@@ -119,7 +120,7 @@ class Dagger:
         return {"agreement": torch.stack(agreed).mean()}
 
     def fit(self) -> dict[str, Tensor]:
-        """Make the round's optimisation steps on random frames of those kept; returns the mean loss."""
+        """Do the round's optimisation steps on random stored frames; returns the mean loss."""
         done = (self.count - 1) / self.cfg.rounds
         set_lr(self.optimizer.param_groups[0], self.cfg.lr * (1 - done))
         filled = min(self.count, self.cfg.rounds_kept)
@@ -141,9 +142,9 @@ class Dagger:
         return F.cross_entropy(logits, labels)
 
     def state_dict(self) -> dict:
-        """Everything the next round depends on, as plain data.
+        """Everything that the next round depends on.
 
-        The frames are left out: from the state before the first round kept, the actions lead to them again.
+        Frames are not saved: replaying the actions from the state before the first stored round gives them.
         """
         filled = min(self.count, self.cfg.rounds_kept)
         start = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self.starts[0]]
@@ -159,7 +160,7 @@ class Dagger:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` gave."""
+        """Restore `state_dict`."""
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.tracker.load_state_dict(state["tracker"])

@@ -1,4 +1,4 @@
-"""What an expert is, and one that now and then does something else. Dimensions: N environments played."""
+"""The interface of experts, and an expert with random actions mixed in. Dimensions: N environments."""
 
 import numpy as np
 
@@ -10,17 +10,17 @@ LEFT, LEFT_UP, DOWN, NOOP, UP, RIGHT, RIGHT_UP = (
 
 
 class Expert:
-    """Plays N environments of one game."""
+    """Plays N environments of one game, from the simulator's states."""
 
     actions: tuple[int, ...]
-    """The actions that matter in the game."""
+    """The actions that have an effect in the game."""
 
     def act(self, states: list[bytes]) -> np.ndarray:
         """Actions, int32 (N,), for N states as `VecEnv.get_state` gives them."""
         raise NotImplementedError
 
     def forget(self) -> None:
-        """Forget what was planned and done: the next actions depend on nothing but the states."""
+        """Drop plans and history: the next actions depend on the states alone."""
 
     def canonical_actions(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
         """The most preferred actions (N,) with the same effect as `actions` (N,) in `states`."""
@@ -28,14 +28,14 @@ class Expert:
 
 
 class NoisyExpert(Expert):
-    """An expert who now and then does something else.
+    """An expert with random actions mixed in.
 
-    Where an expert's action can be foreseen from the state, a world model needs nobody to tell it: unforeseen
-    actions are what makes latent ones informative. The published experts are stochastic policies, too.
+    If the expert's action can be predicted from the frame, the world model needs no latent action. Random
+    actions make latent actions informative. The published experts are stochastic policies, too.
     """
 
     def __init__(self, expert: Expert, fraction: float, seed: int):
-        """Take an action at random in a `fraction` of the steps that `expert` plays."""
+        """Take a random action instead of that of `expert` in a `fraction` of the steps."""
         self.expert, self.fraction, self.actions = expert, fraction, expert.actions
         self._rng = np.random.default_rng(seed)
 
@@ -44,7 +44,7 @@ class NoisyExpert(Expert):
         return self.draw(states)[0]
 
     def draw(self, states: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Actions, int32 (N,), and how probable each was, (N,).
+        """Actions, int32 (N,), and their probabilities (N,).
 
         The action taken is the canonical one among those with the same effect as the action drawn. So its
         probability is the sum over all actions that map to it: the expert's and some of the random ones.
@@ -54,8 +54,8 @@ class NoisyExpert(Expert):
         chosen = np.where(self._rng.random(len(states)) < self.fraction, random, actions)
         taken = self.expert.canonical_actions(states, chosen)
         planned = taken == self.expert.canonical_actions(states, actions)
-        ways = np.zeros(len(states), int)  # in which random leads to what was taken
+        matching = np.zeros(len(states), int)  # random draws that map to the action taken
         for action in set(self.actions):
             same = taken == self.expert.canonical_actions(states, np.full(len(states), action, np.int32))
-            ways += self.actions.count(action) * same
-        return taken, (1 - self.fraction) * planned + self.fraction * ways / len(self.actions)
+            matching += self.actions.count(action) * same
+        return taken, (1 - self.fraction) * planned + self.fraction * matching / len(self.actions)

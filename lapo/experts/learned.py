@@ -1,6 +1,6 @@
-"""Learned experts, as `record_expert.py` plays them: policies from checkpoints.
+"""Learned experts: policies from checkpoints, as `record_expert.py` plays them.
 
-Apart from the recorder, which does without PyTorch while planners play.
+A module of its own because the recorder does not import PyTorch while planners play.
 Dimensions: N environments · H, W, C frame · A actions
 """
 
@@ -32,9 +32,9 @@ def fingerprint(path: Path) -> str:
 
 
 def describe_policy(path: Path) -> dict:
-    """What a policy is, how it was made and how well it plays, from its checkpoint, as plain data.
+    """Game, training and returns of a policy, from its checkpoint.
 
-    Raises `UserError` as `load_policy_checkpoint`.
+    Raises `UserError` as `load_policy_checkpoint` does.
     """
     checkpoint = load_policy_checkpoint(path, "python train_expert.py")
     saved, metrics = checkpoint["config"], checkpoint["metrics"]
@@ -52,20 +52,20 @@ def describe_policy(path: Path) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """The code that turns a policy's weights into actions."""
+    """Versions of the code that turns a policy's weights into actions."""
     return {"torch": str(torch.__version__), "models.py": fingerprint(Path(models.__file__))[:12]}
 
 
 def make_player(path: Path, expected: str, noise: float, seed: int) -> Player:
-    """A player whose actions are drawn by `seed` from the policy in `path`, whose fingerprint is `expected`.
+    """A player that samples, seeded by `seed`, from the policy in `path`, whose fingerprint is `expected`.
 
-    In a fraction `noise` of the steps it takes any of the actions instead; the log-probabilities are those of
-    the mixture. What it does is a function of the arguments and the frames: fp32 on one thread, as sums on
-    several may differ in their last bit from run to run.
+    In a fraction `noise` of the steps it takes a uniformly random action instead; log-probabilities are those
+    of the mixture. Actions are a function of the arguments and the frames: computed in fp32 on one thread, as
+    the last bit of sums on several threads may differ between runs.
     """
     torch.set_num_threads(1)
     network = _read(path, expected)
-    torch.manual_seed(seed)  # after the network was made, which draws too
+    torch.manual_seed(seed)  # after the network was built, which draws random numbers
     log_keep, log_other = torch.tensor([1 - noise, noise / len(ACTIONS)]).log()
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Experts for games whose rules are short: they foresee what their moves lead to without a simulator.
+"""Planners of games with simple rules, which they model without a simulator.
 
 Dimensions: N environments played, F entities of a level, P plans, T steps ahead, H, W the level's grid.
 """
@@ -10,7 +10,7 @@ from lapo.games.simulator_state import NEIGHBOURS, State, grid_distances, side_b
 
 
 class MazeExpert(Expert):
-    """Walks the shortest way to the cheese; the mazes are trees, so there is only one."""
+    """Walks the shortest path to the cheese. Mazes are trees, so it is unique."""
 
     CHEESE, WALL = 2, 51
     actions = RIGHT, LEFT, UP, DOWN
@@ -36,16 +36,16 @@ class MazeExpert(Expert):
 
 
 class BigFishExpert(Expert):
-    """Compares 81 ways to swim, each one move and then another, with how the other fish will have moved.
+    """Evaluates 81 plans, each one move followed by another, against the predicted motion of the other fish.
 
-    Arrays have axes N, P (81), F (other fish), T (steps ahead), in this order, left out where constant.
+    Arrays have axes N, P (81), F (other fish), T (steps ahead), in this order; constant axes are left out.
     """
 
     FISH = 2
     SIZE = 20.0
     STEPS, FIRST_MOVE = 18, 6
     DISCOUNT = 0.97
-    # Safety distances, and what counts beside eating (1) and being eaten, in fish.
+    # Safety margins in cells, and values in units of eating one fish.
     BERTH, REACH = 0.25, -0.03
     PER_CELL, FAR = 0.02, 40.0
     NEAR, EDGE = 1.5, 4.5
@@ -87,7 +87,7 @@ class BigFishExpert(Expert):
         return path
 
     def _values(self, agents: np.ndarray, fish: np.ndarray) -> np.ndarray:
-        """What each of the 81 ways (N, P) is worth to `agents` (N,) among `fish` (N, F)."""
+        """Values (N, P) of the 81 plans for `agents` (N,) among `fish` (N, F)."""
         x = self._swim(agents["x"], agents["vx"], agents["rx"], self._push_x)
         y = self._swim(agents["y"], agents["vy"], agents["ry"], self._push_y)
         discount = self.DISCOUNT**self._time
@@ -108,15 +108,15 @@ class BigFishExpert(Expert):
 
         # To end close to the next meal, away from bigger fish, and from edges where they appear suddenly.
         leaving = (fish_x[..., -1] < 1) | (fish_x[..., -1] > self.SIZE - 1)
-        way = np.maximum(gap_x[..., -1], 0) + np.maximum(gap_y[..., -1], 0)
-        way = np.minimum(way + self.FAR * (bigger[..., 0] | leaving), self.FAR).min(2)
+        distance = np.maximum(gap_x[..., -1], 0) + np.maximum(gap_y[..., -1], 0)
+        distance = np.minimum(distance + self.FAR * (bigger[..., 0] | leaving), self.FAR).min(2)
         crowding = np.maximum(self.NEAR - np.where(bigger, gap, self.NEAR).min(2), 0).mean(2)
         exposure = np.maximum(self.EDGE - np.minimum(x, self.SIZE - x), 0).mean(2)
-        return value - self.PER_CELL * (way + crowding + exposure)
+        return value - self.PER_CELL * (distance + crowding + exposure)
 
 
 class LeaperExpert(Expert):
-    """Hops as soon as it can foresee a safe way across; in the middle of a hop, actions have no effect."""
+    """Hops as soon as there is a safe path across. During a hop, actions have no effect."""
 
     MOVES = {UP: (0, 1), NOOP: (0, 0), LEFT: (-1, 0), RIGHT: (1, 0), DOWN: (0, -1)}  # noqa: RUF012
 
@@ -138,7 +138,7 @@ class LeaperExpert(Expert):
 
 
 class _Crossing:
-    """A depth-first search over hops and waits, among cars and logs that drift at constant speed."""
+    """Depth-first search over hops and waits, among cars and logs that move at constant speed."""
 
     LOG, WATER, CAR, FINISH = 1, 3, 4, 5
     WIDTH = 9.0
@@ -158,7 +158,7 @@ class _Crossing:
         self._visited: set[tuple[int, int, int]] = set()
 
     def safe_move(self, x: float, y: float, t: int) -> int | None:
-        """The first move of a safe way on from `x`, `y` in `t` steps from now; None if there is none."""
+        """The first move of a safe path from `x`, `y`, `t` steps from now; None if there is none."""
         for move in LeaperExpert.MOVES:
             end = self._end(move, x, y, t)
             if end is None:
@@ -174,7 +174,7 @@ class _Crossing:
         return None
 
     def _end(self, move: int, x: float, y: float, t: int) -> tuple[float, float, int] | None:
-        """Where and when `move` ends; None if something happens on the way."""
+        """Position and time at which `move` ends; None if the agent dies."""
         right, up = LeaperExpert.MOVES[move]
         for part in (0.0,) if move == NOOP else self.HOP:
             t += 1
@@ -186,7 +186,7 @@ class _Crossing:
         return None if int(y) in self._water and drift is None else (x, y, t)
 
     def _is_outside(self, x: float) -> bool:
-        return abs(x - self.WIDTH / 2) > self.WIDTH / 2 - self._radius + 1e-3  # at the edge is inside
+        return abs(x - self.WIDTH / 2) > self.WIDTH / 2 - self._radius + 1e-3  # the edge is inside
 
     def _is_hit(self, x: float, y: float, t: int) -> bool:
         reach = self._radius + self.CAR_MARGIN
@@ -204,19 +204,19 @@ class _Crossing:
 
 
 class FruitBotExpert(Expert):
-    """Flies where most fruit can be had, by dynamic programming over the lanes to come.
+    """Collects fruit by dynamic programming over lanes.
 
-    A tap to the side moves the bot by a fixed distance, most of it at once; so where it can come to rest are
-    lanes (L of them) around where it would now. Arrays have axes N, F, T, L, in this order.
+    A tap to the side moves the bot by a fixed distance, most of it at once. So the positions where it can
+    come to rest are L lanes around the one where it would now. Arrays have axes N, F, T, L, in this order.
     """
 
     WALL, BAD, FRUIT, PRESENT = 1, 4, 7, 12
     WIDTH, SPEED, PUSH, FRICTION = 10.0, 0.1391, 0.3825, 0.45
     STEPS, LANES = 56, 31
-    # What a step of contact is worth, and at which distance beyond contact it counts.
+    # Value of a step of contact, and the distance at which contact begins.
     WORTH = {WALL: (-30.0, 0.3), BAD: (-1.5, 0.25), FRUIT: (1.0, -0.1), PRESENT: (10.0, -0.03)}  # noqa: RUF012
     OUTSIDE = -100.0
-    TAP, DELAY = 0.01, 0.0005  # costs: a tap soon is better than one later
+    TAP, DELAY = 0.01, 0.0005  # costs: an early tap is better than a late one
 
     actions = NOOP, LEFT, RIGHT
 
@@ -247,7 +247,7 @@ class FruitBotExpert(Expert):
         return entities[(distance > -1) & (distance < self.SPEED * self.STEPS)]
 
     def _worth(self, agents: np.ndarray, x: np.ndarray, entities: np.ndarray) -> np.ndarray:
-        """What it is worth (N, T, L) to be at `x` (N, L) at each step, among `entities` (N, F)."""
+        """Values (N, T, L) of being at `x` (N, L) at each step, among `entities` (N, F)."""
         kinds = [entities["type"] == kind for kind in self.WORTH]
         worth, margin = (np.select(kinds, numbers) for numbers in zip(*self.WORTH.values(), strict=True))
         fruit, present = ((entities["type"] == kind)[..., None] for kind in (self.FRUIT, self.PRESENT))
@@ -256,7 +256,7 @@ class FruitBotExpert(Expert):
         gap = np.abs(y[:, None] - entities["y"][..., None])
         half_height = entities["ry"] + agents["ry"][:, None] + np.where(fruit[..., 0], 0, margin)
         beside = gap < half_height[..., None]
-        # Fruit and presents count once: when closest, and when reached.
+        # Fruit counts once, when closest; presents count once, when reached.
         beside &= ~fruit | (gap == gap.min(axis=2, keepdims=True))
         beside &= ~present | (beside.cumsum(axis=2) == 1)
         reach = entities["rx"] + agents["rx"][:, None] + margin

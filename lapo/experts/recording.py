@@ -1,13 +1,13 @@
-"""A recorded data set: what its chunks are, what is played into them, and which are there.
+"""A recorded data set: its chunks, how they are played, and which are finished.
 
 A chunk holds E environments one after another, T frames of each:
-    obs         (E·T, 64, 64, 3) uint8, what was seen
-    ta          (E·T,) int64, the action taken there
-    done        (E·T,) bool, whether the action ended the episode, or the recording stops here
-    rewards     (E·T,) float32, what the action earned
+    obs         (E·T, 64, 64, 3) uint8
+    ta          (E·T,) int64, the action taken at this obs
+    done        (E·T,) bool, whether the action ended the episode, or the recording ends here
+    rewards     (E·T,) float32, of the action
     ep_returns  (E·T,) float32, return of the episode that the action ended, else 0
-    values      (E·T,) float32, discounted rewards up to the end of the episode or of the recording
-    logprobs    (E·T,) float32, of the action: 0 for planners, which are certain, unless `--noise` explores
+    values      (E·T,) float32, discounted sum of rewards to the end of the episode or recording
+    logprobs    (E·T,) float32, of the action: 0 for planners, which are deterministic, without `--noise`
 """
 
 import json
@@ -31,14 +31,14 @@ DISCOUNT = 0.999
 
 @dataclass(frozen=True)
 class PolicyFile:
-    """A learned expert."""
+    """The checkpoint of a learned expert."""
 
     path: Path
     fingerprint: str
     provenance: dict = field(compare=False)
-    """What its checkpoint says of it."""
+    """See `learned.describe_policy`."""
     versions: dict[str, str] = field(compare=False)
-    """Of the code that makes it act."""
+    """See `learned.versions`."""
 
     def __str__(self) -> str:
         return f"{self.path.name}, sha256 {self.fingerprint[:12]}"
@@ -56,7 +56,7 @@ class Chunk:
     noise: float = 0.0
     visuals: Visuals = "full"
     policy: PolicyFile | None = None
-    """Who plays; None: the planner."""
+    """The learned expert that plays; None: the planner."""
 
     @property
     def name(self) -> str:
@@ -65,17 +65,17 @@ class Chunk:
 
     @property
     def num_envs(self) -> int:
-        """Environments recorded; few, so that most episodes are seen to their end."""
+        """Environments in the chunk; few, so that most episodes are complete."""
         return min(max(self.frames // 1024, 1), 16)
 
     @property
     def simulator_seed(self) -> int:
-        """Seed of the environments, a different one for every chunk."""
+        """Seed of the environments, different for every chunk."""
         key = (self.seed, list(GAMES).index(self.game), list(LEVELS).index(self.split), self.number)
         return int(np.random.SeedSequence(key).generate_state(1)[0]) % 2**31
 
     def make_env(self) -> VecEnv:
-        """New environments, in which the recorded actions lead to the recorded frames."""
+        """New environments; the recorded actions reproduce the recorded frames in them."""
         return VecEnv(
             self.game,
             self.num_envs,
@@ -95,21 +95,21 @@ class Chunk:
         if not self.noise:
             certain = np.zeros(self.num_envs, np.float32)
             return lambda frames: (expert.act(env.get_state()), certain)
-        explorer = NoisyExpert(expert, self.noise, self.simulator_seed)
+        noisy = NoisyExpert(expert, self.noise, self.simulator_seed)
 
-        def explore(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            actions, probability = explorer.draw(env.get_state())
+        def act(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            actions, probability = noisy.draw(env.get_state())
             return actions, np.log(probability)
 
-        return explore
+        return act
 
 
 def play_chunk(
-    chunk: Chunk, report: Callable[[np.ndarray], None] = lambda returns: None
+    chunk: Chunk, on_returns: Callable[[np.ndarray], None] = lambda returns: None
 ) -> dict[str, np.ndarray]:
-    """Let the expert play `chunk`, and return its arrays by name.
+    """Let the expert play `chunk`; returns its arrays by name.
 
-    `report` is called after every step with the returns of the episodes that ended with it.
+    `on_returns` is called after every step with the returns of the episodes that ended in it.
     """
     shape = chunk.num_envs, math.ceil(chunk.frames / chunk.num_envs)
     obs = np.empty((*shape, 64, 64, 3), np.uint8)
@@ -127,7 +127,7 @@ def play_chunk(
         frame, rewards[:, t], done[:, t] = env.step(ta[:, t])
         returns, _ = tracker.update(rewards[:, t], done[:, t])
         ep_returns[done[:, t], t] = returns
-        report(returns)
+        on_returns(returns)
     env.close()
 
     done[:, -1] = True
@@ -150,7 +150,7 @@ def play_chunk(
 
 
 class Dataset:
-    """The folder of a game with its `dataset.json`: how the chunks were made, and which are finished."""
+    """A game's folder with its `dataset.json`, which says how chunks were made and which are finished."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class Dataset:
     ):
         """Open the data set in `folder`, or begin one.
 
-        Raises UserError if there is no such game, or if the folder holds chunks made otherwise.
+        Raises UserError for an unknown game, and if the folder holds chunks that were made otherwise.
         """
         self.folder, self.file = folder, folder / "dataset.json"
         self.settings = {
@@ -200,9 +200,9 @@ class Dataset:
                 )
 
     def unfinished(self, chunks: list[Chunk]) -> list[Chunk]:
-        """Those of `chunks` still to be recorded.
+        """Those of `chunks` that are still to be recorded.
 
-        Raises UserError if a finished one has another length, or if the rest would come from other code.
+        Raises UserError if a finished chunk has another length, or if the code has changed since it was made.
         """
         rest = []
         for chunk in chunks:
@@ -221,7 +221,7 @@ class Dataset:
         return rest
 
     def add(self, chunk: Chunk, returns: np.ndarray) -> None:
-        """Note that `chunk` is finished; `returns` are those of its complete episodes."""
+        """Mark `chunk` as finished; `returns` are those of its complete episodes."""
         self.chunks[chunk.name] = {
             "frames": chunk.frames,
             "environments": chunk.num_envs,
@@ -233,7 +233,7 @@ class Dataset:
         self.save()
 
     def save(self) -> None:
-        """Write `dataset.json`. It must be there before the first chunk, as the mark that chunks are ours."""
+        """Write `dataset.json`, which must exist before the first chunk: it marks the folder as ours."""
         in_order = sorted(self.chunks, key=lambda name: (name.startswith("test"), int(Path(name).stem)))
         record = {
             **self.settings,
@@ -245,7 +245,7 @@ class Dataset:
         write_json(self.file, record)
 
     def summary(self, split: str) -> dict[str, float | None]:
-        """Frames, complete episodes and their mean return and its standard error in one split."""
+        """Frames and complete episodes of a split, their mean return and its standard error."""
         chunks = [chunk for name, chunk in self.chunks.items() if name.startswith(split)]
         frames, episodes, total, squares = (
             sum(chunk[key] for chunk in chunks)

@@ -1,8 +1,7 @@
-"""The planners, experts that need no training: which one each game has, and what the search strives for.
+"""The planner of each game, and the objectives of the search. Planners need no training.
 
-Whether the planner or a learned expert is recorded, record_expert.py decides.
-
-They read the simulator's serialised state. Dimensions: N environments played, G goals.
+They read the simulator's serialised state. record_expert.py decides whether the planner or a learned expert
+is recorded. Dimensions: N environments · G goals
 """
 
 import hashlib
@@ -15,7 +14,7 @@ import numpy as np
 from lapo.experts import expert, planners, search
 from lapo.experts.expert import DOWN, LEFT, LEFT_UP, NOOP, RIGHT, RIGHT_UP, UP, Expert
 from lapo.experts.planners import BigFishExpert, FruitBotExpert, LeaperExpert, MazeExpert
-from lapo.experts.search import SearchSettings, SimulatorSearch, Stretches
+from lapo.experts.search import SearchSettings, Segments, SimulatorSearch
 from lapo.games import simulator_state
 from lapo.games.simulator_state import UNREACHABLE, State, cells, path_length
 from lapo.games.table import ACTIONS, check_game
@@ -24,16 +23,16 @@ FIRE = ACTIONS.index("D")
 CROSS = RIGHT, LEFT, UP, DOWN
 MOVES = NOOP, *CROSS, LEFT_UP, RIGHT_UP, ACTIONS.index("LEFT-DOWN"), ACTIONS.index("RIGHT-DOWN")
 NO_JUMP = {LEFT_UP: LEFT, UP: NOOP, RIGHT_UP: RIGHT}
-"""Who cannot jump, in the air say, moves as without UP."""
+"""Where jumping is impossible, as in the air, actions with UP act as those without."""
 
-# --------------------------------------------------------------------- what having got somewhere is worth
+# --------------------------------------------------------------------- progress: the value of a state
 
 FREE = 100
-"""What fills an empty cell, in every game."""
+"""Content of an empty cell, in every game."""
 
 
-def near(kind: int, worth: float, corners: bool = False) -> Callable[[State], float]:
-    """Progress that is `worth` so much per cell of the way to the nearest thing of a `kind`."""
+def closeness(kind: int, worth: float, corners: bool = False) -> Callable[[State], float]:
+    """Progress of minus `worth` per cell of the path to the nearest entity of a `kind`."""
 
     def progress(state: State) -> float:
         entities = state.entities_of(kind)
@@ -98,7 +97,7 @@ def diamonds_mined(state: State) -> float:
     return -0.05 * distance
 
 
-# ---------------------------------------------------------------------------------------- who plays what
+# ---------------------------------------------------------------------------------------- the planners
 
 PLANNERS: dict[str, Callable[[int], Expert]] = {
     "bigfish": BigFishExpert,
@@ -106,18 +105,18 @@ PLANNERS: dict[str, Callable[[int], Expert]] = {
     "leaper": LeaperExpert,
     "maze": MazeExpert,
 }
-"""Games with a planner of their own: called with the number of environments."""
+"""Planners of single games, called with the number of environments."""
 
 
-def _run_and_jump() -> tuple[Stretches, ...]:
-    """Plans for coinrun: to run on and jump only when it must be, as late as can be."""
+def _run_and_jump() -> tuple[Segments, ...]:
+    """Plans for coinrun: run, and jump only when necessary, as late as possible."""
     jumps = [((RIGHT, wait), (RIGHT_UP, 1), (RIGHT, 1)) for wait in (12, 10, 8, 6, 4, 3, 2, 1, 0)]
     step_back = [((LEFT, back), (RIGHT, back // 2), (RIGHT_UP, 1), (RIGHT, 1)) for back in (3, 8)]
     return (((RIGHT, 1),), *jumps, ((RIGHT_UP, 1),), *step_back)
 
 
-def _leap() -> tuple[Stretches, ...]:
-    """Plans for jumper: to go on or jump, and to do one after the other."""
+def _leap() -> tuple[Segments, ...]:
+    """Plans for jumper: walk, jump, or one after the other."""
     straight = [((action, 1),) for action in (LEFT, RIGHT, LEFT_UP, RIGHT_UP, UP)]
     turns = (UP, LEFT), (UP, RIGHT), (LEFT, LEFT_UP), (RIGHT, RIGHT_UP)
     return (*straight, *(((before, wait), (after, 1)) for wait in (1, 4) for before, after in turns))
@@ -126,11 +125,11 @@ def _leap() -> tuple[Stretches, ...]:
 SEARCHES = {
     "bossfight": SearchSettings(actions=(FIRE,) * 4 + MOVES, progress=boss_weakened),
     "caveflyer": SearchSettings(
-        actions=(UP, LEFT_UP, RIGHT_UP, LEFT, RIGHT, NOOP, FIRE), progress=near(1, 0.1)
+        actions=(UP, LEFT_UP, RIGHT_UP, LEFT, RIGHT, NOOP, FIRE), progress=closeness(1, 0.1)
     ),
     "chaser": SearchSettings(actions=CROSS, progress=orbs_eaten, commit=4, tolerance=0.005),
     "climber": SearchSettings(
-        actions=(RIGHT, LEFT, RIGHT_UP, LEFT_UP, UP), progress=near(1, 0.2), simpler=NO_JUMP
+        actions=(RIGHT, LEFT, RIGHT_UP, LEFT_UP, UP), progress=closeness(1, 0.2), simpler=NO_JUMP
     ),
     "coinrun": SearchSettings(
         actions=(RIGHT, RIGHT, RIGHT_UP, RIGHT_UP, LEFT),
@@ -145,7 +144,7 @@ SEARCHES = {
     "heist": SearchSettings(actions=CROSS, progress=exit_unlocked),
     "jumper": SearchSettings(
         actions=(LEFT, RIGHT, LEFT_UP, RIGHT_UP, UP),
-        progress=near(1, 0.3, corners=True),
+        progress=closeness(1, 0.3, corners=True),
         plans=_leap(),
         steps=18,
         random_plans=4,
@@ -153,33 +152,33 @@ SEARCHES = {
         tolerance=0.1,
         simpler=NO_JUMP,
     ),
-    "miner": SearchSettings(actions=(*CROSS, NOOP), progress=diamonds_mined, stretch=(1, 6)),
-    "ninja": SearchSettings(actions=(RIGHT, RIGHT_UP, UP, LEFT, LEFT_UP, FIRE), progress=near(1, 0.2)),
+    "miner": SearchSettings(actions=(*CROSS, NOOP), progress=diamonds_mined, segment=(1, 6)),
+    "ninja": SearchSettings(actions=(RIGHT, RIGHT_UP, UP, LEFT, LEFT_UP, FIRE), progress=closeness(1, 0.2)),
     "plunder": SearchSettings(actions=(NOOP, LEFT, RIGHT, FIRE)),
     "starpilot": SearchSettings(actions=MOVES + (FIRE,) * 4),
 }
-"""All other games, and what the search tries in them."""
+"""Settings of the search in all other games."""
 
 
 def find_expert(game: str) -> Callable[[int], Expert]:
-    """What makes an expert for a number of environments. Raises UserError if `game` is no Procgen game."""
+    """A constructor of experts, called with the number of environments. Raises UserError for other games."""
     check_game(game)
     return PLANNERS.get(game) or partial(SimulatorSearch, game, SEARCHES[game])
 
 
 def make_expert(game: str, num_envs: int) -> Expert:
-    """The expert for `num_envs` environments of `game`; raises as `find_expert`."""
+    """The planner for `num_envs` environments of `game`; raises as `find_expert`."""
     return find_expert(game)(num_envs)
 
 
 def expert_name(game: str) -> str:
-    """What plays `game`, in a word; raises as `find_expert`."""
+    """Class name of the planner of `game`; raises as `find_expert`."""
     expert = find_expert(game)
     return SimulatorSearch.__name__ if isinstance(expert, partial) else expert.__name__
 
 
 def source_hash() -> str:
-    """Tells one version of the experts from another."""
+    """Hash (12 hex digits) of the planners' source code."""
     modules = expert, planners, search, simulator_state
     files = (__file__, *(module.__file__ for module in modules))
     source = b"".join(Path(file).read_bytes() for file in files)

@@ -1,6 +1,6 @@
-"""A search that plays any game: it tries plans in copies of the simulator.
+"""A planner for any game: random search over action sequences in copies of the simulator.
 
-Dimensions: N environments played, P plans, T steps.
+Dimensions: N environments · P plans · T steps
 """
 
 from collections.abc import Callable
@@ -13,41 +13,41 @@ from lapo.games.simulator_state import State
 from lapo.games.vec_env import VecEnv
 
 MOTION = ("x", "y", "vx", "vy")
-Stretches = tuple[tuple[int, int], ...]
-"""A plan: each (action, length) in turn, the last one to the end."""
+Segments = tuple[tuple[int, int], ...]
+"""A plan as (action, length) segments; the last action is repeated to the end."""
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What `SimulatorSearch` tries in a game, and what it strives for."""
+    """Actions, objective and budget of `SimulatorSearch` in a game."""
 
     actions: tuple[int, ...]
-    """Actions that matter, the most preferred first; those named twice are tried more often."""
+    """Actions that have an effect, the most preferred first; repeated ones are sampled more often."""
     progress: Callable[[State], float] | None = None
-    """What having got to a state alive is worth, in units of reward; without it, nothing."""
+    """Value of reaching a state alive, in units of reward; None: 0."""
     steps: int = 32
-    """How far a plan looks ahead."""
+    """How far a plan stripped ahead."""
     commit: int = 8
-    """Steps taken before the next search."""
-    stretch: tuple[int, int] = (2, 8)
-    """Shortest and longest stretch of one action in random plans."""
-    plans: tuple[Stretches, ...] = ()
-    """Plans tried every time, the most preferred first, before that of holding each action."""
+    """Steps that are carried out before the next search."""
+    segment: tuple[int, int] = (2, 8)
+    """Shortest and longest segment of one action in random plans."""
+    plans: tuple[Segments, ...] = ()
+    """Plans that are tried in every search, the most preferred first, before holding each single action."""
     random_plans: int = 10
-    """Further plans, made of random stretches of `actions`."""
+    """Further plans, made of random segments of `actions`."""
     variations: int = 8
-    """Plans tried in a further round, which leave the best one so far at some step."""
+    """Plans per round of variations, which follow the best plan so far up to a random step."""
     rounds: int = 1
-    """Rounds of variations; as long as the best plan ends in death, there are more."""
+    """Rounds of variations; there are more while the best plan ends in death."""
     tolerance: float = 0.05
-    """How much worse than the best a preferred plan may be."""
+    """How much worse than the best plan a preferred one may be."""
     simpler: dict[int, int] = field(default_factory=dict)
-    """Actions, and simpler ones that often have the same effect."""
+    """Maps actions to simpler ones that often have the same effect."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A plan being carried out: its level, the time of its first action, its actions (T,)."""
+    """The plan being carried out: its level, the time step of its first action, its actions (T,)."""
 
     level: int
     start: int
@@ -55,18 +55,18 @@ class _Plan:
 
 
 class SimulatorSearch(Expert):
-    """Plays any game by trying plans in copies of the simulator.
+    """Plays any game by evaluating plans in copies of the simulator.
 
-    The best plan may be best by a hair, and another one a step later; who learns from single frames cannot
-    follow that. So the search takes the most preferred of all plans that are nearly best.
+    Which plan is best by a small margin may change at every step, and a policy on single frames cannot
+    imitate that. So the search takes the most preferred of all plans within `tolerance` of the best.
     """
 
     DISCOUNT = 0.99
-    DEATH = 20.0  # what it costs, in units of reward: more than anything that can be had at its price
-    LAST_ROUND = 6  # of looking for a plan that survives
+    DEATH = 20.0  # its cost in units of reward: more than any reward that it could buy
+    LAST_ROUND = 6  # upper bound on rounds that look for a plan without death
 
     def __init__(self, game: str, settings: SearchSettings, num_envs: int):
-        """For `num_envs` environments of `game`."""
+        """`num_envs`: environments of `game` to play."""
         self.settings, self.actions = settings, settings.actions
         plans = dict.fromkeys([*settings.plans, *(((action, 1),) for action in settings.actions)])
         self._plans = np.stack([_plan(settings.steps, plan) for plan in plans])
@@ -89,12 +89,12 @@ class SimulatorSearch(Expert):
         self._current = [_Plan(-1, 0, self._plans[0])] * len(self._current)
 
     def canonical_actions(self, states: list[bytes], actions: np.ndarray) -> np.ndarray:
-        """See `Expert`; both actions are tried in the simulator."""
+        """See `Expert`; both actions are simulated and their effects compared."""
         simpler = np.array([self.settings.simpler.get(int(action), action) for action in actions], np.int32)
         if (simpler == actions).all():
             return actions
-        looks = [State(state).strip_rendering() for state in states]
-        self._pairs.set_state(looks + looks)
+        stripped = [State(state).strip_rendering() for state in states]
+        self._pairs.set_state(stripped + stripped)
         self._pairs.step(np.concatenate([actions, simpler]))
         ends = [State(state).agent[list(MOTION)].tobytes() for state in self._pairs.get_state()]
         same = [ends[env] == ends[env + len(states)] for env in range(len(states))]
@@ -111,7 +111,7 @@ class SimulatorSearch(Expert):
         return int(plan.actions[elapsed])
 
     def _search(self, state: State, rest: np.ndarray) -> np.ndarray:
-        """The actions (T,) to take from `state`, where `rest` (at most T) is left of the last plan."""
+        """The best actions (T,) from `state`; `rest` (at most T) is the remainder of the previous plan."""
         steps = self.settings.steps
         last = rest[-1] if len(rest) else self._plans[0, 0]
         rest = np.concatenate([rest, np.full(steps - len(rest), last)])
@@ -131,21 +131,21 @@ class SimulatorSearch(Expert):
         return plans[np.argmax(scores >= scores.max() - self.settings.tolerance)]
 
     def _random_plans(self, rng: np.random.Generator, number: int) -> np.ndarray:
-        """Plans (`number`, T) of random stretches."""
+        """Plans (`number`, T) of random segments."""
         steps = self.settings.steps
-        shortest, longest = self.settings.stretch
+        shortest, longest = self.settings.segment
         actions = rng.choice(self.settings.actions, (number, steps))
         return np.repeat(actions, rng.integers(shortest, longest + 1, steps), axis=1)[:, :steps]
 
     def _try(self, simulator: VecEnv, state: State, plans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Score `plans` (P, T) by rewards, progress and death; returns scores (P,) and deaths, bool (P,)."""
+        """Simulate `plans` (P, T); returns scores (P,), of rewards, progress and deaths, and deaths (P,)."""
         simulator.set_state([state.strip_rendering()] * len(plans))
         scores, alive, dead = np.zeros(len(plans)), np.ones(len(plans), bool), np.zeros(len(plans), bool)
         for t, actions in enumerate(plans.T):
             _, rewards, dones = simulator.step(actions)
             scores[alive] += rewards[alive] * self.DISCOUNT**t
             died = alive & dones & (rewards <= 0)
-            # To die later is better: a later search may find a way out.
+            # A later death costs less: a later search may avoid it.
             scores[died] -= self.DEATH * self.DISCOUNT**t
             dead |= died
             alive &= ~dones
@@ -159,7 +159,7 @@ class SimulatorSearch(Expert):
         return scores, dead
 
 
-def _plan(steps: int, stretches: Stretches) -> np.ndarray:
+def _plan(steps: int, segments: Segments) -> np.ndarray:
     """Actions (`steps`,) of a plan."""
-    actions = [action for action, length in stretches for _ in range(length)]
+    actions = [action for action, length in segments for _ in range(length)]
     return np.array((actions + [actions[-1]] * steps)[:steps], np.int32)

@@ -1,6 +1,6 @@
-"""What an environment's state, as `VecEnv.get_state` serialises it, says about a level and its entities.
+"""Parser of an environment's state, as `VecEnv.get_state` serialises it: a level's grid and entities.
 
-Dimensions: F entities (things that move), H, W the level's grid.
+Dimensions: F entities (everything that moves) · H, W grid of the level
 """
 
 import math
@@ -17,7 +17,7 @@ ENTITY = np.dtype(
 )
 """One entity: centre, velocity and half size in grid cells, then what it is (0: the agent)."""
 
-# The parts of a state, in order: a number counts 4-byte words; a name tells how a part gives its own length.
+# The fields of a state, in order, with their size in 4-byte words, or the kind of a field of variable size.
 _LAYOUT = (
     ("version", 1),
     ("game", "text"),
@@ -44,10 +44,10 @@ _LAYOUT = (
 
 
 class State:
-    """Reads one environment's state as `VecEnv.get_state` gives it."""
+    """One environment's state, as `VecEnv.get_state` returns it."""
 
     def __init__(self, data: bytes):
-        """Find where the parts of `data` lie."""
+        """Find the offsets of the fields of `data`."""
         self.data = data
         self.at: dict[str, int] = {}
         offset = 0
@@ -68,7 +68,7 @@ class State:
 
     @property
     def episode(self) -> tuple[int, int]:
-        """Seed of the level and steps played in it."""
+        """Seed of the level and number of steps played in it."""
         return self._int(self.at["level_seed"]), self._int(self.at["time"])
 
     @property
@@ -84,13 +84,13 @@ class State:
 
     @property
     def agent(self) -> np.void:
-        """The entity that the actions move."""
+        """The entity that the actions control."""
         entities = self.entities
         return entities[entities["type"] == 0][0]
 
     @property
     def grid(self) -> np.ndarray:
-        """What fills each cell of the level, int32 (H, W); row 0 is at the bottom."""
+        """Content of each cell of the level, int32 (H, W); row 0 is at the bottom."""
         offset = self.at["grid"]
         width, height = struct.unpack_from("<2i", self.data, offset - 12)
         return np.frombuffer(self.data, "<i4", width * height, offset).reshape(height, width)
@@ -98,15 +98,15 @@ class State:
     def strip_rendering(self) -> bytes:
         """The state with the same dynamics up to the end of the episode, cheap to load and to render.
 
-        Colours for pictures, no background, a view of one cell; without the random numbers that only make
-        new levels.
+        Monochrome assets, no background, a view of one cell, and no random states that are only used for new
+        levels.
         """
         data = bytearray(self.data)
         options = self.at["options"]
         struct.pack_into("<i", data, options + 8, 1)  # monochrome assets
         struct.pack_into("<i", data, options + 16, 0)  # backgrounds
         struct.pack_into("<f", data, self.at["visibility"], 1.0)
-        for name in ("asset_rng", "level_rng"):  # the later one first, so that offsets hold
+        for name in ("asset_rng", "level_rng"):  # the later one first, so that the other offset stays valid
             offset = self.at[name]
             data[offset - 4 : offset + self._int(offset - 4)] = bytes(4)
         return bytes(data)
@@ -116,7 +116,7 @@ class State:
 
 
 def side_by_side(entities: list[np.ndarray]) -> np.ndarray:
-    """The entities of N environments, ENTITY (N, F), filled up with some of type -1, far away."""
+    """The entities of N environments, ENTITY (N, F), padded with entities of type -1, far away."""
     filled = np.zeros((len(entities), max(1, *map(len, entities))), ENTITY)
     filled["x"], filled["type"] = 1e6, -1
     for row, each in zip(filled, entities, strict=True):
@@ -129,7 +129,7 @@ def side_by_side(entities: list[np.ndarray]) -> np.ndarray:
 NEIGHBOURS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 """Row and column steps to the cells right, left, above and below."""
 CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
-"""The same to the cells across a corner."""
+"""The same to the diagonal cells."""
 UNREACHABLE = 10_000
 
 
@@ -180,5 +180,5 @@ def path_length(state: State, free: np.ndarray, goals: np.ndarray, corners: bool
 
 @lru_cache(maxsize=512)
 def _known_distances(free: bytes, shape: tuple[int, int], goals: bytes) -> np.ndarray:
-    """`grid_distances`, which are the same in most states of a level."""
+    """`grid_distances`, cached: they are the same in most states of a level."""
     return grid_distances(np.frombuffer(free, bool).reshape(shape), np.frombuffer(goals, int).reshape(-1, 2))

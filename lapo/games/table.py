@@ -1,6 +1,6 @@
-"""The table of Procgen's games, their actions, and what a return is worth. Imports no simulator.
+"""The table of Procgen's games, their actions and reference returns. Imports no simulator.
 
-A game that is added here needs somebody who plays it as well, see experts/registry.py.
+A game that is added here needs a planner as well, see experts/registry.py.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ ACTIONS = (
     *("LEFT-DOWN", "LEFT", "LEFT-UP", "DOWN", "NOOP", "UP", "RIGHT-DOWN", "RIGHT", "RIGHT-UP"),
     *("D", "A", "W", "S", "Q", "E"),
 )
-"""Names of the 15 actions, by index. Those a game has no use for act as NOOP."""
+"""Names of the 15 actions, by index. Actions without an effect in a game act as NOOP."""
 
 Visuals = Literal["full", "plain"]
 """How Procgen draws: as in the paper, or without backgrounds and with one look for all levels.
 
-Levels, rewards and movements stay the same, but where shapes come with the look: bigfish's fish, say.
+Levels, rewards and dynamics are the same, except where an asset's shape matters, as bigfish's fish.
 """
 
 

@@ -19,7 +19,7 @@ HELD_OUT_LEVELS = (1_000_000, 1_000_000)
 
 
 def num_cores() -> int:
-    """Processor cores that this process may use; a scheduler may have given us a few of the machine's."""
+    """Processor cores that this process may use; a scheduler may allow only some of the machine's."""
     if hasattr(os, "sched_getaffinity"):  # not on every system
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -52,10 +52,9 @@ def simulator_version() -> str:
 class VecEnv:
     """N copies of one Procgen game in easy mode, stepped together.
 
-    A new environment already shows the first frames, and an environment whose episode ends starts the next
-    one by itself, so there is no `reset`. Everything that happens is a function of the arguments and the
-    actions: two environments made alike and acted on alike show the same frames on any number of threads.
-    All arrays returned are the caller's to keep.
+    A new environment shows the first frames at once, and starts the next episode by itself when one ends, so
+    there is no `reset`. Frames are a function of the constructor's arguments and the actions, on any number
+    of threads. Returned arrays are not overwritten later.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What runs have learnt, as numbers, tables and figures.
+"""Numbers, tables and figures of runs.
 
 Nothing here trains; only figures.py needs matplotlib.
 """

@@ -1,6 +1,6 @@
-"""The figures of a report: numbers in, `matplotlib` figures out. Nothing is computed or read here.
+"""The figures of a report. Nothing is computed or read here.
 
-Dimensions: M windows · T frames of a window (3) · H, W, C frame · K latent actions tried · A true actions
+Dimensions: M windows · T frames of a window (3) · H, W, C frame · K latent actions · A true actions
 """
 
 import textwrap
@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from lapo.reporting.inspection import LatentView, Predictions, WhatIf
+from lapo.reporting.inspection import Counterfactual, LatentProjection, Predictions
 
 COLORS = {
     "random": "#9a9a9a",
@@ -21,7 +21,7 @@ COLORS = {
     "online": "#1f5fa8",
     "expert": "#3d3d3d",
 }
-"""A colour for each policy, the same in every figure; LAPO's are blue."""
+"""The colour of each policy in every figure; LAPO's are blue."""
 LAPO, BASELINE, CONTROL = COLORS["online"], COLORS["scratch"], COLORS["random"]
 WIDTH = 10.5
 """Inches, of a figure made of frames."""
@@ -36,7 +36,7 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def draw(ax: Axes, lines: list[dict], *keys: str, **style) -> None:
-    """Add the curve of the values that lines of metrics have under any of `keys`, if there are some."""
+    """Add the curve of the values under any of `keys` in lines of metrics, if there are any."""
     curve = [(line["step"], line[key]) for line in lines for key in keys if key in line]
     if curve:
         ax.plot(*zip(*curve, strict=True), **style)
@@ -77,18 +77,18 @@ def learning(lines: list[dict], metrics: dict[str, float], title: str) -> Figure
     return figure
 
 
-def latents(views: list[LatentView], ta: np.ndarray, names: list[str], title: str) -> Figure:
-    """Latent actions of windows with true actions `ta` (M,), indices of `names`, and how they are read."""
+def latents(views: list[LatentProjection], ta: np.ndarray, names: list[str], title: str) -> Figure:
+    """Latent actions of windows with true actions `ta` (M,), indices of `names`, and confusion matrices."""
     figure = new_figure(11, 4.5 * len(views), title)
     palette = colormaps["tab10" if len(names) <= 10 else "tab20"].colors
-    # The commonest actions get the most distinct colours, the rarest lie on top.
+    # The commonest actions get the most distinct colours; the rarest are drawn on top.
     rank = np.argsort(np.argsort(-np.bincount(ta, minlength=len(names))))
     for view, (left, right) in zip(views, figure.subplots(len(views), 2, width_ratios=(5, 4)), strict=True):
         for action, name in enumerate(names):
             xy = view.xy[ta == action]
             style = {"color": palette[rank[action]], "zorder": rank[action] + 2, "label": name}
             left.scatter(*xy.T, s=9, alpha=0.7, linewidths=0, **style)
-        low, high = np.percentile(view.xy, [0.5, 99.5], axis=0)  # a few outliers may lie outside
+        low, high = np.percentile(view.xy, [0.5, 99.5], axis=0)  # without a few outliers
         margin = (high - low) / 9 + 1e-9
         left.set(**dict(zip(("xlim", "ylim"), zip(low - margin, high + margin, strict=True), strict=True)))
         left.set(xticks=[], yticks=[], xlabel="each dot: the latent action of one step of the expert")
@@ -98,7 +98,7 @@ def latents(views: list[LatentView], ta: np.ndarray, names: list[str], title: st
         image = right.imshow(view.confusion, cmap="Blues", vmin=0, vmax=1)
         right.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=9)
         right.set_yticks(range(len(names)), names, fontsize=9)
-        right.set(xlabel="action read from the latent action", ylabel="true action")
+        right.set(xlabel="action predicted from the latent action", ylabel="true action")
         for row, column in np.ndindex(view.confusion.shape):
             fraction = view.confusion[row, column]
             if fraction >= 0.005:
@@ -114,22 +114,22 @@ def show(ax: Axes, image: np.ndarray, **style) -> None:
     ax.set(xticks=[], yticks=[])
 
 
-def predictions(seen: Predictions, what_if: list[WhatIf], title: str) -> Figure:
-    """Predictions beside the truth; below them, other latent actions tried on the same frames."""
+def predictions(seen: Predictions, counterfactuals: list[Counterfactual], title: str) -> Figure:
+    """Predictions beside the truth; below, predictions from the same frames under other latent actions."""
     heights = [WIDTH / 6 * len(seen.frames) + 0.7]
-    if what_if:
-        heights.append(WIDTH / (2 + len(what_if[0].names)) * 2 * len(what_if) + 1.0)
+    if counterfactuals:
+        heights.append(WIDTH / (2 + len(counterfactuals[0].names)) * 2 * len(counterfactuals) + 1.0)
     figure = new_figure(WIDTH, sum(heights), title)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     draw_predictions(parts[0], seen)
-    if what_if:
-        draw_what_if(parts[1], what_if)
+    if counterfactuals:
+        draw_counterfactuals(parts[1], counterfactuals)
     return figure
 
 
 def draw_predictions(part: SubFigure, seen: Predictions) -> None:
-    """A row for each window: frames, prediction, and errors of the prediction and of repeating o[t]."""
-    heading = "Held-out steps in which much changes: the next frame, as it was and as predicted"
+    """A row for each window: frames, prediction, errors of the prediction and of repeating o[t]."""
+    heading = "Held-out steps with large changes: the next frame and its prediction"
     part.suptitle(heading, fontsize=11)
     heads = ("o[t-1]", "o[t]", "o[t+1]: truth", "o[t+1]: predicted", "error: predicted", "error: o[t] again")
     frames, predicted = seen.frames / 255, seen.predicted / 255
@@ -146,10 +146,10 @@ def draw_predictions(part: SubFigure, seen: Predictions) -> None:
             ax.set_xlabel(f"mean square {error.mean():.4f}", fontsize=8)
 
 
-def draw_what_if(part: SubFigure, cases: list[WhatIf]) -> None:
-    """Two rows for each pair of frames: the predictions under each latent action, and how they differ."""
+def draw_counterfactuals(part: SubFigure, cases: list[Counterfactual]) -> None:
+    """Two rows for each pair of frames: predictions under each latent action, and their differences."""
     part.suptitle(
-        "What if: the same frames under latent actions of other steps, whose true action is written above"
+        "What if: predictions from the same frames under latent actions of steps with the true action above"
         "\n(below: difference to the mean of these predictions; blue: darker, red: brighter)",
         fontsize=11,
     )
@@ -178,7 +178,7 @@ class Bar:
     label: str
     mean: float
     stderr: float | None
-    """Standard error, where it is known."""
+    """Standard error; None if unknown."""
 
 
 def returns(bars: list[Bar], title: str) -> Figure:
@@ -201,7 +201,7 @@ def returns(bars: list[Bar], title: str) -> Figure:
 def rl_curves(
     curves: dict[str, list[dict]], labels: dict[str, str], levels: dict[str, float], title: str
 ) -> Figure:
-    """Training return over environment steps, from lines of metrics; `levels` are drawn across."""
+    """Training return over environment steps, from lines of metrics; `levels` are horizontal lines."""
     figure = new_figure(7.5, 4.4, title)
     ax = figure.subplots()
     for policy, lines in curves.items():

@@ -1,4 +1,4 @@
-"""What the networks of stage 1 make of held-out windows: the numbers behind the report's figures.
+"""The networks of stage 1 on held-out windows: the numbers behind the report's figures.
 
 Dimensions: M windows · K latent actions tried · A true actions · D size of a latent action · C, H, W image
 """
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lapo.config import Config
-from lapo.data.chunks import chunks_holding
+from lapo.data.chunks import num_chunks_for
 from lapo.data_loader import INFERENCE_BATCH, Windows
 from lapo.games.table import ACTIONS, GAMES
 from lapo.models import infer_latents, make_idm, make_world_model, restore, stack_frames, to_frames
@@ -22,28 +22,28 @@ BLOCK = 64
 """Windows per block (fewer where there are few). A linear map is fitted to every other block and evaluated on
 the others: both halves see all environments, and few windows have a neighbour in the other half."""
 MIN_WINDOWS = 8
-"""An action that fewer of the windows fitted to have is not shown."""
+"""Actions with fewer windows among those that maps are fitted to are not shown."""
 EXAMPLES = 5
 MUCH_CHANGE = 0.95
-"""Quantile of the frames' change at which examples are taken: much happens, yet nothing freakish."""
+"""Quantile of the frames' change at which examples are taken: large, but no outliers."""
 STATES, CANDIDATES = 2, 24
-"""How many pairs of frames several latent actions are tried on, and out of how many they are chosen."""
+"""Pairs of frames that counterfactuals are shown for, and candidates that they are chosen from."""
 
 
 @dataclass(frozen=True)
-class LatentView:
-    """How the latent actions of an IDM relate to the true actions."""
+class LatentProjection:
+    """Latent actions of an IDM in a linear projection, and true actions predicted from them."""
 
     title: str
     xy: np.ndarray
     """(M, 2) projected latent actions."""
     confusion: np.ndarray
-    """(A, A): of the windows with true action `row`, the fraction that is read as `column`."""
+    """(A, A): the fraction of windows with true action `row` that is predicted as `column`."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the world model makes of held-out windows."""
+    """The world model's predictions on held-out windows."""
 
     frames: np.ndarray
     """(M, T, H, W, C) uint8."""
@@ -54,26 +54,26 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class WhatIf:
-    """What the world model predicts from one pair of frames under several latent actions."""
+class Counterfactual:
+    """The world model's predictions from one pair of frames under several latent actions."""
 
     frames: np.ndarray
     """(2, H, W, C) uint8: o[t-1], o[t]."""
     predicted: np.ndarray
     """(K, H, W, C) uint8."""
     names: list[str]
-    """(K) the true action that was taken where the latent action comes from."""
+    """(K) the true actions of the windows that the latent actions come from."""
 
 
 class Inspection:
-    """The IDM and world model of a stage-1 checkpoint before up to `MAX_WINDOWS` held-out windows.
+    """The IDM and world model of a stage-1 checkpoint on up to `MAX_WINDOWS` held-out windows.
 
     Attributes
-        ids      (M,) numbers of the windows
+        ids      (M,) indices of the windows
         la       (M, D) their latent actions
         ta       (M,) their true actions, or None where the data has none
-        fitted   (M,) which windows maps are fitted to; the others are shown
-        actions  (A,) the true actions that are not too rare to show, ascending
+        fitted   (M,) bool: windows that maps are fitted to; the others are shown
+        actions  (A,) the true actions that are frequent enough to show, ascending
         names    (A) their names
     """
 
@@ -83,9 +83,9 @@ class Inspection:
         Raises `UserError` if the data cannot be read.
         """
         self.game, self.compute = cfg.env, compute
-        # As in stage 1, training windows serve where nothing is held out.
+        # As in stage 1, training windows are used if nothing is held out.
         split = "test" if (cfg.game_data / "test").is_dir() else "train"
-        limit = chunks_holding(cfg.game_data / split, 4 * MAX_WINDOWS, cfg.data.skip_bad_chunks)
+        limit = num_chunks_for(cfg.game_data / split, 4 * MAX_WINDOWS, cfg.data.skip_bad_chunks)
         self.windows = Windows.read(cfg, split, compute.device, limit=limit)
         self.ids = self.windows.all()[:: -(-len(self.windows) // MAX_WINDOWS)]
         self.ta = None if self.windows.ta is None else self.windows.actions(self.ids)
@@ -107,10 +107,10 @@ class Inspection:
         known = self.game in GAMES and action < len(ACTIONS)
         return ACTIONS[action] if known else f"action {action}"
 
-    def latent_views(self) -> tuple[list[LatentView], np.ndarray]:
-        """Latent actions after and before training, and their true actions as indices of `actions`.
+    def latent_projections(self) -> tuple[list[LatentProjection], np.ndarray]:
+        """Projections of latent actions after and before training; true actions as indices of `actions`.
 
-        They are seen through a linear map fitted to other windows, see `BLOCK`.
+        The projections are fitted to other windows than those shown, see `BLOCK`.
         """
         shown = torch.isin(self.ta, self.actions)
         ta = torch.searchsorted(self.actions, self.ta[shown])
@@ -119,19 +119,19 @@ class Inspection:
         untrained = infer_latents(self.untrained_idm, self.windows.iter_frames(self.ids[shown]), self.compute)
         views = []
         for when, la in (("After stage 1", self.la[shown]), ("Before training", untrained)):
-            xy, read = discriminate(la[fitted], ta[fitted], la[~fitted])
+            xy, read = fit_lda(la[fitted], ta[fitted], la[~fitted])
             confusion = torch.zeros(len(self.actions), len(self.actions), device=ta.device)
             confusion.index_put_((ta_seen, read), confusion.new_ones(()), accumulate=True)
             confusion /= confusion.sum(1, keepdim=True).clamp_min(1)
             right = (read == ta_seen).float().mean()
-            title = f"{when}: a linear reading names {right:.0%} of the actions"
-            views.append(LatentView(title, xy.cpu().numpy(), confusion.cpu().numpy()))
+            title = f"{when}: a linear classifier predicts {right:.0%} of the actions"
+            views.append(LatentProjection(title, xy.cpu().numpy(), confusion.cpu().numpy()))
         return views, ta_seen.cpu().numpy()
 
     def predictions(self) -> Predictions:
-        """The world model's predictions for windows in which much changes.
+        """The world model's predictions for windows with large changes.
 
-        One for each of the commonest actions; without actions, windows from all over the data.
+        One window for each of the commonest actions; without actions, windows spread over the data.
         """
         change = torch.cat([self._change(ids) for ids in self.ids.split(INFERENCE_BATCH)])
         if len(self.actions):
@@ -151,22 +151,22 @@ class Inspection:
         return Predictions(frames.cpu().numpy(), to_frames(predicted).cpu().numpy(), names)
 
     def _change(self, ids: Tensor) -> Tensor:
-        """Mean squared difference of o[t] and o[t+1], of the windows numbered (B,): (B,)."""
+        """Mean squared difference (B,) of o[t] and o[t+1] in windows (B,)."""
         images = stack_frames(self.windows.gather(ids))
         return (images[:, 6:] - images[:, 3:6]).square().mean((1, 2, 3))
 
-    def what_if(self) -> list[WhatIf]:
-        """A typical latent action of each of `actions`, tried on frames where they differ most.
+    def counterfactuals(self) -> list[Counterfactual]:
+        """Predictions under a typical latent action of each of `actions`, on frames where they differ most.
 
-        Typical is that of the window closest to the mean of all latent actions of the same true action.
+        The typical one is that closest to the mean latent action of all windows with the same true action.
         """
         typical = []
         for action in self.actions:
             mine = torch.nonzero(self.ta == action).flatten()
             distance = (self.la[mine] - self.la[mine].mean(0)).square().sum(1)
             typical.append(self.ids[mine[distance.argmin()]])
-        places = torch.linspace(0, len(self.ids) - 1, CANDIDATES, device=self.ids.device).long()
-        frames = self.windows.gather(self.ids[places])[:, :2]
+        candidates = torch.linspace(0, len(self.ids) - 1, CANDIDATES, device=self.ids.device).long()
+        frames = self.windows.gather(self.ids[candidates])[:, :2]
         images = stack_frames(frames)
         with self.compute.autocast():
             la_q = self.idm(stack_frames(self.windows.gather(torch.stack(typical))))[1].la_q
@@ -177,12 +177,14 @@ class Inspection:
         for part in torch.arange(CANDIDATES).tensor_split(STATES):
             best = part[variance[part].argmax()]
             cases.append(
-                WhatIf(frames[best].cpu().numpy(), to_frames(predicted[best]).cpu().numpy(), self.names)
+                Counterfactual(
+                    frames[best].cpu().numpy(), to_frames(predicted[best]).cpu().numpy(), self.names
+                )
             )
         return cases
 
 
-def discriminate(fit: Tensor, ta: Tensor, la: Tensor) -> tuple[Tensor, Tensor]:
+def fit_lda(fit: Tensor, ta: Tensor, la: Tensor) -> tuple[Tensor, Tensor]:
     """Linear discriminant analysis (Fisher 1936, Rao 1948), fitted to `fit` and applied to `la` (M, D).
 
     `fit` (B, D) has the classes `ta` (B,), each of 0 to A-1 among them. Returns the two directions in which

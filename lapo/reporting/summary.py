@@ -1,4 +1,4 @@
-"""What a run has learnt, in numbers: read from its folder, beside the random policy and the expert."""
+"""Metrics and returns of a run, read from its folder, with those of the random policy and the expert."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from lapo.acting import evaluate_actor, random_actor
 from lapo.config import Config, to_dict
 from lapo.errors import UserError
 from lapo.games.table import GAMES, relative_return
-from lapo.runs.checkpoints import load_checkpoint, stale, weights_of
+from lapo.runs.checkpoints import load_checkpoint, stale, weights_checksum
 from lapo.runs.files import reading
 
 MODES = ("bc", "scratch", "offline", "online")
@@ -19,7 +19,7 @@ STAGES = ("stage1", "stage2", *(f"stage3_{mode}" for mode in MODES))
 
 
 def read_outputs(cfg: Config) -> dict[str, "StageOutput"]:
-    """The outputs of all stages of a run that have saved something.
+    """The outputs of all stages of a run that have a checkpoint.
 
     Raises `UserError` if there is none, or if one is damaged.
     """
@@ -34,13 +34,13 @@ def read_outputs(cfg: Config) -> dict[str, "StageOutput"]:
 
 
 def summarize(cfg: Config, outputs: dict[str, "StageOutput"]) -> dict:
-    """All numbers of a report, as plain data."""
+    """All numbers of a report."""
     return {
         "env": cfg.env,
         "exp": cfg.exp,
         "seed": cfg.seed,
         "stages": stages(outputs),
-        "learnt": learnt(outputs),
+        "learnt": stage_metrics(outputs),
         "returns": returns(cfg, outputs),
         "visuals": cfg.visuals,
         "eval": to_dict(cfg.eval),
@@ -49,7 +49,7 @@ def summarize(cfg: Config, outputs: dict[str, "StageOutput"]) -> dict:
 
 def stages(outputs: dict[str, "StageOutput"]) -> dict[str, dict | None]:
     """Progress of every stage, see `StageOutput.progress`, and which of the stages below it are `stale`."""
-    weights = {stage: weights_of(outputs[stage].checkpoint) for stage in STAGES[:2] if stage in outputs}
+    weights = {stage: weights_checksum(outputs[stage].checkpoint) for stage in STAGES[:2] if stage in outputs}
     return {
         stage: output.progress() | {"stale": stale(output.checkpoint, weights)}
         if (output := outputs.get(stage))
@@ -60,7 +60,7 @@ def stages(outputs: dict[str, "StageOutput"]) -> dict[str, dict | None]:
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What one stage has left behind."""
+    """The checkpoint and metrics of one stage."""
 
     checkpoint: dict
     lines: list[dict]
@@ -68,9 +68,9 @@ class StageOutput:
 
     @classmethod
     def read(cls, folder: Path) -> "StageOutput | None":
-        """The output of the stage in `folder`, None if it has saved nothing.
+        """The output of the stage in `folder`, None if there is no checkpoint.
 
-        Raises `UserError` if something is damaged or kept from being read.
+        Raises `UserError` if something is damaged or unreadable.
         """
         path, lines = folder / "metrics.jsonl", []
         with reading(folder):
@@ -89,17 +89,17 @@ class StageOutput:
         return self.checkpoint["metrics"]
 
     def progress(self) -> dict:
-        """Steps done (of the environment in the modes that play), whether that is all, and the time taken."""
+        """Steps so far (env steps in the modes with rewards), whether the stage is finished, and its time."""
         seconds, previous = 0.0, 0.0
-        for line in self.lines:  # older versions counted from 0 again where a run was continued
+        for line in self.lines:  # older versions counted from 0 again in a resumed run
             seconds += line["seconds"] - (previous if line["seconds"] >= previous else 0)
             previous = line["seconds"]
         steps = self.lines[-1]["step"] if self.lines else 0
         return {"steps": steps, "finished": self.checkpoint["finished"], "seconds": round(seconds)}
 
 
-def learnt(outputs: dict[str, StageOutput]) -> dict[str, float | None]:
-    """What stages 1 and 2 have learnt, on held-out frames; None for what has not been measured."""
+def stage_metrics(outputs: dict[str, StageOutput]) -> dict[str, float | None]:
+    """Metrics of stages 1 and 2 on held-out frames; None where there is none."""
     stage1, stage2 = (outputs[stage].metrics if stage in outputs else {} for stage in STAGES[:2])
     vq = outputs["stage1"].checkpoint["config"]["vq"] if stage1 else {}
     error, copying = stage1.get("wm_loss_test"), stage1.get("copy_loss_test")
@@ -120,20 +120,20 @@ def learnt(outputs: dict[str, StageOutput]) -> dict[str, float | None]:
 def returns(cfg: Config, outputs: dict[str, StageOutput]) -> dict[str, dict]:
     """Returns on held-out levels of the policies evaluated so far, the random policy and the expert.
 
-    Empty when there is no policy to compare.
+    Empty if no policy has been evaluated.
     """
     rows = {}
     for mode in MODES:
         output = outputs.get(f"stage3_{mode}")
         if output and "return_mean" in output.metrics:
-            rows[mode] = result(cfg, output.metrics, source=made_from(mode, output))
+            rows[mode] = result(cfg, output.metrics, source=training_source(mode, output))
     if not rows:
         return {}
     return {"random": random_return(cfg), **rows, "expert": expert_return(cfg)}
 
 
 def result(cfg: Config, metrics: dict, source: str) -> dict:
-    """One policy's row: its return with standard error and episodes, and where it comes from."""
+    """One policy's row: return, standard error, episodes, and the data that it was trained on."""
     mean, stderr = metrics["return_mean"], metrics["return_stderr"]
     return {
         "source": source,
@@ -144,8 +144,8 @@ def result(cfg: Config, metrics: dict, source: str) -> dict:
     }
 
 
-def made_from(mode: str, output: StageOutput) -> str:
-    """What the policy of a mode of stage 3 is made from, in words."""
+def training_source(mode: str, output: StageOutput) -> str:
+    """The data that the policy of a mode of stage 3 was trained on, in words."""
     labels = f"{output.checkpoint['config']['offline']['labels']:,} labels"
     rewards = f"{output.progress()['steps']:,} env steps"
     return {
@@ -157,7 +157,7 @@ def made_from(mode: str, output: StageOutput) -> str:
 
 
 def random_return(cfg: Config) -> dict:
-    """The random policy's row: that of the last summary, if it was evaluated alike, or else played now."""
+    """The random policy's row: that of the last summary if it has the same settings, else played now."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         last = json.loads((cfg.run_dir / "summary.json").read_text(encoding="utf-8"))
         if (last["eval"], last["visuals"]) == (to_dict(cfg.eval), cfg.visuals):
@@ -169,7 +169,7 @@ def random_return(cfg: Config) -> dict:
 
 
 def expert_return(cfg: Config) -> dict:
-    """The expert's row: of the recorded frames if they say what it earned, or else of the published ones."""
+    """The expert's row: that of the recorded frames if they have one, else of the published frames."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         recording = json.loads((cfg.game_data / "dataset.json").read_text(encoding="utf-8"))
         played = recording["train"]

@@ -1,4 +1,4 @@
-"""Checkpoints: plain data (tensors, numbers, strings), verified; `load_stages` finds the earlier stages'."""
+"""Checkpoints: reading, verifying and comparing them. They hold tensors, numbers and strings only."""
 
 import contextlib
 import functools
@@ -24,18 +24,18 @@ FIELDS = (
     *("stage", "config", "step", "finished", "metrics", "state", "sums", "count", "logged", "rng"),
     *("wandb_id", "provenance"),
 )
-"""What a checkpoint of any age holds beside its format; newer ones also have `built_on` and `checksum`."""
+"""Fields of a checkpoint of any version, beside `format`; newer ones also have `built_on` and `checksum`."""
 STAGE3_GROUPS = "stage3", "ppo", "decoder", "offline", "eval"
-"""Groups of the config that no earlier stage reads."""
+"""Groups of the config that stages 1 and 2 do not read."""
 NETWORKS = "idm", "world_model", "policy"
-"""The parts of a stage's state that later stages build on."""
+"""Entries of a stage's state that later stages use."""
 
 
 def load_checkpoint(path: Path, command: str | None = None) -> dict:
     """Read a checkpoint: `stage`, `config`, `step`, `finished`, `metrics`, `state`, `provenance`.
 
-    `command` is what makes the checkpoint, for the message when it is missing. Raises `UserError` if it is
-    missing, damaged or of another format, or if something keeps it from being read.
+    `command` produces the checkpoint and is named when it is missing. Raises `UserError` if the checkpoint is
+    missing, damaged, of another format or not readable.
     """
     with reading(path):
         missing = not path.is_file()
@@ -49,14 +49,14 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception:  # whatever the readers raise for a damaged file
+    except Exception:  # damaged files make torch and zipfile raise almost anything
         raise damaged from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise UserError(
             f"the checkpoint {path} has format {found!r}; this version of lapo reads format {FORMAT}"
         )
-    # Whoever loads a checkpoint, changes it and saves it again leaves the checksum out.
+    # A checkpoint that a user loaded, changed and saved again may lack the checksum.
     if checkpoint.pop("checksum", None) not in (None, checksum(checkpoint)):
         raise damaged
     missing = [key for key in FIELDS if key not in checkpoint]
@@ -66,13 +66,13 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
 
 
 def checksum(values: Any) -> str:
-    """16 hex digits that tell nested dicts, lists and tuples of tensors, numbers and strings from all others.
+    """Checksum (16 hex digits) of nested dicts, lists and tuples of tensors, numbers and strings.
 
-    Names, types and shapes count as well: a flipped attribute of a member of the file lets torch return
-    memory that it never wrote, and weights of another type would be converted in silence.
+    It covers keys, dtypes and shapes too: a bit flip in the file's directory can make torch return
+    uninitialised memory, and weights of another dtype would be converted silently.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for path, value in leaves(values):
+    for path, value in iter_leaves(values):
         if isinstance(value, Tensor):
             value = value.cpu().contiguous()
             digest.update(f"{path} {value.dtype} {tuple(value.shape)}".encode())
@@ -82,11 +82,11 @@ def checksum(values: Any) -> str:
     return digest.hexdigest()
 
 
-def leaves(values: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    """What is neither dict, list nor tuple in nested ones, and empty ones of these, by the keys to it."""
+def iter_leaves(values: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """The leaves of nested dicts, lists and tuples (empty ones are leaves) with the path of keys to each."""
     if isinstance(values, dict | list | tuple) and values:
         for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-            yield from leaves(value, (*path, key))
+            yield from iter_leaves(value, (*path, key))
     else:
         yield path, values
 
@@ -97,10 +97,10 @@ def leaves(values: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
 def load_stages(cfg: Config, *stages: str) -> dict[str, dict]:
     """The finished checkpoints of earlier stages of the same experiment, game and seed, by stage.
 
-    Raises `UserError` as `load_stage`, and if one was built on other weights than another one holds.
+    Raises `UserError` as `load_stage` does, and if one of them was trained on other weights of another.
     """
     checkpoints = {stage: load_stage(cfg, stage, f"{stage}.py") for stage in stages}
-    weights = {stage: weights_of(checkpoint) for stage, checkpoint in checkpoints.items()}
+    weights = {stage: weights_checksum(checkpoint) for stage, checkpoint in checkpoints.items()}
     for stage, checkpoint in checkpoints.items():
         if others := stale(checkpoint, weights):
             folder = cfg.run_dir / stage
@@ -114,8 +114,8 @@ def load_stages(cfg: Config, *stages: str) -> dict[str, dict]:
 def load_stage(cfg: Config, stage: str, script: str) -> dict:
     """The finished checkpoint of one earlier stage.
 
-    Raises `UserError` naming the command that makes it, if it is missing or unfinished: `script` with this
-    process's own options, as every stage takes the same. Also if it was trained on another game or look.
+    Raises `UserError` if it is missing or unfinished, naming the command that produces it: `script` with this
+    process's options, as all stages take the same ones. Also if it was trained on another game or visuals.
     """
     words, reads = ["python", script], True
     for word in sys.argv[1:]:
@@ -138,31 +138,31 @@ def load_stage(cfg: Config, stage: str, script: str) -> dict:
 
 
 def stale(checkpoint: dict, weights: dict[str, str]) -> list[str]:
-    """The stages in `weights`, checksums by name, that are not those which a checkpoint was built on.
+    """The names in `weights` whose checksums differ from those that a checkpoint was built on.
 
-    What a checkpoint does not say is taken to be right.
+    Older checkpoints do not say; they count as equal.
     """
     built_on = checkpoint.get("built_on", {})
     return [name for name, found in weights.items() if built_on.get(name, found) != found]
 
 
-def weights_of(checkpoint: dict) -> str:
-    """Checksum of the weights that later stages build on."""
+def weights_checksum(checkpoint: dict) -> str:
+    """Checksum of the weights that later stages use."""
     return checksum({name: x for name, x in checkpoint["state"].items() if name in NETWORKS})
 
 
 def saved_config(checkpoint: dict) -> Config:
-    """The configuration that a checkpoint was made with.
+    """The config that a checkpoint was trained with.
 
-    Keys that did not exist then have today's defaults, and those that no longer exist are left out, so that a
-    new key makes no checkpoint unusable.
+    Keys that did not exist then get today's defaults, and keys that no longer exist are dropped, so that
+    checkpoints stay usable when keys change.
     """
     values = _lay_over(to_dict(load_config([])), checkpoint["config"])
     return validate(values, source="the checkpoint's config")
 
 
 def _lay_over(values: dict, saved: dict) -> dict:
-    """`values`, with those of its keys replaced that are in `saved`, group by group."""
+    """`values`, overwritten by those of its keys that `saved` has, group by group."""
     merged = {}
     for key, value in values.items():
         groups = isinstance(value, dict) and isinstance(saved.get(key), dict)
@@ -171,7 +171,7 @@ def _lay_over(values: dict, saved: dict) -> dict:
 
 
 def inherit(cfg: Config, checkpoint: dict, model_keys: tuple[str, ...]) -> Config:
-    """`cfg` with the bottleneck and the named sizes of an earlier stage's checkpoint; prints what changes."""
+    """`cfg` with the bottleneck and the named model sizes of an earlier stage's checkpoint; prints them."""
     saved = saved_config(checkpoint)
     model = replace(cfg.model, **{key: getattr(saved.model, key) for key in model_keys})
     inherited = replace(cfg, model=model, vq=saved.vq)
@@ -182,7 +182,7 @@ def inherit(cfg: Config, checkpoint: dict, model_keys: tuple[str, ...]) -> Confi
 
 @functools.cache
 def provenance() -> dict[str, str]:
-    """Versions of what makes a checkpoint, as they are when first asked for: later commits have not run."""
+    """Revision and versions that write a checkpoint. Cached: code that is committed later did not run."""
     revision = "unknown"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]

@@ -18,33 +18,32 @@ from torch import Tensor, nn
 from lapo.config import Config
 from lapo.errors import UserError, say
 from lapo.runs.graphs import Replayed
-from lapo.runs.ranks import launched, local_processes, local_rank, shard
+from lapo.runs.ranks import local_rank, num_local_processes, num_processes, shard
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how tensors are computed."""
+    """Device, precision and compilation of a run."""
 
     device: torch.device
     bf16: bool
-    """Convolutions and matrix products in bfloat16; quantiser, losses and optimiser stay in fp32."""
+    """Autocast to bfloat16; quantiser, policy heads, losses and optimiser stay in fp32."""
     compile: bool
     """Compile training steps."""
     graphs: bool = False
-    """Launch training steps and steps of rollouts as CUDA graphs."""
+    """Launch training steps and env steps as CUDA graphs."""
 
     def __post_init__(self) -> None:
-        # fp32 means fp32: PyTorch would round the inputs of convolutions to TF32.
+        # fp32 means fp32: by default PyTorch rounds inputs of convolutions to TF32.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     @classmethod
     def from_config(cls, cfg: Config) -> "Compute":
         """Choose device, precision and compilation.
 
-        On a CPU, the process keeps its memory from now on, see `keep_freed_memory`. Of several processes on a
-        machine, each takes the GPU of its own number. Where there is nothing to compile with, a line on
-        stderr says so. Raises `UserError` for a device that is not there, and for a GPU that cannot be used
-        though nobody chose to do without it.
+        On a CPU the process keeps freed memory from now on, see `keep_freed_memory`. Several processes on a
+        machine take the GPUs of their local ranks. If a compiler is missing, a line on stderr says so. Raises
+        `UserError` for a missing device, and if `auto` finds a GPU that PyTorch cannot use.
         """
         name = cfg.device
         if name == "auto":
@@ -54,19 +53,19 @@ class Compute:
                     f"this machine has an NVIDIA GPU, but PyTorch (built for CUDA {torch.version.cuda})"
                     " cannot use it, often because the driver is too old; update it, or choose --device cpu"
                 )
-        if launched() > 1 and name.startswith("cuda"):
+        if num_processes() > 1 and name.startswith("cuda"):
             if name != "cuda":
-                raise UserError(f"device {name} cannot serve {launched()} processes; use cuda, one each")
+                raise UserError(f"device {name} cannot serve {num_processes()} processes; use cuda, one each")
             name = f"cuda:{local_rank()}"
         there = torch.cuda.device_count()
-        # Compared as words: PyTorch knows no number above 127, and would raise an error of its own.
+        # Compared as strings: torch.device raises an error of its own for numbers above 127.
         if name.startswith("cuda") and (name.partition(":")[2] or "0") not in map(str, range(there)):
             raise UserError(f"device {name} is not there: {there} CUDA devices; use cpu")
         device = torch.device(name)
         if device.type == "cpu":
             keep_freed_memory()
         else:
-            torch.cuda.set_device(device)  # whose streams CUDA graphs take
+            torch.cuda.set_device(device)  # CUDA graphs use the current device's streams
         bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and _has_bf16(device))
         gpu = device.type == "cuda"
         if cfg.compile == "graphs" and not gpu:
@@ -77,8 +76,8 @@ class Compute:
         lacking = _compiling_lacks(device) if wanted else None
         if lacking:
             say(f"training steps are not compiled, and slower for it: {lacking} is missing")
-        # Between processes, collectives come in between the kernels of a step.
-        graphs = gpu and cfg.compile in ("auto", "graphs") and launched() == 1
+        # With several processes, collectives come between the kernels of a step.
+        graphs = gpu and cfg.compile in ("auto", "graphs") and num_processes() == 1
         return cls(device, bf16, wanted and not lacking, graphs)
 
     def autocast(self) -> AbstractContextManager:
@@ -86,15 +85,15 @@ class Compute:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Move a module to the device, its convolutions in channels-last format; returns the module."""
+        """Move a module to the device, in channels-last format; returns the module."""
         return module.to(self.device, memory_format=torch.channels_last)
 
     def compiled(self, function: Callable) -> Callable:
-        """A training step, compiled if asked for."""
+        """`function`, compiled if the config says so."""
         return torch.compile(function) if self.compile else function
 
     def replayed(self, function: Callable) -> Callable:
-        """A function of tensors, replayed as a CUDA graph if asked for, see `graphs.Replayed`."""
+        """A function of tensors, launched as a CUDA graph if the config says so, see `graphs.Replayed`."""
         return Replayed(function) if self.graphs else function
 
     def __str__(self) -> str:
@@ -107,20 +106,20 @@ class Compute:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16 natively, not by way of float32."""
+    """Whether the hardware computes in bfloat16 natively, without emulation."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _has_unusable_gpu() -> bool:
-    """Whether PyTorch was built for CUDA and there is a GPU, though none that it can use or was told to."""
+    """Whether PyTorch was built for CUDA and a GPU is there that it cannot use (nor was told not to)."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return torch.version.cuda is not None and not hidden and Path("/dev/nvidia0").exists()
 
 
 def _compiling_lacks(device: torch.device) -> str | None:
-    """What `torch.compile` needs for `device` and does not find; None if all is there."""
+    """What `torch.compile` needs for `device` and is missing; None if nothing is."""
     variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
     if not (os.environ.get(variable) or any(map(shutil.which, names))):
         return f"a compiler ({' or '.join(names)})"
@@ -129,10 +128,10 @@ def _compiling_lacks(device: torch.device) -> str | None:
 
 
 class HostLink:
-    """Arrays of one shape and type on their way to a device and back, through memory made once.
+    """Copies arrays of one shape and dtype to a device and back, through buffers allocated once.
 
-    For CUDA that is pinned memory, from which and to which copies do not wait for each other. On a CPU arrays
-    and tensors share their memory.
+    For CUDA the host buffer is pinned, so that copies are asynchronous. On a CPU, arrays and tensors share
+    memory.
     """
 
     def __init__(self, device: torch.device):
@@ -141,7 +140,7 @@ class HostLink:
         self.there: Tensor | None = None
 
     def up(self, array: np.ndarray) -> Tensor:
-        """The array on the device: valid until the next call, before which the copy must have been made."""
+        """The array on the device, valid until the next call; the device must have copied it by then."""
         x = torch.from_numpy(array)
         if self.device.type != "cuda":
             return x.to(self.device)
@@ -154,7 +153,7 @@ class HostLink:
         return self.there.copy_(self.host, non_blocking=True)
 
     def down(self, x: Tensor) -> np.ndarray:
-        """The tensor on the host, valid until the next call; waits until it has been computed."""
+        """The tensor as an array on the host, valid until the next call; waits for the device."""
         if self.device.type != "cuda":
             return x.cpu().numpy()
         if self.host is None:
@@ -169,16 +168,15 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Let large tensors on the CPU reuse the memory of freed ones; `keep=False` gives it back and ends that.
+    """Let large CPU tensors reuse the memory of freed ones; `keep=False` returns it and restores the default.
 
-    Usually glibc hands blocks of more than 32 MB back to the system as soon as they are freed. Every large
-    activation then lies on fresh pages, and to have them made takes longer than most operations on them.
-    Kept are up to 2 GB; blocks the size of a published chunk of frames (400 MB) still go back. Other C
-    libraries are left as they are.
+    By default glibc returns freed blocks above 32 MB to the system at once. Every large activation then lies
+    on new pages, and their page faults take longer than most operations on them. Up to 2 GB are kept; blocks
+    as large as a published chunk of frames (400 MB) are still returned. Other C libraries are left alone.
     """
     with contextlib.suppress(AttributeError, OSError):  # no such function
         libc = ctypes.CDLL(None)
-        # Older versions refuse more than 32 MB, to which the size grows by itself as long as it is not set.
+        # Older versions refuse more than 32 MB, the limit of their default, dynamic threshold.
         if not keep or not libc.mallopt(M_MMAP_THRESHOLD, 300 << 20):
             libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 64 << 20)
@@ -200,16 +198,16 @@ def rng_state(device: torch.device) -> dict:
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
-    """Continue on `device` from what `rng_state` gave, on a GPU of whatever number."""
+    """Restore what `rng_state` returned, on a GPU of any index."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and state["cuda"]:
-        # Older checkpoints hold a state for every GPU of the machine.
+        # Older checkpoints hold the states of all GPUs of the machine.
         number = min(device.index or 0, len(state["cuda"]) - 1)
         torch.cuda.set_rng_state(state["cuda"][number], device)
 
 
 def to_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:
-    """Scalar tensors as numbers, fetched from the device in one go."""
+    """Scalar tensors as numbers, in one transfer from the device."""
     tensors = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
     if not tensors:
         return dict(metrics)
@@ -218,7 +216,7 @@ def to_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that this process may take on `device`; None where the system does not say."""
+    """Free bytes on `device` for this process; None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -226,4 +224,4 @@ def free_bytes(device: torch.device) -> int | None:
     except OSError:
         return None
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    return free and free // local_processes()
+    return free and free // num_local_processes()

@@ -65,7 +65,7 @@ OF_MEMORY = "allocate memory", "not enough memory", "Error -4 while"
 """What torch and zlib say where others raise MemoryError."""
 
 
-def hindrance(error: BaseException | None) -> str | None:
+def read_obstacle(error: BaseException | None) -> str | None:
     """What kept a file from being read though it may be intact: permissions, memory, an I/O error and such.
 
     None if `error` tells of the file's content. zipfile hides some errors of the system behind its own: those
@@ -88,7 +88,7 @@ def reading(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = hindrance(error)
+        reason = read_obstacle(error)
         if reason is None:
             raise
         raise UserError(

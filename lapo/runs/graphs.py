@@ -1,7 +1,7 @@
-"""CUDA graphs: a training step or a step of a rollout, launched as one piece.
+"""CUDA graphs: a training step or an env step of a rollout, launched as a whole.
 
-A step of small kernels takes the host longer to launch than the device to compute. A graph records the
-launches of one call and repeats them all at once, on the same memory: see `Replayed`.
+Launching many small kernels takes the host longer than the device takes to compute them. A graph records the
+launches of one call and replays them at once, on the same memory: see `Replayed`.
 """
 
 from collections import Counter
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 EAGER_CALLS = 3
-"""Calls before the recording: in them libraries, compilers and optimisers make what they keep."""
+"""Calls before the recording, in which libraries, compilers and optimisers allocate what they keep."""
 
 
 class Replayed:
-    """Calls `function` of CUDA tensors, the first `EAGER_CALLS` as usual, the later ones by a CUDA graph.
+    """Calls a `function` of CUDA tensors: eagerly for the first `EAGER_CALLS`, then as a CUDA graph.
 
-    Every call does its work once: nothing is called for warming up. Inputs of other shapes get a graph of
-    their own. The results lie in the graph's memory, where the next call overwrites them: copy what is to be
-    kept. `function` may change tensors in place, draw random numbers and train, but must not wait for the
-    device, and once recorded, its Python code runs no more.
+    There are no warm-up calls: every call does its work exactly once. Each set of input shapes has a graph of
+    its own. Outputs lie in the graph's memory and are overwritten by the next call: clone what is to be kept.
+    `function` may change tensors in place, draw random numbers and train. It must not wait for the device,
+    and after the recording its Python code is not executed any more.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -34,12 +34,12 @@ class Replayed:
         if shapes not in self.recorded:
             if self.calls[shapes] < EAGER_CALLS:
                 self.calls[shapes] += 1
-                return self._aside(inputs)
+                return self._on_side_stream(inputs)
             self.recorded[shapes] = self._record(inputs)
         return self.recorded[shapes].replay(inputs)
 
-    def _aside(self, inputs: Sequence[Tensor]) -> Any:
-        """A usual call, on a stream of its own: what it leaves behind must not hang on the default stream."""
+    def _on_side_stream(self, inputs: Sequence[Tensor]) -> Any:
+        """An eager call on a side stream, as what it allocates must not depend on the default stream."""
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -48,9 +48,9 @@ class Replayed:
         return outputs
 
     def _record(self, inputs: Sequence[Tensor]) -> "Recorded":
-        """Record a call without making it. The graph's inputs lie from now on where these ones lie."""
+        """Record a call without executing it. These inputs become the graph's input buffers."""
         graph = torch.cuda.CUDAGraph()
-        # The loader's thread may copy chunks to the device meanwhile: only this thread is watched.
+        # Only this thread is checked: the loader's may copy chunks to the device meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = self.function(*inputs)
         return Recorded(graph, inputs, outputs)
@@ -60,14 +60,14 @@ Shapes = tuple[torch.Size, ...]
 
 
 class Recorded(NamedTuple):
-    """A recorded call: the graph, and where its inputs and outputs lie."""
+    """A recorded call: the graph and its input and output buffers."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Sequence[Tensor]
     outputs: Any
 
     def replay(self, inputs: Sequence[Tensor]) -> Any:
-        """Make the call on `inputs`."""
+        """Copy `inputs` into the buffers, where they do not lie there already, and replay the graph."""
         for mine, given in zip(self.inputs, inputs, strict=True):
             if mine.data_ptr() != given.data_ptr():
                 mine.copy_(given)

@@ -2,10 +2,10 @@
 
 Dimensions: W processes ("ranks"), one per GPU.
 
-Every rank reads its own shard of the training chunks and computes 1/W of each batch. Gradients, metrics and
-BatchNorm's running statistics are averaged over the ranks in every step, and the quantiser adds up its
-statistics over them (see models.py), so that all of them hold the same numbers after it. Rank 0 alone writes
-and prints. Every function here also serves the usual single process, at no cost.
+Every rank reads its own shard of the training chunks and computes 1/W of each batch. In every step gradients,
+metrics and BatchNorm's running statistics are averaged over the ranks, and the quantiser's EMA statistics are
+all-reduced (see models.py), so all ranks hold the same weights and codebook. Only rank 0 writes and prints.
+In a single process these functions do nothing.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from torch import Tensor
 from lapo.errors import UserError
 
 T = TypeVar("T")
-QUIET, MEETING, PARTING = 10.0, 600.0, 30.0
-"""Seconds: until who waits for the other processes says so, until it gives up, and for taking leave."""
+NOTICE_AFTER, JOIN_TIMEOUT, LEAVE_TIMEOUT = 10.0, 600.0, 30.0
+"""Seconds until a waiting process says so, until it gives up, and for destroying the process group."""
 NOT_TORCHRUN = "if torchrun did not start this process, unset TORCHELASTIC_RUN_ID"
 
 
 class Shard(NamedTuple):
-    """Which of the chunks a process reads: every `world_size`-th, from number `rank` on."""
+    """The chunks that a process reads: every `world_size`-th, from number `rank` on."""
 
     rank: int = 0
     world_size: int = 1
@@ -46,28 +46,28 @@ def is_main() -> bool:
     return shard().rank == 0
 
 
-def by_torchrun() -> bool:
+def under_torchrun() -> bool:
     """Whether torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def launched() -> int:
-    """How many processes torchrun has started, 1 without it. Raises `UserError` if it does not say."""
-    return _variable("WORLD_SIZE") if by_torchrun() else 1
+def num_processes() -> int:
+    """Processes that torchrun started, 1 without it. Raises `UserError` if its variables are missing."""
+    return _variable("WORLD_SIZE") if under_torchrun() else 1
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is also its GPU's."""
-    return _variable("LOCAL_RANK") if launched() > 1 else 0
+    """This process's rank on its machine: the index of its GPU."""
+    return _variable("LOCAL_RANK") if num_processes() > 1 else 0
 
 
-def local_processes() -> int:
-    """How many of the processes share this machine's memory."""
-    return _variable("LOCAL_WORLD_SIZE") if launched() > 1 else 1
+def num_local_processes() -> int:
+    """Processes on this machine, which share its memory."""
+    return _variable("LOCAL_WORLD_SIZE") if num_processes() > 1 else 1
 
 
 def _variable(name: str) -> int:
-    """A number that torchrun leaves in the environment."""
+    """An integer environment variable of torchrun."""
     value = os.environ.get(name, "")
     if not value.isdecimal():
         found = f"is {value!r}" if value else "is missing"
@@ -75,26 +75,26 @@ def _variable(name: str) -> int:
     return int(value)
 
 
-def expect_one_process(script: str) -> None:
-    """Raise `UserError`, once for all, if torchrun has started several processes of a script made for one."""
-    if launched() > 1:
+def require_single_process(script: str) -> None:
+    """Raise `UserError` (on rank 0; the others exit) if torchrun started several processes of `script`."""
+    if num_processes() > 1:
         if os.environ["RANK"] != "0":
             sys.exit(2)
-        raise UserError(f"{script} runs in one process, not {launched()}; start it without torchrun")
+        raise UserError(f"{script} runs in one process, not {num_processes()}; start it without torchrun")
 
 
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
-    """Meet the other processes that torchrun has started, and part from them at the end.
+    """Initialise the process group of torchrun's processes, and destroy it at the end.
 
-    All but the first print nothing on stdout, and a `UserError` that several of them raise is reported once.
-    Raises `UserError` if the others do not come, and if one of them ends before its time.
+    Only rank 0 prints on stdout. A `UserError` that several ranks raise is reported once. Raises `UserError`
+    if the other processes do not join, or if one of them ends early.
     """
-    if launched() == 1:
+    if num_processes() == 1:
         yield
         return
-    _take_gpu()
-    store = _meet()
+    _set_gpu()
+    store = _init_process_group()
     rank = dist.get_rank()
     try:
         with (
@@ -102,11 +102,11 @@ def distributed() -> Iterator[None]:
             contextlib.redirect_stdout(nowhere if rank else sys.stdout),
         ):
             yield
-    except SystemExit:  # all of them stop together, see `Run.loop`
-        _part()
+    except SystemExit:  # all ranks stop together, see `Run.loop`
+        _destroy_process_group()
         raise
     except UserError as error:
-        with contextlib.suppress(dist.DistError):  # who keeps the store may be gone
+        with contextlib.suppress(dist.DistError):  # the process that hosts the store may have ended
             if store.add(str(error), 1) > 1:
                 sys.exit(2)
         raise
@@ -115,57 +115,57 @@ def distributed() -> Iterator[None]:
             raise
         raise UserError("another process of this run has ended; the same command continues") from None
     else:
-        _part()
+        _destroy_process_group()
 
 
-def _part() -> None:
-    """Leave the others, who leave too: after an error of this process alone NCCL would wait for them."""
+def _destroy_process_group() -> None:
+    """Destroy the process group. All ranks must call this: after an error of one alone, NCCL would hang."""
     with contextlib.suppress(RuntimeError, TimeoutError):
-        _aside(dist.destroy_process_group).result(PARTING)
+        _in_thread(dist.destroy_process_group).result(LEAVE_TIMEOUT)
 
 
-def _take_gpu() -> None:
-    """Make this process's GPU the current one of this thread."""
+def _set_gpu() -> None:
+    """Make the GPU of this process the current device of this thread."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
 
 
-def _meet() -> dist.Store:
-    """Wait for the other processes; returns what they share. Raises `UserError` if they do not come."""
+def _init_process_group() -> dist.Store:
+    """Join the other processes; returns their common store. Raises `UserError` if they do not join."""
 
-    def meet() -> dist.Store:
-        store, rank, of = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING)))
-        # Numbers on the CPU are reduced too, see `all_max`: by default NCCL would be the only backend.
+    def join() -> dist.Store:
+        store, rank, of = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT)))
+        # `all_max` reduces CPU tensors; by default NCCL would be the only backend.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=of)
         return store
 
-    rank, of = _variable("RANK"), launched()
+    rank, of = _variable("RANK"), num_processes()
     place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     others = f"at {place} for the others of {of} processes"
-    coming = _aside(meet)
+    joining = _in_thread(join)
     try:
         with contextlib.suppress(TimeoutError):
-            return coming.result(QUIET)
+            return joining.result(NOTICE_AFTER)
         print(f"process {rank} waits {others}; {NOT_TORCHRUN}", file=sys.stderr, flush=True)
-        return coming.result(MEETING - QUIET)
+        return joining.result(JOIN_TIMEOUT - NOTICE_AFTER)
     except TimeoutError:
-        what = f"has waited {MEETING / 60:.0f} minutes {others}"
+        what = f"has waited {JOIN_TIMEOUT / 60:.0f} minutes {others}"
     except (RuntimeError, ValueError) as error:
         what = f"could not wait {others} ({str(error).strip().splitlines()[0]})"
     raise UserError(f"process {rank} {what}; see why they do not come or, {NOT_TORCHRUN}")
 
 
-def _aside(function: Callable[[], T]) -> Future[T]:
-    """Call `function` in a thread of its own, for which nobody waits at the end.
+def _in_thread(function: Callable[[], T]) -> Future[T]:
+    """Call `function` in a daemon thread.
 
-    What waits in C++ hears neither SIGTERM nor Ctrl-C; who waits for the thread does.
+    A call that blocks in C++ cannot be interrupted by SIGTERM or Ctrl-C; waiting for the thread can.
     """
     future: Future[T] = Future()
 
     def call() -> None:
         try:
-            _take_gpu()
+            _set_gpu()
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
@@ -175,14 +175,14 @@ def _aside(function: Callable[[], T]) -> Future[T]:
 
 
 def per_rank_batch(batch_size: int) -> int:
-    """Windows of a batch that this process computes. Raises `UserError` if they cannot be shared."""
-    part, rest = divmod(batch_size, shard().world_size)
+    """Windows of a batch that each rank computes. Raises `UserError` if they cannot be divided evenly."""
+    size, rest = divmod(batch_size, shard().world_size)
     if rest:
         raise UserError(
             f"a batch of {batch_size} windows cannot be shared by {shard().world_size} processes;"
             " choose a batch size that is a multiple of their number"
         )
-    return part
+    return size
 
 
 @torch.no_grad()
@@ -208,8 +208,8 @@ def all_max(*values: int) -> tuple[int, ...]:
     return tuple(tensor.tolist())
 
 
-def expect_same(value: int, what: str) -> None:
-    """Raise `UserError` unless `value` is the same number for all ranks; `what` says what may be wrong."""
+def check_equal(value: int, what: str) -> None:
+    """Raise `UserError`, which begins with `what`, unless `value` is the same on all ranks."""
     high, low = all_max(value, -value)
     if high != -low:
         raise UserError(f"{what} ({-low} for one, {high} for another)")

@@ -1,13 +1,13 @@
-"""A run of one stage: its folder, checkpoints, metrics, and how it stops and continues.
+"""A run of one stage: folder, checkpoints, metrics, stopping and resuming.
 
 A run lives in `<results_dir>/<exp>/<env>/seed<k>/<stage>/`:
 
-    config.yaml      the resolved configuration
-    checkpoint.pt    plain data (tensors, numbers, strings), see `load_checkpoint`
+    config.yaml      the resolved config
+    checkpoint.pt    tensors, numbers and strings, see `load_checkpoint`
     metrics.jsonl    one line per log interval, `step` first
-    lock             until the run is finished: held by the process that is at work
+    lock             held by the process that trains the run, until it is finished
 
-The same command again continues from the checkpoint, and does nothing once the run is finished.
+The same command again resumes from the checkpoint, and does nothing once the run is finished.
 """
 
 import contextlib
@@ -27,33 +27,41 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lapo.config import Config, diff, to_dict
-from lapo.errors import STOPPING, UserError, handle_signals, say
-from lapo.runs.checkpoints import FORMAT, checksum, leaves, load_checkpoint, provenance, saved_config, stale
+from lapo.errors import STOP_SIGNALS, UserError, handle_signals, say
+from lapo.runs.checkpoints import (
+    FORMAT,
+    checksum,
+    iter_leaves,
+    load_checkpoint,
+    provenance,
+    saved_config,
+    stale,
+)
 from lapo.runs.compute import Compute, rng_state, set_rng_state, to_floats
 from lapo.runs.files import atomic_write, lock, reading, writing
-from lapo.runs.ranks import all_max, by_torchrun, expect_same, is_main
+from lapo.runs.ranks import all_max, check_equal, is_main, under_torchrun
 from lapo.runs.tracking import NoTracking, start_wandb
 
 NEUTRAL = "log_every", "save_every"
-"""Keys of the config's groups on which no number depends."""
+"""Keys of the config's groups that change no result."""
 MAX_LOSS = 1e6
 """No healthy loss or gradient norm comes near this. Frames lie in ±0.5 and rewards are normalised, so losses
 are of order one, or of order ten while codes that the published quantiser's start threw far away return."""
 
 
 class Run:
-    """One run of a stage, new or continued.
+    """One run of a stage, new or resumed.
 
-    `config_keys` names the config keys and groups the stage's numbers depend on: a continued or finished run
-    must have the same. `built_on` holds checksums, by name, of what else they depend on: earlier stages (see
-    `checkpoints.weights_of`) and frames. Places and `device` may change. `precision` is kept as it turned
-    out: a run begun in bf16 does not go on in fp32 because another machine's `auto` means that.
+    `config_keys` are the config keys and groups that the results depend on: a resumed or finished run must
+    have the same values. `built_on` holds checksums, by name, of the other inputs: earlier stages (see
+    `checkpoints.weights_checksum`) and frames. Paths and `device` may change. `precision` is saved as
+    resolved: a run that began in bf16 does not go on in fp32 because `auto` means that on another machine.
 
     Attributes
         step      steps done (of whatever the stage counts)
-        finished  whether there is nothing left to do
+        finished  whether training and evaluation are done
         metrics   the latest value of every metric logged so far
-        state     what `loop` saved last, or None in a new run
+        state     the state that `loop` saved last; None in a new run
     """
 
     def __init__(
@@ -77,21 +85,21 @@ class Run:
         self._rng: dict | None = None
         self._sums: dict[str, Tensor | float] = {}
         self._count = 0
-        self._logged = -1  # step of the last line of metrics; the stage's unit, not always that of `step`
+        self._logged = -1  # `step` of the last line of metrics (env steps in stage 3)
         self._started = self._saved = time.monotonic()
         print(f"{stage} of {cfg.env}, seed {cfg.seed}, on {compute}\n{self.dir}")
         with reading(self.checkpoint_path):
             saved = self.checkpoint_path.exists()
         if saved:
-            self._continue()
-        expect_same(
+            self._resume()
+        check_equal(
             self.step, "the run's processes see different checkpoints; results_dir must be shared by all"
         )
         with writing(self.dir, "nothing was changed"):
             self.dir.mkdir(parents=True, exist_ok=True)
         self._wandb = NoTracking()
         if not self.finished and is_main():
-            self._keep_others_out()
+            self._acquire_lock()
             atomic_write(
                 self.dir / "config.yaml",
                 lambda path: path.write_text(
@@ -100,16 +108,16 @@ class Run:
             )
             self._trim_metrics()
             self._wandb = start_wandb(self.cfg, stage, self.dir, self._wandb_id)
-            self._wandb_id = self._wandb.id or self._wandb_id  # which a continuation without wandb keeps
+            self._wandb_id = self._wandb.id or self._wandb_id  # kept if the run is resumed without wandb
 
-    def _keep_others_out(self) -> None:
-        """Hold the run's lock as long as this process lives. Raises `UserError` if another process has it."""
+    def _acquire_lock(self) -> None:
+        """Hold the run's lock while this process lives. Raises `UserError` if another process has it."""
         self._lock = lock(
             self.dir / "lock",
             f"another process is at work on {self.dir}; wait for it, or choose another --exp",
         )
 
-    def _continue(self) -> None:
+    def _resume(self) -> None:
         checkpoint = load_checkpoint(self.checkpoint_path)
         saved = saved_config(checkpoint)
         if saved.precision == "auto" or (checkpoint["finished"] and self.precision_is_auto):
@@ -129,7 +137,7 @@ class Run:
         self.metrics, self.state = checkpoint["metrics"], checkpoint["state"]
         self._sums, self._count, self._logged = (checkpoint[key] for key in ("sums", "count", "logged"))
         self._wandb_id = checkpoint["wandb_id"]
-        self._started -= checkpoint.get("seconds", 0.0)  # of the sessions before, not known to older ones
+        self._started -= checkpoint.get("seconds", 0.0)  # earlier sessions; older checkpoints lack it
         if self.finished:
             print(f"finished already, at step {self.step:,}")
         else:
@@ -137,7 +145,7 @@ class Run:
             print(f"continues from step {self.step:,}")
 
     def _relevant(self, cfg: Config) -> dict:
-        """What of a configuration the run's numbers depend on."""
+        """The part of a config that the results depend on."""
         values = {key: value for key, value in to_dict(cfg).items() if key in self._config_keys}
         for group in values.values():
             for key in NEUTRAL if isinstance(group, dict) else ():
@@ -145,7 +153,7 @@ class Run:
         return values
 
     def _trim_metrics(self) -> None:
-        """Drop lines that a killed run wrote after its last checkpoint: they will be written again."""
+        """Drop lines that a killed run logged after its last checkpoint: they will be logged again."""
         if not self.metrics_path.exists():
             return
         with reading(self.metrics_path):
@@ -160,22 +168,20 @@ class Run:
     def loop(
         self, total: int, state: Callable[[], dict], *, save_every: int, unit: str, scale: int = 1
     ) -> Iterator[int]:
-        """Yield the steps still to do, with progress, checkpoints, and an orderly stop on a signal.
+        """Yield the remaining steps; show progress, write checkpoints, stop cleanly on a signal.
 
-        The signals are those of `STOPPING`, and Ctrl-C; outside the main thread there are none.
-
-        A checkpoint follows the last step too, for whatever the stage measures afterwards may take long.
-
-        `state` gives what a continued run needs, as plain data; random states are added. Progress is shown in
-        `unit`s, `scale` per step. Raises SystemExit with 128 + its number after a signal, having saved.
+        Signals are those of `STOP_SIGNALS` and Ctrl-C, in the main thread only. `state` returns what resuming
+        needs, without random states, which are added. Progress is shown in `unit`s, `scale` per step. The
+        last step is followed by a checkpoint too, as evaluation may take long. After a signal, the state is
+        saved and SystemExit raised with 128 + its number.
         """
-        handlers = handle_signals((*STOPPING, signal.SIGINT), self._on_signal)
+        handlers = handle_signals((*STOP_SIGNALS, signal.SIGINT), self._on_signal)
         bar = tqdm(
             total=total * scale,
             initial=self.step * scale,
             unit=unit,
             desc=self.stage,
-            mininterval=1 if sys.stderr.isatty() else 60,  # a log needs no line a second
+            mininterval=1 if sys.stderr.isatty() else 60,  # a log file needs no line every second
             unit_scale=True,
             disable=not is_main(),
         )
@@ -201,21 +207,24 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        # Ctrl-C twice: do not wait for the step's end. Schedulers repeat SIGTERM, and torchrun any signal.
-        if number == self._stop_signal == signal.SIGINT and not by_torchrun():
+        # A second Ctrl-C does not wait for the step. Schedulers repeat SIGTERM, and torchrun any signal.
+        if number == self._stop_signal == signal.SIGINT and not under_torchrun():
             sys.exit(128 + number)
         self._stop_signal = number
 
     def save(self, state: dict) -> None:
-        """Write the checkpoint of the current step; the previous one stays until this one was read back.
+        """Write the checkpoint of the current step; the previous one is kept until this one was verified.
 
-        Of several processes, the first one writes, and the others wait for it.
+        Rank 0 writes, the other ranks wait for it. Raises `UserError` if the state is not finite, a metric
+        has diverged or the disk refuses.
         """
-        tensors = ((path, x) for path, x in leaves(state) if isinstance(x, Tensor) and x.is_floating_point())
+        tensors = (
+            (path, x) for path, x in iter_leaves(state) if isinstance(x, Tensor) and x.is_floating_point()
+        )
         bad = next((path for path, x in tensors if not x.isfinite().all()), None)
         if bad:
             raise self._diverged(f"{'.'.join(map(str, bad))} holds values that are not finite", self.step)
-        self._means(self.step)  # what has exploded since the last line must not cost the good checkpoint
+        self._means(self.step)  # raises if the run has diverged: the last good checkpoint must be kept
         if is_main():
             self._write(state)
         all_max()
@@ -245,31 +254,32 @@ class Run:
         atomic_write(self.checkpoint_path, lambda path: torch.save(checkpoint, path), verify=load_checkpoint)
 
     def finish(self, state: dict, result: dict[str, float] | None = None) -> None:
-        """Write the last checkpoint, `result` (numbers) among its metrics, and say where it is."""
+        """Write the final checkpoint, with `result` added to its metrics, and print it."""
         self.finished = True
         self.metrics |= result or {}
         self.save(state)
         self._wandb.finish()
         if is_main():
             (self.dir / "lock").unlink(missing_ok=True)
-        self.report()
+        self.print_result()
 
-    def report(self) -> None:
-        """Print the latest metrics and where they lie."""
+    def print_result(self) -> None:
+        """Print the latest metrics and the path of the checkpoint."""
         for key, value in self.metrics.items():
             print(f"  {key:<28} {value:.4g}" if isinstance(value, float) else f"  {key:<28} {value}")
         print(f"{self.stage} done: {self.checkpoint_path}")
 
     def track(self, metrics: dict[str, Tensor | float]) -> None:
-        """Add one step's scalars to the averages of the next `log`, without waiting for the device."""
+        """Add a step's scalars to the averages that `log` writes next, without waiting for the device."""
         for key, value in metrics.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._count += 1
 
     def log(self, step: int, extra: dict[str, Any] | None = None) -> None:
-        """Write one line for `step`: averages of what was tracked since the last one, and `extra` metrics.
+        """Log `step`: the averages of what was tracked since the last line, and `extra` metrics.
 
-        Raises `UserError` when one is not finite, a loss or gradient norm has exploded, or the disk refuses.
+        Raises `UserError` if a metric is not finite, a loss or gradient norm exceeds `MAX_LOSS`, or the disk
+        refuses.
         """
         values = self._means(step) | to_floats(extra or {})
         self._sums, self._count = {}, 0
@@ -290,10 +300,10 @@ class Run:
     def _means(self, step: int) -> dict[str, float]:
         """Averages of what was tracked since the last line.
 
-        Raises `UserError` when a loss or gradient norm among them has exploded.
+        Raises `UserError` if a loss or gradient norm exceeds `MAX_LOSS`.
         """
         means = {key: value / self._count for key, value in to_floats(self._sums).items()}
-        # Others may be huge in good health, such as the explained variance before the first reward.
+        # Other metrics may be huge in a healthy run: the explained variance before the first reward, say.
         watched = {key: value for key, value in means.items() if key.endswith(("loss", "grad_norm"))}
         bad = {key: value for key, value in watched.items() if not abs(value) < MAX_LOSS}
         if bad:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lapo.errors import UserError
-from lapo.runs.files import atomic_write, filled_at_once, filling, hindrance, is_vacant, reading
+from lapo.runs.files import atomic_write, filled_at_once, filling, is_vacant, read_obstacle, reading
 
 
 def test_atomic_write_replaces_the_file_once_it_is_whole(tmp_path):
@@ -164,7 +164,7 @@ def hidden(reason: OSError) -> Exception:
     ],
 )
 def test_what_keeps_a_file_from_being_read_is_told_from_damage(error, reason, tmp_path):
-    assert hindrance(error) == reason
+    assert read_obstacle(error) == reason
     with pytest.raises(UserError if reason else type(error)), reading(tmp_path):
         raise error
 

@@ -28,7 +28,7 @@ from lapo.models import VectorQuantizer, make_idm, make_latent_policy, make_worl
 from lapo.runs import ranks
 from lapo.runs.checkpoints import load_checkpoint
 from lapo.runs.compute import Compute, seed_everything
-from lapo.runs.ranks import Shard, all_max, average, distributed, expect_same, is_main, per_rank_batch, shard
+from lapo.runs.ranks import Shard, all_max, average, check_equal, distributed, is_main, per_rank_batch, shard
 from support import LAPO, PATIENCE, ROOT, Workplace, numbered_frames, read_numbers, write_chunk, write_game
 
 CPU = torch.device("cpu")
@@ -168,11 +168,11 @@ def collectives() -> dict[str, Any]:
     x, y = torch.full((2, 3), float(mine)), torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T * (mine + 1)
     average([x, y])
     try:
-        expect_same(mine, "they differ")
+        check_equal(mine, "they differ")
         refused = ""
     except UserError as error:
         refused = str(error)
-    expect_same(7, "unreachable")
+    check_equal(7, "unreachable")
     return {"x": x, "y": y, "max": all_max(mine, 5 - mine), "first": is_main(), "refused": refused}
 
 
@@ -302,7 +302,7 @@ def alone(environment: dict[str, str]) -> BaseProcess:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_who_waits_for_a_rank_that_never_comes_says_so_and_obeys(monkeypatch, capfd, rank, number, code):
-    monkeypatch.setattr(ranks, "QUIET", 0.1)
+    monkeypatch.setattr(ranks, "NOTICE_AFTER", 0.1)
     environment = variables(rank, free_port())
     process, said = alone(environment), ""
     while "\n" not in said:
@@ -321,8 +321,8 @@ def test_who_waits_for_a_rank_that_never_comes_says_so_and_obeys(monkeypatch, ca
 @pytest.mark.parametrize("rendezvous", [dist.rendezvous, lambda *place, timeout: time.sleep(3600)])
 def test_who_waits_for_a_rank_that_never_comes_gives_up(monkeypatch, capfd, rendezvous):
     monkeypatch.setattr(dist, "rendezvous", rendezvous)
-    monkeypatch.setattr(ranks, "QUIET", 0.1)
-    monkeypatch.setattr(ranks, "MEETING", 0.3)
+    monkeypatch.setattr(ranks, "NOTICE_AFTER", 0.1)
+    monkeypatch.setattr(ranks, "JOIN_TIMEOUT", 0.3)
     process = alone(variables(1, free_port()))
     process.join(PATIENCE)
     assert process.exitcode == 2
@@ -349,7 +349,7 @@ def test_a_plain_run_with_torchruns_variables_does_not_hang():
     code = """if True:
         from lapo.errors import run_main
         from lapo.runs import ranks
-        ranks.QUIET = 0.1
+        ranks.NOTICE_AFTER = 0.1
         def main():
             with ranks.distributed():
                 pass
@@ -372,14 +372,14 @@ def test_a_plain_run_with_torchruns_variables_does_not_hang():
 def test_half_of_torchruns_variables_are_a_mistake(monkeypatch, value, found):
     for name, number in variables(0, 1).items():
         monkeypatch.setenv(name, number)
-    assert ranks.launched() == 2
+    assert ranks.num_processes() == 2
     monkeypatch.delenv("WORLD_SIZE")
     if value is not None:
         monkeypatch.setenv("WORLD_SIZE", value)
     with pytest.raises(
         UserError, match=f"but WORLD_SIZE {found}; if torchrun did not start this process, un"
     ):
-        ranks.launched()
+        ranks.num_processes()
 
 
 def fail_alone() -> None:
@@ -391,7 +391,7 @@ def fail_alone() -> None:
 
 
 def test_after_one_rank_has_failed_alone_none_hangs(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(ranks, "PARTING", 0.1)
+    monkeypatch.setattr(ranks, "LEAVE_TIMEOUT", 0.1)
     processes = start_ranks(fail_alone, tmp_path)
     for process in processes:
         process.join(PATIENCE)
@@ -502,5 +502,5 @@ def test_numbers_on_the_cpu_are_reduced_where_there_are_gpus(monkeypatch):
     monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, **_: chosen.append(backend))
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        ranks._meet()
+        ranks._init_process_group()
     assert chosen == ["cpu:gloo,cuda:nccl", "gloo"]
