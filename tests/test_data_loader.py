@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import io
-import math
 import os
 import pickle
 import shutil
@@ -589,7 +588,7 @@ def npy(array: np.ndarray, **claims) -> bytes:
 def test_a_chunk_that_lies_is_refused_or_read_correctly(tmp_path_factory, data):
     """Wrong types and shapes, huge headers and pickles in an intact zip file: a UserError, or what it holds.
 
-    Nothing is executed, and no memory taken for what is only claimed.
+    Nothing is executed, and no memory allocated for frames that are not there.
     """
     folder = tmp_path_factory.getbasetemp() / "lies"
     folder.mkdir(exist_ok=True)
@@ -598,7 +597,6 @@ def test_a_chunk_that_lies_is_refused_or_read_correctly(tmp_path_factory, data):
     key = data.draw(st.sampled_from([*arrays]))
     kept = data.draw(st.sampled_from([[*arrays], ["obs", key]]))
     members = {name: npy(arrays[name]) for name in kept}
-    claimed_size = None
     kind = data.draw(st.sampled_from(["type", "shape", "huge", "huge", "header", "pickle", "pickle"]))
     match kind:
         case "type":
@@ -611,11 +609,7 @@ def test_a_chunk_that_lies_is_refused_or_read_correctly(tmp_path_factory, data):
             members[key] = npy(np.resize(arrays[key], data.draw(sizes)))
         case "huge":
             shape = (data.draw(st.sampled_from([1000, 4000, 10**6, 10**12, 10**18])), *arrays[key].shape[1:])
-            header = npy(arrays[key][:0], shape=shape)
-            members[key] = header + arrays[key].tobytes()
-            if data.draw(st.booleans()):
-                # The zip's directory lies as well: up to what it can express.
-                claimed_size = len(header) + math.prod(shape) * arrays[key].dtype.itemsize
+            members[key] = npy(arrays[key][:0], shape=shape) + arrays[key].tobytes()
         case "header":
             version = data.draw(st.sampled_from([(1, 0), (2, 0), (3, 0), (9, 9)]))
             length = data.draw(st.sampled_from([0, 65535, 2**31 - 1, 2**32 - 1]))
@@ -630,8 +624,6 @@ def test_a_chunk_that_lies_is_refused_or_read_correctly(tmp_path_factory, data):
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in members.items():
             archive.writestr(f"{name}.npy", content)
-        if claimed_size and claimed_size < 2**63:
-            archive.getinfo(f"{key}.npy").file_size = claimed_size
 
     read, message = None, ""
     tracemalloc.start()

@@ -168,7 +168,7 @@ def test_failing_game_does_not_stop_the_others_and_a_rerun_continues(repo):
         (["maze", "--task", "x"], "error: --task is 'x', but must be the number of a run"),
         (["maze", "--env", "ninja"], "error: games are named first and without --env"),
         (["maze", "--modes", "online,ofline"], "'stage3.mode' is 'ofline': input should be 'online'"),
-        (["maze", "--sead", "1"], "unknown key 'sead'; allowed here: env, exp, seed"),
+        (["maze", "--sead", "1"], "unknown option --sead; did you mean --seed?"),
         (["maze", "--vq.num_embs", "0"], "'vq.num_embs' is '0'"),
     ],
 )
@@ -356,7 +356,7 @@ def test_a_task_uses_the_processors_of_its_job(cluster):
     [
         (["maze", "--seeds", "0,1"], "error: a -- must part sbatch's options from the runs"),
         (["--gpus=1", "--", "bigfsh"], "error: 'bigfsh' is neither a Procgen game nor a folder "),
-        (["--", "maze", "--sead", "1"], "unknown key 'sead'; allowed here: env, exp, seed"),
+        (["--", "maze", "--sead", "1"], "unknown option --sead; did you mean --seed?"),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_submitted(cluster, arguments, sentence):

@@ -172,12 +172,12 @@ def test_a_stage_stopped_at_random_moments_ends_as_an_uninterrupted_one(trained,
 
 
 @pytest.mark.parametrize("mode", ["bc", "scratch"])
-def test_a_run_stopped_while_it_is_judged_ends_as_an_uninterrupted_one(trained, monkeypatch, mode):
+def test_a_run_stopped_during_its_evaluation_ends_as_an_uninterrupted_one(trained, monkeypatch, mode):
     arguments = ["--stage3.mode", mode, "--stage3.steps", "64"]
     whole, stopped = f"evaluated-{mode}", f"stopped-{mode}"
     stage3_decode.train(trained.config("--exp", whole, *arguments))
     with monkeypatch.context() as patch:
-        patch.setattr(stage3_decode, "score", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(stage3_decode, "evaluate_policy", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             stage3_decode.train(trained.config("--exp", stopped, *arguments))
     stage3_decode.train(trained.config("--exp", stopped, *arguments))
