@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import math
 import os
 import pickle
 import shutil
