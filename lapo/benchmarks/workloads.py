@@ -53,7 +53,7 @@ class Part(NamedTuple):
     per_step: float = 1.0
     """How often a training step does this part, on average over a run."""
     seconds: float | None = None
-    """How long it took, where the step measures that itself; None: as long as since the part before."""
+    """How long it took, if the step measured that itself; None: the time since the part before."""
 
 
 TRAINING = ("load", "forward/backward", "update")
@@ -69,14 +69,14 @@ class Workload:
     samples: int
     """Samples of a step: windows, env steps or frames."""
     update: Callable[[int], Any] | None = None
-    """In stages 1 and 2, does the training step in one call, as the stage does (with CUDA graphs, if on)."""
+    """Does a training step of stage 1 or 2 in one call, as the stage does (by a CUDA graph, if on)."""
 
 
 @contextlib.contextmanager
 def prepared(
     stage: str, cfg: Config, frames: int, device: torch.device
 ) -> Iterator[Callable[[str, Compute], Workload]]:
-    """A function that makes the stage's workload for a path, on windows, envs or chunks that all share."""
+    """A function of path and compute that makes the stage's workload; all use the same frames and envs."""
     with contextlib.ExitStack() as stack:
         if stage in "12":
             given = (random_windows(frames, device),)
@@ -232,10 +232,10 @@ class TimedEnv(VecEnv):
 
 
 def short_update(cfg: Config, device: torch.device) -> tuple[Config, float]:
-    """`cfg` with short PPO updates, and how many of their rollouts make up a whole one.
+    """`cfg` with short PPO updates, and how many of their rollouts are as long as one of `cfg`.
 
-    On a CPU, a short update collects one minibatch and trains on it once, as a whole one takes long. On a GPU
-    it is the whole update: there, minibatches must follow each other without a wait.
+    On a CPU a whole update takes long. A short one collects a single minibatch and trains on it once. Updates
+    stay whole on a GPU, so that minibatches follow each other without a wait.
     """
     if device.type == "cuda":
         return cfg, 1.0
@@ -254,7 +254,7 @@ def online_trainer(cfg: Config, compute: Compute, env: VecEnv) -> PPOTrainer:
 
 
 def update_parts(cfg: Config, trainer: PPOTrainer, env: TimedEnv, rollouts: float) -> Iterator[Part]:
-    """The parts of a PPO update of `cfg`, of which the trainer's is short: it takes `rollouts` of them."""
+    """Do an update of the trainer, part by part; `rollouts` of its rollouts are as long as one of `cfg`."""
     whole, short = cfg.ppo, trainer.cfg
     env.take_waited()
     last_value = trainer.collect()
