@@ -85,6 +85,8 @@ class VQConfig:
 
     __pydantic_config__ = STRICT
     enabled: bool
+    kind: Literal["ema", "fsq"]
+    normalize: bool
     num_codebooks: Count
     num_latents: Count
     num_embs: Annotated[Int, Field(ge=2)]
@@ -93,11 +95,13 @@ class VQConfig:
     commitment_cost: NonNegative
     epsilon: Positive
     start: Literal["published", "data"]
+    levels: Annotated[list[Annotated[Int, Field(ge=2)]], BeforeValidator(_items), Field(min_length=1)]
 
     @property
     def la_dim(self) -> int:
         """Size of a latent action."""
-        return self.num_codebooks * self.num_latents * self.emb_dim
+        size = len(self.levels) if self.kind == "fsq" else self.emb_dim
+        return self.num_codebooks * self.num_latents * size
 
 
 @dataclass

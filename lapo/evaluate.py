@@ -1,8 +1,7 @@
-"""Play a policy of ours on held-out levels: `python evaluate.py --env bigfish --exp main --policy offline`.
+"""Evaluate a policy on held-out levels: `python evaluate.py --env bigfish --exp main --policy offline`.
 
-Prints the mean return with its standard error, and where it lies between the random policy's and the
-published expert's. Any checkpoint of stage 3 or of train_expert.py will do (`--checkpoint PATH`), an
-unfinished one as well.
+Prints the mean return with its standard error and the relative return (0: random, 1: published expert). The
+policy may be any checkpoint of stage 3 or train_expert.py (`--checkpoint PATH`), even an unfinished one.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from lapo.runs.ranks import require_single_process
 
 
 def main() -> None:
-    """Play as the command line says."""
+    """Evaluate as the command line says."""
     require_single_process("evaluate.py")
     evaluate(*parse())
 
@@ -124,29 +123,29 @@ def evaluate(args: argparse.Namespace, cfg: Config) -> dict:
 
 @dataclass(frozen=True)
 class Player:
-    """Who plays what."""
+    """A policy or planner and its game."""
 
     game: str
     policy: str
     """Mode of stage 3, random, planner, or learned expert (of train_expert.py)."""
     act: Act | Expert
     visuals: Visuals
-    """How the game is drawn for it: as it was for its training."""
+    """How the game is drawn: as in its training."""
     compute: Compute
-    """Where it plays, and in which precision: that of its training."""
+    """Device and precision, the latter as in its training."""
     checkpoint: Path | None = None
     unfinished_at: int | None = None
-    """Environment steps so far of a policy whose training has not ended."""
+    """Env steps so far, if the training has not ended."""
 
     def play(self, cfg: Config) -> Evaluation:
-        """Play as `cfg.eval` and the seed say."""
+        """Play the episodes of `cfg.eval`."""
         if not isinstance(self.act, Expert):
             return evaluate_actor(self.act, self.game, self.visuals, cfg.eval, cfg.seed)
         with closing(held_out_env(self.game, self.visuals, cfg.eval, cfg.seed)) as env:
             return play(lambda frames: self.act.act(env.get_state()), env, cfg.eval.episodes)
 
     def describe(self) -> str:
-        """The player in words."""
+        """The player, in words."""
         if isinstance(self.act, Expert):
             return f"{expert_name(self.game)}, an expert without training,"
         if self.checkpoint is None:
@@ -156,9 +155,9 @@ class Player:
 
 
 def choose(args: argparse.Namespace, cfg: Config) -> Player:
-    """The player that the arguments ask for.
+    """The player that the arguments select.
 
-    Raises `UserError` for a checkpoint that is missing, or of a stage whose networks cannot act.
+    Raises `UserError` for a missing checkpoint, and for a stage whose networks cannot act.
     """
     compute = Compute.from_config(cfg)
     if args.policy == "random":

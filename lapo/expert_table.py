@@ -1,8 +1,7 @@
-"""What the experts earn, game by game: `python expert_table.py` prints the table of docs/experts.md.
+"""Returns of the experts: `python expert_table.py` prints the table of docs/experts.md.
 
-It is kept in docs/experts.json, into which `python expert_table.py --add FILE …` takes results that
-`evaluate.py --json FILE` wrote: of `--policy random`, of `--policy planner`, or of a learned expert's
-`--checkpoint`.
+Its numbers are in docs/experts.json. `python expert_table.py --add FILE …` adds results of
+`evaluate.py --json FILE`, with `--policy random` or `planner`, or the `--checkpoint` of a learned expert.
 """
 
 import json
@@ -63,7 +62,7 @@ def read(path: Path) -> dict:
 
 
 def row(game: str, results: dict[str, dict]) -> list[str]:
-    """A game's line: what is known, relative return and speed those of the planner."""
+    """The row of a game; relative return and speed are those of the planner."""
     planner = results.get("planner")
     return [
         game,
@@ -75,7 +74,7 @@ def row(game: str, results: dict[str, dict]) -> list[str]:
 
 
 def mean_return(result: dict | None) -> str:
-    """Mean ± standard error, which a single episode has not; nothing where there is no result."""
+    """Mean ± standard error (which a single episode lacks); empty without a result."""
     if not result:
         return ""
     error = result["return_stderr"]

@@ -1,11 +1,11 @@
 """Train an expert to record from: `python train_expert.py --env bigfish`, then `record_expert.py --expert`.
 
 `--teacher none`     PPO from scratch: what stage 3 does in mode scratch, for longer
-`--teacher planner`  DAgger: a policy that sees one frame at a time learns what the planner of `experts/`
-                     does, which sees the simulator's state; what it plays can be imitated from frames
+`--teacher planner`  DAgger: distils the game's planner, which reads the simulator's state, into a policy
+                     that sees single frames, and whose actions can be imitated from frames
 
-The finished run's checkpoint is the expert: a small file that says what it is, how it was made and how well
-it plays. `expert_data/experts/<game>.pt` is where `record_expert.py` looks for one by itself.
+The finished run's checkpoint is the expert: a small file with its training and its returns. Saved as
+`expert_data/experts/<game>.pt`, it is what `record_expert.py` records by default.
 """
 
 from argparse import SUPPRESS
@@ -42,11 +42,11 @@ def main() -> None:
 
 
 def train(cfg: Config) -> None:
-    """Train the expert; the result lies in the run's checkpoint."""
+    """Train the expert; the result is the run's checkpoint."""
     compute = Compute.from_config(cfg)
     check_game(cfg.env)
     distils = cfg.expert.teacher == "planner"
-    # The networks are those of stage 3, so that whatever plays its policies plays experts as well.
+    # The networks are those of stage 3, so that experts can be used wherever its policies can.
     cfg = replace(
         cfg,
         model=replace(cfg.model, policy_scale=cfg.expert.scale),
@@ -74,7 +74,7 @@ def train(cfg: Config) -> None:
 
 
 def distil(cfg: Config, compute: Compute, run: Run) -> nn.Module:
-    """A policy that has learnt from the game's planner."""
+    """A policy distilled from the game's planner."""
     policy = compute.place(make_acting_policy(cfg, "bc", len(ACTIONS)))
     env = VecEnv(cfg.env, cfg.dagger.num_envs, seed=cfg.seed, visuals=cfg.visuals)
     dagger = Dagger(cfg.dagger, compute, env, partial(experts.make_expert, cfg.env), policy)
@@ -92,7 +92,7 @@ def distil(cfg: Config, compute: Compute, run: Run) -> nn.Module:
 
 
 def origin(cfg: Config) -> dict[str, str]:
-    """How an expert came about, beside what any checkpoint tells of its run."""
+    """How the expert was made, in addition to what every checkpoint holds."""
     made = {"method": "PPO from scratch", "procgen": simulator_version()}
     if cfg.expert.teacher == "planner":
         teacher = experts.expert_name(cfg.env)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from lapo import data_loader
 from lapo.data import chunks
-from lapo.data.checks import check
+from lapo.data.checks import check_chunk
 from lapo.data.chunks import (
     BadChunk,
     find_chunks,
@@ -633,7 +633,7 @@ def test_a_chunk_that_lies_is_refused_or_read_correctly(tmp_path_factory, data):
         message = str(error)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    fault = check(path).fault
+    fault = check_chunk(path).fault
     assert not mark.exists()
     assert peak < 1_000_000
     assert read or (message.startswith(str(path)) and "\n" not in message)

@@ -1,4 +1,4 @@
-"""How fast the stages run, and what a CUDA device makes of them.
+"""Speed of the stages, and checks on a CUDA device.
 
 What is measured are the stages' own steps; nothing outside imports this.
 """

@@ -1,11 +1,11 @@
-"""What a CUDA device makes of the stages: are they right, do they wait for nothing, how fast are they?
+"""Checks of the stages on a CUDA device: equal results, no synchronisation in hot loops, speed.
 
     make gpu                                    or: python -m lapo.benchmarks.gpu
     make gpu ARGS="--json gpu.json"             also write the numbers to a file
-    make gpu ARGS=--dry                         small sizes on the CPU, to try the checks themselves
+    make gpu ARGS=--dry                         small sizes on the CPU, to test the checks themselves
 
-No data and no earlier stage is needed: frames and weights are random. A line per check says what was found;
-one that fails does not end the others. Exit status: 0 all held, 1 one did not, 2 there is nothing to check.
+Frames and weights are random: no data and no earlier stage is needed. Each check prints a line, and goes on
+where another one fails. Exit status: 0 all passed, 1 one failed, 2 there is no CUDA device.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ from lapo.runs.files import check_json, write_json
 
 
 class CheckError(Exception):
-    """Something was found not to be as it should."""
+    """A check has failed."""
 
 
 def expect(holds: bool, sentence: str) -> None:
@@ -88,17 +88,17 @@ def run_checks(
 ) -> list[str]:
     """Run `checks` by name; returns the names of those that failed.
 
-    Whatever is known is written to `file` after every check, over what it holds of the same check.
+    After every check the results are written to `file`, which keeps those of other checks.
     """
     started, failed = time.perf_counter(), []
     results = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
     for name, function in checks.items():
         start = time.perf_counter()
         try:
-            gc.collect()  # trainers refer to themselves by way of their compiled functions
+            gc.collect()  # trainers refer to themselves through their compiled functions
             torch.compiler.reset()
             found = function(bench)
-        except Exception as error:  # whatever it is, the other checks still tell something
+        except Exception as error:  # the other checks are still informative
             traceback.print_exc()
             found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             failed.append(name)
@@ -117,11 +117,11 @@ def run_checks(
     return failed
 
 
-# ---------------------------------------------------------------- right
+# ---------------------------------------------------------------- equal results
 
 
 def environment(bench: Bench) -> dict[str, Any]:
-    """What is there. Fails where there is nothing to compile with."""
+    """Versions and hardware. Fails without a compiler or Python.h."""
     found: dict[str, Any] = {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -142,7 +142,7 @@ def environment(bench: Bench) -> dict[str, Any]:
 
 
 class CountedWindows(Windows):
-    """Windows of frames whose first bytes spell their number, made on the device."""
+    """Windows of frames whose first bytes are their index, made on the device."""
 
     def __init__(self, count: int, device: torch.device):
         self.shard, self.num_bad, self.unlabelled = WHOLE, 0, []
@@ -153,7 +153,7 @@ class CountedWindows(Windows):
 
 
 def gather_far(bench: Bench) -> str:
-    """Frames are gathered from beyond 2**31 bytes."""
+    """Gathering works for frames beyond 2**31 bytes."""
     free = 6e6 if bench.dry else min(0.6 * torch.cuda.mem_get_info()[0], 33e9)
     expect(bench.dry or free > 2**32, f"{free / 1e9:.1f} GB may be used, too little to get there")
     count = int(free // np.prod(FRAME_SHAPE))
@@ -166,7 +166,7 @@ def gather_far(bench: Bench) -> str:
 
 
 def same_as_cpu(bench: Bench) -> dict[str, float]:
-    """The gradients of a step of stage 1 are those of the CPU in fp32."""
+    """Gradients of a step of stage 1 equal those of the CPU in fp32."""
     expected = first_step(bench.demo, Compute(CPU, bf16=False, compile=False))
     found = {}
     for name, bf16, compiled, tolerance in (
@@ -194,9 +194,9 @@ def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 
 
 def rolling(bench: Bench) -> str:
-    """Pools of chunks are exchanged under a busy device: every batch holds the frames that it should.
+    """Batches hold the right frames while pools of chunks are exchanged on a busy device.
 
-    The work that keeps it busy is recorded as a CUDA graph while chunks are on their way.
+    The work that keeps the device busy is recorded as a CUDA graph while chunks are being copied.
     """
 
     def many_products(x: Tensor) -> Tensor:
@@ -218,19 +218,19 @@ def rolling(bench: Bench) -> str:
         for step in range(batches):
             ids = windows.batch(step, 32, 0)
             expected = truth.gather(ids.cpu()).to(bench.device)
-            work(x)  # the gather is still to be done when the next batch fetches a pool
+            work(x)  # the gather is still queued when the next batch loads a pool
             wrong += (windows.gather(ids) != expected).any()
         expect(not wrong.item(), f"{wrong} of {batches} batches hold other frames")
     return f"{batches} batches"
 
 
 def continued(bench: Bench) -> dict[str, float]:
-    """A trainer continued from its saved state makes the step that the first one makes, as one begun anew."""
+    """A resumed trainer does the same next step as the saved one, up to the difference of two equal runs."""
     with deterministic():
         compute, windows = bench.compute(bf16=False, compiled=False), bench.windows(64)
         trainer, again, other = (stage1_trainer(bench.demo, compute, windows) for _ in range(3))
         for each in (trainer, again):
-            torch.manual_seed(0)  # the codebook starts from latents drawn at random
+            torch.manual_seed(0)  # the codebook is initialised with randomly chosen latents
             each.update(0)
         with TemporaryDirectory() as folder:
             path = Path(folder) / "state.pt"
@@ -250,7 +250,7 @@ def continued(bench: Bench) -> dict[str, float]:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """cuDNN takes algorithms that give equal results to equal inputs."""
+    """cuDNN uses deterministic algorithms only."""
     torch.backends.cudnn.deterministic = True
     try:
         yield
@@ -261,9 +261,9 @@ def deterministic() -> Iterator[None]:
 def graphs_do_the_same(
     bench: Bench, train: Callable[[Bench, Compute], list[Tensor]], compiled: bool
 ) -> dict[str, float]:
-    """What `train` computes by CUDA graphs is what it computes without, up to what two runs differ by.
+    """`train` computes the same with CUDA graphs as without, up to the difference of two equal runs.
 
-    Compiled and in bf16, or neither.
+    `compiled`: compiled and in bf16; else eager and in fp32.
     """
     with deterministic():
         first, again, replayed = (
@@ -276,7 +276,7 @@ def graphs_do_the_same(
 
 
 def train_stage1(bench: Bench, compute: Compute) -> list[Tensor]:
-    """All weights and statistics of stage 1 after a few steps, and their metrics."""
+    """Weights, statistics and metrics of stage 1 after a few steps."""
     torch.compiler.reset()
     trainer = stage1_trainer(bench.demo, compute, bench.windows(1000))
     metrics = [x.clone() for step in range(8) for x in trainer.update(step).values()]
@@ -285,7 +285,7 @@ def train_stage1(bench: Bench, compute: Compute) -> list[Tensor]:
 
 
 def train_stage2(bench: Bench, compute: Compute) -> list[Tensor]:
-    """All weights of stage 2 after a few steps, and its losses."""
+    """Weights and losses of stage 2 after a few steps."""
     torch.compiler.reset()
     windows = bench.windows(1000)
     seed_everything(0)
@@ -297,14 +297,14 @@ def train_stage2(bench: Bench, compute: Compute) -> list[Tensor]:
 
 
 def play(bench: Bench, compute: Compute) -> list[Tensor]:
-    """Two updates of online mode: what was done in them and what the decoder learnt from."""
+    """Two updates of online mode: rollouts, weights and the decoder's pairs."""
     torch.compiler.reset()
     seed_everything(0)
     with contextlib.closing(workloads.TimedEnv.of(bench.demo)) as env:
         trainer = workloads.online_trainer(bench.demo, compute, env)
         played = []
         for update in range(1, 3):
-            trainer.improve(1024 * update, trainer.collect())  # where all learning rates are high
+            trainer.improve(1024 * update, trainer.collect())  # at env steps where no learning rate is 0
             trainer.decoder.infer_latents(trainer.rollout)
             rollout = trainer.rollout
             seen = rollout.actions, rollout.logprobs, rollout.values, rollout.frames
@@ -314,7 +314,7 @@ def play(bench: Bench, compute: Compute) -> list[Tensor]:
 
 
 def collectives(bench: Bench) -> str:
-    """Two processes meet, compare numbers on the CPU and part, as torchrun starts them."""
+    """Two processes of torchrun join, reduce numbers on the CPU, and end."""
     code = "from lapo.runs.ranks import all_max, distributed, shard\n"
     code += "with distributed():\n    assert all_max(shard().rank, 7) == (1, 7)\n"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
@@ -323,7 +323,7 @@ def collectives(bench: Bench) -> str:
 
 
 def run(words: list[str], stop_at: Path | None = None) -> str:
-    """What a Python command prints. Once the file `stop_at` is there, SIGTERM tells it to stop."""
+    """The output of a Python command, which is stopped by SIGTERM once the file `stop_at` exists."""
     process = subprocess.Popen(
         [sys.executable, *words],
         cwd=ROOT,
@@ -344,7 +344,7 @@ def run(words: list[str], stop_at: Path | None = None) -> str:
 
 
 def real_run(bench: Bench) -> dict[str, Any]:
-    """Frames are recorded, the stages train on them, stopped once and continued, and the policy plays."""
+    """A short run: recording, the three stages (stage 1 is stopped and resumed), evaluation."""
     with TemporaryDirectory() as folder:
         data = ["--data-dir", f"{folder}/data"]
         options = [
@@ -360,15 +360,15 @@ def real_run(bench: Bench) -> dict[str, Any]:
         ]
         if bench.dry:
             options += ["--device", "cpu", *DRY.split(), "--probe.windows", "64", "--eval.episodes", "4"]
-        else:
-            options += ["--compile", "graphs"]
-        train, test, steps, env_steps = (512, 256, 20, 64) if bench.dry else (16384, 4096, 3000, 32768)
+        train, test, steps, env_steps = (512, 256, 20, 64) if bench.dry else (16384, 4096, 1000, 8192)
         start = time.perf_counter()
         record = ["--env", "jumper", "--visuals", "plain", "--expert", "planner", "--noise", "0.2", *data]
         run(["lapo/record_expert.py", *record, "--frames", str(train), "--test-frames", str(test)])
         recorded = time.perf_counter()
         first = ["lapo/stage1.py", *options, "--stage1.steps", str(steps), "--stage1.log-every", "5"]
-        run(first, stop_at=Path(folder) / "demo/jumper/seed0/stage1/metrics.jsonl")
+        # Without compiling, which takes a minute, until it is stopped.
+        stopped_at = Path(folder) / "demo/jumper/seed0/stage1/metrics.jsonl"
+        run([*first, "--compile", "off"], stop_at=stopped_at)
         printed = run(first)
         expect("continues from step" in printed, f"stage 1 began anew: {printed}")
         run(["lapo/stage2.py", *options, "--stage2.steps", str(steps)])

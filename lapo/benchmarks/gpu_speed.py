@@ -1,4 +1,4 @@
-"""How fast a CUDA device makes the steps of the stages, and where the checks of gpu.py run."""
+"""Speed of the stages' steps on a CUDA device, and the settings of the checks in gpu.py."""
 
 import contextlib
 import gc
@@ -23,14 +23,14 @@ DRY = "--stage1.batch_size 4 --stage2.batch_size 4 --ppo.num_envs 4 --ppo.rollou
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the checks run, and on which sizes."""
+    """Device and sizes of the checks."""
 
     dry: bool
     device: torch.device
     demo: Config
-    """Small networks, for what is compared."""
+    """Small networks, for comparisons."""
     full: Config
-    """The published sizes, for what is timed; small ones in a dry run."""
+    """The published sizes, for timings; small ones in a dry run."""
 
     @classmethod
     def make(cls, dry: bool) -> "Bench":
@@ -43,7 +43,7 @@ class Bench:
         return cls(dry, torch.device("cuda:0"), load_config(demo), load_config(["--env", "jumper"]))
 
     def compute(self, *, bf16: bool = True, compiled: bool = True, graphs: bool = False) -> Compute:
-        """How tensors are computed; in a dry run nothing is compiled and there are no CUDA graphs."""
+        """The `Compute` of a check; in a dry run nothing is compiled, and there are no CUDA graphs."""
         return Compute(self.device, bf16, compiled and not self.dry, graphs and not self.dry)
 
     def windows(self, frames: int, dry_frames: int = 64) -> Windows:
@@ -51,13 +51,13 @@ class Bench:
         return workloads.random_windows(dry_frames if self.dry else frames, self.device)
 
     def wait(self) -> None:
-        """Wait until the device has done all it was given."""
+        """Synchronise with the device."""
         if not self.dry:
             torch.cuda.synchronize()
 
     @contextlib.contextmanager
     def no_waiting(self) -> Iterator[None]:
-        """Any operation that waits for the device raises RuntimeError."""
+        """Operations that synchronise with the device raise RuntimeError."""
         if self.dry:
             yield
             return
@@ -69,19 +69,19 @@ class Bench:
 
 
 def stage1_trainer(cfg: Config, compute: Compute, windows: Windows) -> stage1_idm_wm.Trainer:
-    """What trains stage 1, from the same weights every time."""
+    """A trainer of stage 1, with the same initial weights every time."""
     seed_everything(0)
     return stage1_idm_wm.Trainer(cfg, compute, windows, *workloads.stage1_networks(cfg, compute))
 
 
 def stage1_speed(bench: Bench, **options: bool) -> dict[str, Any]:
-    """Steps of stage 1."""
+    """Speed of stage 1."""
     windows = bench.windows(20_000)
     return speed(bench, lambda compute: stage1_trainer(bench.full, compute, windows), **options)
 
 
 def stage2_speed(bench: Bench, **options: bool) -> dict[str, Any]:
-    """Steps of stage 2."""
+    """Speed of stage 2."""
     cfg, windows = bench.full, bench.windows(20_000)
     la = torch.randn(len(windows), cfg.vq.la_dim, device=bench.device)
 
@@ -92,7 +92,7 @@ def stage2_speed(bench: Bench, **options: bool) -> dict[str, Any]:
 
 
 def inference_speed(bench: Bench) -> dict[str, int]:
-    """Windows whose latent actions the IDM infers."""
+    """Rate at which the IDM infers latent actions."""
     windows, compute = bench.windows(20_000), bench.compute(compiled=False)
     idm = compute.place(make_idm(bench.full)).eval()
     ids = windows.all()
@@ -112,9 +112,9 @@ def speed(
     graphs: bool = False,
     benchmark: bool = False,
 ) -> dict[str, Any]:
-    """Milliseconds per step, of them the host's, over many steps between two waits; memory and kernels.
+    """Milliseconds per step and of the host, over many steps between two waits; memory and kernels.
 
-    Fails if a step waits for the device, or compiles anew after the first five.
+    Raises RuntimeError if a step waits for the device, or is recompiled after the first five.
     """
     count = 2 if bench.dry else 100
     gc.collect()
@@ -131,7 +131,7 @@ def speed(
         bench.wait()
         first = time.perf_counter() - start
         with bench.no_waiting():
-            for step in range(5, 8):  # the epoch's order is on the device by now
+            for step in range(5, 8):  # the epoch's permutation is on the device by now
                 trainer.update(step)
         torch._dynamo.config.error_on_recompile = compiled
         bench.wait()
@@ -154,22 +154,19 @@ def speed(
 
 
 def kernels(bench: Bench, step: Callable[[], Any]) -> dict[str, float]:
-    """How many kernels a step launches, and how long the device works on them.
-
-    In a dry run, the operators of the CPU in their place.
-    """
+    """Number of kernels of a step, and the device's time for them (in a dry run: operators of the CPU)."""
     activities = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activities.CPU if bench.dry else activities.CUDA]) as profile:
         step()
         bench.wait()
     kind = torch.autograd.DeviceType.CPU if bench.dry else torch.autograd.DeviceType.CUDA
-    rows = [row for row in profile.key_averages() if row.device_type == kind]  # not the calls of the runtime
+    rows = [row for row in profile.key_averages() if row.device_type == kind]  # without calls of the runtime
     busy = sum(row.self_cpu_time_total if bench.dry else row.self_device_time_total for row in rows)
     return {"kernels": sum(row.count for row in rows), "device busy ms": round(busy / 1e3, 3)}
 
 
 def stage3_speed(bench: Bench, graphs: bool) -> dict[str, float]:
-    """Milliseconds of an update of stage 3's online mode and of its parts: the last one of four."""
+    """Milliseconds of the parts of an update of stage 3's online mode: the last one of four."""
     torch.compiler.reset()
     cfg = bench.full
     with contextlib.closing(workloads.TimedEnv.of(cfg)) as env:
@@ -190,7 +187,7 @@ def stage3_speed(bench: Bench, graphs: bool) -> dict[str, float]:
         waited = env.take_waited()
         trainer.decoder.infer_latents(trainer.rollout)
         bench.wait()
-        labelled = time.perf_counter()
+        inferred_at = time.perf_counter()
         trainer.decoder.train()
         bench.wait()
         decoded = time.perf_counter()
@@ -203,15 +200,15 @@ def stage3_speed(bench: Bench, graphs: bool) -> dict[str, float]:
         "env steps/s": round(cfg.ppo.num_envs * steps / (learnt - begun)),
         "update ms": round(1e3 * (learnt - played), 2),
         "its host ms": round(1e3 * host, 2),
-        "latents ms": round(1e3 * (labelled - learnt), 1),
-        "decoder ms": round(1e3 * (decoded - labelled), 1),
+        "latents ms": round(1e3 * (inferred_at - learnt), 1),
+        "decoder ms": round(1e3 * (decoded - inferred_at), 1),
         **{f"{key}, a decision": value for key, value in deciding.items()},
         **{f"{key}, a minibatch": value for key, value in learning.items()},
     }
 
 
 def minutes_per_game(cfg: Config, results: dict[str, Any], path: str) -> dict[str, float]:
-    """Minutes that a game takes at the rates of `path`, as configured; loading left out."""
+    """Minutes per game at the measured rates of `path`, without loading."""
     first, second, third = (results[f"stage {number}, {path}"]["found"] for number in (1, 2, 3))
     inferred = workloads.published_frames(cfg) / results["latents inferred"]["found"]["windows/s"]
     seconds = {

@@ -245,7 +245,7 @@ def short_update(cfg: Config, device: torch.device) -> tuple[Config, float]:
 
 
 def online_trainer(cfg: Config, compute: Compute, env: VecEnv) -> PPOTrainer:
-    """What trains in online mode, on random weights."""
+    """A trainer of online mode, with random weights."""
     states = {
         "stage1": {"idm": make_idm(cfg).state_dict()},
         "stage2": {"policy": make_latent_policy(cfg).state_dict()},

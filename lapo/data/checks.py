@@ -1,4 +1,4 @@
-"""Is the data there and does it show the game as configured? Are its chunks whole?
+"""Checks of a data set: does it exist, does it show the game as configured, are its chunks intact?
 
 `python data_loader.py --check expert_data/bigfish` checks chunks and prints a table. More is checked than
 training reads: the checksums of all arrays, and that rewards, returns, values and log-probabilities are
@@ -74,7 +74,7 @@ def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
 
 @dataclass
 class Checked:
-    """What a chunk file was found to hold; None where it could not be told, or is not there."""
+    """Content of a chunk file; None for what is unknown or missing."""
 
     size: int
     """Bytes on disk."""
@@ -84,13 +84,13 @@ class Checked:
     actions: int | None = None
     """Different true actions."""
     fault: str | None = None
-    """What is wrong with it, if anything is."""
+    """What is wrong with it; None if nothing is."""
     unread: str | None = None
-    """What kept it from being read, if anything did: nothing is known of the rest then."""
+    """Why it could not be read; None if it could."""
 
 
 def main() -> None:
-    """Check the folders that the command line names; exit with 2 unless all chunks are good."""
+    """Check the folders on the command line; exit with 2 unless all chunks are good."""
     parser = Parser(__doc__)
     parser.add_argument(
         "--check",
@@ -102,7 +102,7 @@ def main() -> None:
     )
     folders = parser.parse_args().check
     chunks = {folder: find(folder) for folder in folders}
-    found = [result for folder, paths in chunks.items() for result in report(folder, paths)]
+    found = [result for folder, paths in chunks.items() for result in check_folder(folder, paths)]
     bad = sum(result.fault is not None for result in found)
     unread = sum(result.unread is not None for result in found)
     frames = sum(result.frames for result in found if not (result.fault or result.unread))
@@ -135,14 +135,14 @@ def find(folder: Path) -> list[Path]:
     return [path for paths in chunks.values() for path in paths]
 
 
-def report(folder: Path, paths: list[Path]) -> list[Checked]:
-    """Check the chunks of a folder, printing a line for each as soon as it is checked."""
+def check_folder(folder: Path, paths: list[Path]) -> list[Checked]:
+    """Check the chunks of a folder, printing a line for each."""
     names = ["/".join(path.parts[-2:]) for path in paths]
     width = max(len(name) for name in names)
     print(f"{folder}\n{'file':<{width}}  {'frames':>9}  {'cuts':>7}  {'actions':>7}  {'MB':>8}")
     results = []
     for path, name in zip(paths, names, strict=True):
-        result = check(path)
+        result = check_chunk(path)
         frames, cuts, actions = (
             "-" if count is None else f"{count:,}" for count in (result.frames, result.cuts, result.actions)
         )
@@ -156,11 +156,8 @@ def report(folder: Path, paths: list[Path]) -> list[Checked]:
     return results
 
 
-def check(path: Path) -> Checked:
-    """All about one chunk file, from reading all of it.
-
-    Raises nothing: what is wrong is the `fault`, what kept the file from being read, `unread`.
-    """
+def check_chunk(path: Path) -> Checked:
+    """Read all of a chunk file. Errors are returned as `fault` and `unread`, not raised."""
     result = Checked(0)
     try:
         with reading(path):
@@ -182,10 +179,7 @@ def check(path: Path) -> Checked:
 
 
 def _check_others(path: Path, frames: int) -> None:
-    """Check what training does not read; of arrays that we do not know, the checksums.
-
-    Raises as `read_header`.
-    """
+    """Check the arrays that training ignores; of unknown ones, the checksum. Raises as `read_header`."""
     with open_chunk(path) as archive:
         for name in archive.namelist():
             key = name.removesuffix(".npy")

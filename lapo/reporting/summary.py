@@ -10,7 +10,7 @@ from lapo.acting import evaluate_actor, random_actor
 from lapo.config import Config, to_dict
 from lapo.errors import UserError
 from lapo.games.table import GAMES, relative_return
-from lapo.runs.checkpoints import load_checkpoint, stale, weights_checksum
+from lapo.runs.checkpoints import load_checkpoint, saved_config, stale, weights_checksum
 from lapo.runs.files import reading
 
 MODES = ("bc", "scratch", "offline", "online")
@@ -101,7 +101,7 @@ class StageOutput:
 def stage_metrics(outputs: dict[str, StageOutput]) -> dict[str, float | None]:
     """Metrics of stages 1 and 2 on held-out frames; None where there is none."""
     stage1, stage2 = (outputs[stage].metrics if stage in outputs else {} for stage in STAGES[:2])
-    vq = outputs["stage1"].checkpoint["config"]["vq"] if stage1 else {}
+    vq = saved_config(outputs["stage1"].checkpoint).vq if stage1 else None
     error, copying = stage1.get("wm_loss_test"), stage1.get("copy_loss_test")
     return {
         "wm_loss": error,
@@ -110,8 +110,10 @@ def stage_metrics(outputs: dict[str, StageOutput]) -> dict[str, float | None]:
         "probe_acc": stage1.get("probe_acc_test"),
         "majority_acc": stage1.get("majority_acc_test"),
         "untrained_probe_acc": stage1.get("untrained_probe_acc_test"),
-        "perplexity": stage1.get("perplexity") if vq.get("enabled") else None,
-        "codes": vq["num_codebooks"] * vq["num_embs"] if vq else None,
+        "perplexity": stage1.get("perplexity") if vq and vq.enabled else None,
+        "codes": vq.num_codebooks * (math.prod(vq.levels) if vq.kind == "fsq" else vq.num_embs)
+        if vq
+        else None,
         "policy_loss": stage2.get("loss_test"),
         "constant_loss": stage2.get("constant_loss_test"),
     }

@@ -1,7 +1,4 @@
-"""Files that are whole or absent, and used by one process at a time.
-
-A crash or a full disk leaves no half file in the place of a good one.
-"""
+"""Atomic writes and locks: files are complete or absent, and used by one process at a time."""
 
 import contextlib
 import errno
@@ -20,9 +17,9 @@ from lapo.errors import UserError
 def atomic_write(
     path: Path, write: Callable[[Path], Any], verify: Callable[[Path], Any] | None = None
 ) -> None:
-    """Let `write` make a file beside `path`, force it to disk, `verify` it, and only then put it in place.
+    """Let `write` make a file beside `path`, sync it to disk, `verify` it, then rename it to `path`.
 
-    Raises `UserError` when the disk refuses; the file that was there stays as it was.
+    Raises `UserError` if the disk refuses; the previous file is then kept.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -34,7 +31,7 @@ def atomic_write(
         os.replace(part, path)
     except (OSError, RuntimeError, UserError) as error:
         reason = str(error)
-        if isinstance(error, RuntimeError):  # torch's way to report a full disk, which does not say so
+        if isinstance(error, RuntimeError):  # how torch reports a full disk, without saying so
             reason += f"; {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free there"
         raise UserError(f"cannot write {path} ({reason}); what was there before is kept") from None
     finally:
@@ -42,13 +39,13 @@ def atomic_write(
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Put plain data in place as `atomic_write` does."""
+    """Write `data` as JSON, atomically."""
     text = json.dumps(data, indent=2) + "\n"
     atomic_write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def check_json(path: Path | None) -> None:
-    """Raise `UserError` now if results for the option `--json` could not be written to `path` later."""
+    """Raise `UserError` if the results of the option `--json` cannot be written to `path`."""
     if path is None:
         return
     if not path.parent.is_dir():
@@ -60,16 +57,15 @@ def check_json(path: Path | None) -> None:
 
 
 OF_CONTENT = errno.EINVAL, errno.EISDIR
-"""Errors of the system that tell of what is there: damage that points to before a file's start, a folder."""
+"""System errors caused by the content: an offset before the file's start (damage), a folder."""
 OF_MEMORY = "allocate memory", "not enough memory", "Error -4 while"
-"""What torch and zlib say where others raise MemoryError."""
+"""Messages of torch and zlib that stand for a MemoryError."""
 
 
 def read_obstacle(error: BaseException | None) -> str | None:
-    """What kept a file from being read though it may be intact: permissions, memory, an I/O error and such.
+    """Why an intact file could not be read (permissions, memory, an I/O error); None if it is damaged.
 
-    None if `error` tells of the file's content. zipfile hides some errors of the system behind its own: those
-    that came before `error` count as well.
+    zipfile wraps some system errors in its own, so the causes of `error` are examined, too.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno not in (None, *OF_CONTENT):
@@ -82,7 +78,7 @@ def read_obstacle(error: BaseException | None) -> str | None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What keeps `path` from being read though it may be intact raises `UserError`; other errors pass."""
+    """Errors other than a damaged `path` raise `UserError`, see `read_obstacle`; damage passes."""
     try:
         yield
     except UserError:
@@ -99,7 +95,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path, kept: str) -> Iterator[None]:
-    """A disk that refuses what is done to `path` raises `UserError`, which also says what is `kept`."""
+    """OSErrors while writing `path` raise `UserError`, which also says what is `kept`."""
     try:
         yield
     except OSError as error:
@@ -109,9 +105,9 @@ def writing(path: Path, kept: str) -> Iterator[None]:
 
 
 def lock(path: Path, busy: str) -> IO:
-    """Make the file `path` and keep it locked as long as the returned file is open.
+    """Create and lock the file `path`, as long as the returned file is open.
 
-    Raises `UserError` with the sentence `busy` if another process has it locked, and if the disk refuses.
+    Raises `UserError` with the sentence `busy` if another process holds the lock, and if the disk refuses.
     """
     while True:
         with writing(path, "nothing was changed"):
@@ -126,12 +122,12 @@ def lock(path: Path, busy: str) -> IO:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # who had it locked has just removed it: this is no longer the file at `path`
+        file.close()  # the previous holder has just removed it: this is no longer the file at `path`
 
 
 @contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
-    """Like `lock`, until the context is left; then the file is gone."""
+    """Hold a `lock` within the context, then remove its file."""
     with lock(path, busy):
         try:
             yield
@@ -140,7 +136,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether nothing is at `folder`, or a folder with nothing but what systems put there by themselves."""
+    """Whether `folder` is absent or empty, apart from hidden files and lost+found."""
     if not folder.exists():
         return True
     return folder.is_dir() and all(
@@ -150,9 +146,9 @@ def is_vacant(folder: Path) -> bool:
 
 @contextmanager
 def filled_at_once(folder: Path) -> Iterator[Path]:
-    """A temporary folder, whose contents are in the vacant `folder` when the context is left without error.
+    """A temporary folder whose contents are moved to the vacant `folder` if the context ends without error.
 
-    `folder` may be a link or a mount point: what is there stays there. One process at a time: see `locked`.
+    `folder` may be a link or a mount point, which is kept. Call it in one process at a time, see `locked`.
     """
     folder = folder.resolve()
     beside, within = folder.with_name(f".{folder.name}.partial"), folder / ".partial"
@@ -166,7 +162,7 @@ def filled_at_once(folder: Path) -> Iterator[Path]:
             raise UserError(f"another program has written into {folder} meanwhile; nothing was added to it")
         if partial == beside:
             partial.rename(folder)
-        else:  # files last: they say that the folders are complete
+        else:  # files last: they mark the folders as complete
             for path in sorted(partial.iterdir(), key=lambda path: (path.is_file(), path.name)):
                 path.rename(folder / path.name)
     finally:
@@ -175,9 +171,9 @@ def filled_at_once(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def filling(folder: Path, what: str) -> Iterator[None]:
-    """Lock what is at `folder`, or will be, against other processes that are `what` there.
+    """Hold a lock on `folder`, which need not exist yet, while doing `what`.
 
-    Raises `UserError` if there is one.
+    Raises `UserError` if another process holds it.
     """
     folder = folder.resolve()
     with writing(folder, "nothing was changed"):

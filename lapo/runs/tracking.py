@@ -8,7 +8,7 @@ from lapo.errors import UserError
 
 
 class NoTracking:
-    """Takes metrics and keeps none; stands in for a wandb run."""
+    """A run that discards metrics, in place of a wandb run."""
 
     id = None
 
@@ -20,10 +20,10 @@ class NoTracking:
 
 
 def start_wandb(cfg: Config, stage: str, folder: Path, run_id: str | None) -> Any:
-    """A wandb run in project lapo_stage1..3 or lapo_expert, continued if `run_id` is known; or its stand-in.
+    """A wandb run in project lapo_stage1..3 or lapo_expert, resumed if `run_id` is given; or `NoTracking`.
 
-    Without an account at hand, or without a connection, metrics are kept offline, with a notice: never a
-    prompt, never a crash. Raises `UserError` if wandb cannot do even that.
+    Without an account or a connection, metrics are kept offline, with a notice and without a prompt. Raises
+    `UserError` if wandb cannot do even that.
     """
     if cfg.wandb == "disabled":
         return NoTracking()
@@ -47,20 +47,17 @@ def start_wandb(cfg: Config, stage: str, folder: Path, run_id: str | None) -> An
             except (wandb.Error, OSError) as error:
                 print(f"wandb: no connection ({_flat(error)}), so metrics are kept offline")
         return wandb.init(mode="offline", settings=wandb.Settings(silent=True), **options)
-    except Exception as error:  # such as an address of wandb's server that is none
+    except Exception as error:  # an invalid server address, for instance
         raise UserError(
             f"wandb cannot start ({_flat(error)}); mend that, or choose --wandb disabled"
         ) from None
 
 
 def _has_account() -> bool:
-    """Whether wandb knows a key for the host in force, which it looks up without a prompt and a connection.
-
-    Prints a notice if not.
-    """
+    """Whether wandb has a key for its host, without a prompt or a connection. Prints a notice if not."""
     import wandb
 
-    wandb.setup(wandb.Settings(silent=True, mode="online"))  # that is what --wandb says, whatever WANDB_MODE
+    wandb.setup(wandb.Settings(silent=True, mode="online"))  # as --wandb says, whatever WANDB_MODE
     reason = "nobody is logged in here"
     try:
         if wandb.login(prompt=False, verify=False):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lapo import config
-from lapo.data.checks import check, find, report
+from lapo.data.checks import check_chunk, check_folder, find
 from lapo.errors import UserError
 from support import LAPO, PATIENCE, ROOT, numbered_frames, write_chunk, write_game
 
@@ -81,7 +81,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_training_does_not_read_is_checked_too(fault, tmp_path):
     path = write_chunk(tmp_path / "0.npz", numbered_frames(np.arange(40)), **FAULTS[fault])
-    assert (check(path).fault or "") == fault
+    assert (check_chunk(path).fault or "") == fault
 
 
 @pytest.mark.parametrize("key", ["rewards", "notes"])
@@ -89,12 +89,12 @@ def test_checksums_of_all_arrays_are_compared(key, tmp_path):
     arrays = others(notes=np.zeros(40), last=np.zeros(40))
     path = write_chunk(tmp_path / "0.npz", numbered_frames(np.arange(40)), **arrays)
     flip(path, key)
-    assert "is not a readable npz file (BadZipFile: Bad CRC-32" in check(path).fault
+    assert "is not a readable npz file (BadZipFile: Bad CRC-32" in check_chunk(path).fault
 
 
 def test_a_file_that_is_none_is_bad(tmp_path):
     (tmp_path / "1.npz").mkdir()
-    assert "is not a readable npz file" in check(tmp_path / "1.npz").fault
+    assert "is not a readable npz file" in check_chunk(tmp_path / "1.npz").fault
 
 
 @pytest.mark.slow
@@ -115,10 +115,10 @@ def test_files_that_only_look_like_chunks_are_named(tmp_path, capsys):
     write_game(tmp_path, frames=10, chunks=1)
     for name in ("traj_1.npz", "2.NPZ", "._0.npz", "notes.txt", "1.npz.part"):
         (tmp_path / "train" / name).touch()
-    found = report(tmp_path, find(tmp_path))
+    found = check_folder(tmp_path, find(tmp_path))
     told = f"{tmp_path / 'train'} also holds 2.NPZ, traj_1.npz, which nobody reads; rename to <number>.npz"
     assert capsys.readouterr().out.count("note: ") == 1
-    report(tmp_path, find(tmp_path))
+    check_folder(tmp_path, find(tmp_path))
     assert f"\nnote: {told} what holds frames\n" in capsys.readouterr().out
     assert [result.fault for result in found] == [None, None]
 
