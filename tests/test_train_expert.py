@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lapo import stage3_decode, train_expert
-from lapo.acting import checkpoint_actor, load_policy_checkpoint, steps_played
+from lapo.acting import checkpoint_actor, steps_played
 from lapo.config import Config, DaggerConfig, to_dict, validate
 from lapo.errors import UserError
 from lapo.experts.dagger import Dagger, ParallelExpert
@@ -21,6 +21,7 @@ from lapo.experts.expert import LEFT, RIGHT, Expert
 from lapo.experts.registry import expert_name, make_expert
 from lapo.games.vec_env import VecEnv
 from lapo.models import Policy
+from lapo.policies import load_policy_checkpoint
 from lapo.runs.checkpoints import load_checkpoint
 from support import CPU, TINY, Workplace, numbered_frames, read_numbers
 
