@@ -257,18 +257,15 @@ def _tensor(x: Any, name: str, kind: str, *shape: int | str) -> Tensor:
     except (TypeError, ValueError):  # a ragged list, or a dtype that PyTorch lacks
         pass
     if isinstance(x, Tensor) and len(x.shape) == len(shape):
-        sizes = all(isinstance(want, str) or want == size for want, size in zip(shape, x.shape, strict=True))
-        integer = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
-        if (
-            sizes
-            and {
-                "uint8": x.dtype == torch.uint8,
-                "bool": x.dtype == torch.bool,
-                "integer": integer,
-                "float": x.is_floating_point(),
-            }[kind]
-        ):
+        of_kind = {
+            "uint8": x.dtype == torch.uint8,
+            "bool": x.dtype == torch.bool,
+            "integer": not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool),
+            "float": x.is_floating_point(),
+        }
+        fits = all(isinstance(want, str) or want == size for want, size in zip(shape, x.shape, strict=True))
+        if fits and of_kind[kind]:
             return x
     found = f"{x.dtype} {tuple(x.shape)}".removeprefix("torch.") if hasattr(x, "dtype") else type(x).__name__
-    sizes = ", ".join(map(str, shape)) + "," * (len(shape) == 1)
-    raise UserError(f"{name} must be {kind} ({sizes}), found {found}")
+    expected = ", ".join(map(str, shape)) + "," * (len(shape) == 1)
+    raise UserError(f"{name} must be {kind} ({expected}), found {found}")

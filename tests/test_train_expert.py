@@ -20,6 +20,7 @@ from lapo.experts.dagger import Dagger, ParallelExpert
 from lapo.experts.expert import LEFT, RIGHT, Expert
 from lapo.experts.registry import expert_name, make_expert
 from lapo.games.vec_env import VecEnv
+from lapo.interface import load_policy
 from lapo.models import Policy
 from lapo.policies import load_policy_checkpoint
 from lapo.runs.checkpoints import load_checkpoint
@@ -95,6 +96,7 @@ def test_an_expert_acts_by_its_weights(distilled):
     frames = np.random.default_rng(0).integers(256, size=(32, 64, 64, 3), dtype=np.uint8)
     expected = policy.logits(torch.from_numpy(frames)).argmax(-1)
     assert np.array_equal(checkpoint_actor(expert, CPU, greedy=True)(frames), expected)
+    assert np.array_equal(load_policy(folder_of(distilled), "cpu").act(frames, greedy=True), expected)
 
 
 def test_an_expert_outlives_keys_of_the_config_that_do_not_shape_it(distilled):
