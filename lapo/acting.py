@@ -8,20 +8,16 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from lapo.config import Config, EvalConfig
-from lapo.errors import UserError
 from lapo.games.table import ACTIONS, GAMES, Visuals, relative_return
 from lapo.games.vec_env import HELD_OUT_LEVELS, EpisodeTracker, VecEnv
-from lapo.models import make_acting_policy, restore
 from lapo.modes import MODES
-from lapo.ppo import sample
-from lapo.runs.checkpoints import load_checkpoint, saved_config
+from lapo.policies import restore_policy, sample
 from lapo.runs.compute import Compute
 
 Act = Callable[[np.ndarray], np.ndarray]
@@ -44,28 +40,6 @@ def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> A
         return action.cpu().numpy()
 
     return act
-
-
-def load_policy_checkpoint(path: Path, command: str | None = None) -> dict:
-    """The checkpoint of an acting policy, of stage 3 or an expert; `command` produces it.
-
-    Raises `UserError` as `load_checkpoint` does, and for a stage whose networks cannot act.
-    """
-    checkpoint = load_checkpoint(path, command)
-    if not checkpoint["stage"].startswith(("stage3", "expert")):
-        saved = checkpoint["config"]
-        raise UserError(
-            f"{path} is a checkpoint of {checkpoint['stage']}, which cannot act; make one that can with"
-            f" `python stage3.py --env {saved['env']} --exp {saved['exp']} --seed {saved['seed']}`"
-        )
-    return checkpoint
-
-
-def restore_policy(checkpoint: dict, compute: Compute) -> torch.nn.Module:
-    """The frozen network of a checkpoint of `load_policy_checkpoint`."""
-    cfg = saved_config(checkpoint)
-    network = make_acting_policy(cfg, cfg.stage3.mode, len(ACTIONS))
-    return restore(network, checkpoint["state"]["policy"], compute)
 
 
 def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:

@@ -16,7 +16,6 @@ from lapo.acting import (
     checkpoint_actor,
     evaluate_actor,
     held_out_env,
-    load_policy_checkpoint,
     num_eval_envs,
     play,
     random_actor,
@@ -29,6 +28,7 @@ from lapo.experts.expert import Expert
 from lapo.experts.registry import expert_name, make_expert
 from lapo.games.table import GAMES, Visuals, check_game, relative_return
 from lapo.modes import MODES
+from lapo.policies import load_policy_checkpoint
 from lapo.runs.checkpoints import saved_config
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.files import check_json, write_json

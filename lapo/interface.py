@@ -5,6 +5,7 @@ Dimensions
     N codebooks · L latent slots · D size of a latent action · A true actions (15)
 """
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,25 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lapo.acting import load_policy_checkpoint, network_actor, restore_policy
 from lapo.bottleneck import Quantized
-from lapo.config import load_config, resolve
+from lapo.config import ROOT, Config, resolve, to_dict, validate
 from lapo.data.chunks import FRAME_SHAPE, WINDOW, window_starts
 from lapo.data_loader import INFERENCE_BATCH
 from lapo.errors import UserError
 from lapo.models import (
     IDM,
     WorldModel,
+    infer_latents,
     make_idm,
     make_world_model,
     restore,
     stack_frames,
     to_frames,
 )
+from lapo.policies import load_policy_checkpoint, restore_policy, sample
 from lapo.runs.checkpoints import load_checkpoint, saved_config
 from lapo.runs.compute import Compute
 
 Array = np.ndarray | Tensor
+PAIR = 2
+"""Frames that the world model sees: o[t-1], o[t]."""
 
 
 class Latents(NamedTuple):
@@ -48,10 +52,15 @@ class Latents(NamedTuple):
 
 
 class LatentActionModel:
-    """The IDM and world model of stage 1, frozen and in eval mode. All methods accept NumPy and PyTorch."""
+    """The IDM and world model of stage 1, frozen and in eval mode.
+
+    All methods accept NumPy and PyTorch, return tensors on the model's device, work through long inputs in
+    batches, and raise `UserError` for another shape or type than they name.
+    """
 
     def __init__(self, idm: IDM, world_model: WorldModel, compute: Compute):
         self.idm, self.world_model, self.compute = idm, world_model, compute
+        self.la_dim = idm.head.out_features
 
     @torch.no_grad()
     def infer(self, video: Array, done: Array | None = None) -> Latents:
@@ -59,110 +68,116 @@ class LatentActionModel:
 
         `done` (T,) bool marks where episodes end. As in training, a window of three frames with a mark is
         left out: data sets put the mark on the last frame of an episode or on the first one of the next.
-        Raises `UserError` for another shape or type.
         """
-        video = _expect_uint8(video, "video", (None, *FRAME_SHAPE))
+        video = _tensor(video, "video", "uint8", "T", *FRAME_SHAPE)
         if len(video) < WINDOW:
             raise UserError(f"the video has {len(video)} frames; an action is inferred from {WINDOW}")
         if done is not None:
-            done = np.asarray(done)
-            if done.shape != (len(video),) or done.dtype != bool:
-                raise UserError(f"done must be bool ({len(video)},), found {done.dtype} {done.shape}")
-        windows = video.unfold(0, WINDOW, 1).movedim(-1, 1)  # (T-2, WINDOW, H, W, C), a view
-        found = []
-        for frames in windows.split(INFERENCE_BATCH):
-            with self.compute.autocast():
-                la = self.idm.infer_latents(stack_frames(frames.to(self.compute.device))).float()
-            quantized = self.idm.quantize(la)
-            found.append((la, quantized.la_q, quantized.indices))
+            done = _tensor(done, "done", "bool", len(video)).cpu().numpy()
         starts = torch.from_numpy(window_starts(done, len(video), skip_resets=True))
-        valid = torch.zeros(len(video), dtype=torch.bool)
-        valid[starts + 1] = True
-        placed = []
-        for x, missing in zip(
-            map(torch.cat, zip(*found, strict=True)), (torch.nan, torch.nan, -1), strict=True
-        ):
-            whole = x.new_full((len(video), *x.shape[1:]), missing)
-            whole[starts + 1] = x[starts]
-            placed.append(whole)
-        return Latents(*placed, valid.to(self.compute.device))
+        windows = (video[ids[:, None] + torch.arange(WINDOW)] for ids in starts.split(INFERENCE_BATCH))
+        la = infer_latents(self.idm, (frames.to(self.compute.device) for frames in windows), self.compute)
+        quantized = [self.idm.quantize(part) for part in la.split(INFERENCE_BATCH)]
+        la_q, codes = (torch.cat([getattr(q, name) for q in quantized]) for name in ("la_q", "indices"))
+        current = starts.to(self.compute.device) + 1
+
+        def by_frame(x: Tensor, missing: float) -> Tensor:
+            return x.new_full((len(video), *x.shape[1:]), missing).index_copy_(0, current, x)
+
+        valid = by_frame(torch.ones_like(current, dtype=torch.bool), False)
+        return Latents(by_frame(la, torch.nan), by_frame(la_q, torch.nan), by_frame(codes, -1), valid)
 
     @torch.no_grad()
     def quantize(self, la: Array) -> Quantized:
         """Latent actions `la` (B, D) → `la_q` (B, D) and `indices` (B, N, L), among others."""
-        return self.idm.quantize(torch.as_tensor(la, dtype=torch.float32, device=self.compute.device))
+        return self.idm.quantize(self._latents(la, "la", "B", self.la_dim))
 
     @torch.no_grad()
     def decode(self, codes: Array) -> Tensor:
         """Codes (B, N, L) → quantised latent actions (B, D).
 
-        Raises `UserError` for codes that do not exist, and for a model without a quantiser.
+        Raises `UserError` also for codes that do not exist, and for a model without a quantiser.
         """
-        wanted, num_codes = self.idm.vq.codes_shape, self.idm.vq.num_codes
+        num_codes = self.idm.vq.num_codes
         if not num_codes:
             raise UserError("this model has no codes: it was trained with vq.enabled false")
-        codes = torch.as_tensor(codes, device=self.compute.device)
-        if codes.is_floating_point() or codes.shape[1:] != wanted:
-            raise UserError(f"codes must be integers (B, {wanted[0]}, {wanted[1]}), found {_kind(codes)}")
+        codes = _tensor(codes, "codes", "integer", "B", *self.idm.vq.codes_shape).long()
         if codes.numel() and not 0 <= codes.min() <= codes.max() < num_codes:
             raise UserError(f"codes must lie in 0..{num_codes - 1}, found {codes.min()}..{codes.max()}")
-        return self.idm.vq.decode(codes.long())
+        return self.idm.vq.decode(codes.to(self.compute.device))
 
     def predict(self, frames: Array, la_q: Array) -> Tensor:
         """The next frames (B, H, W, C) uint8 after `frames` (B, 2, H, W, C) uint8 = o[t-1], o[t].
 
-        `la_q` (B, D) are the quantised latent actions. Raises `UserError` for another shape or type.
+        `la_q` (B, D) are the quantised latent actions of o[t].
         """
-        return self.rollout(frames, torch.as_tensor(la_q)[:, None])[:, 0]
+        frames = _tensor(frames, "frames", "uint8", "B", PAIR, *FRAME_SHAPE)
+        la_q = self._latents(la_q, "la_q", len(frames), self.la_dim)
+        return self.rollout(frames, la_q[:, None])[:, 0]
 
     @torch.no_grad()
     def rollout(self, frames: Array, la_q: Array) -> Tensor:
         """Predictions (B, K, H, W, C) uint8 from `frames` (B, 2, H, W, C) uint8 under `la_q` (B, K, D).
 
-        Every prediction is an input of the next one, without rounding in between. Raises `UserError` for
-        another shape or type.
+        With `la_q` (K, D), all B pairs of frames get the same latent actions. Every prediction is an input of
+        the next one, without rounding in between.
         """
-        frames = _expect_uint8(frames, "frames", (None, 2, *FRAME_SHAPE)).to(self.compute.device)
-        la_q = torch.as_tensor(la_q, dtype=torch.float32, device=self.compute.device)
-        size = self.idm.head.out_features
-        if la_q.dim() != 3 or la_q.shape[0] != len(frames) or la_q.shape[2] != size:
-            raise UserError(f"la_q must be ({len(frames)}, K, {size}), found {tuple(la_q.shape)}")
-        images, predicted = stack_frames(frames), []
-        for action in la_q.unbind(1):
-            with self.compute.autocast():
-                predicted.append(self.world_model(images, action))
-            images = torch.cat([images[:, 3:], predicted[-1]], 1)
-        return to_frames(torch.stack(predicted, 1))
+        frames = _tensor(frames, "frames", "uint8", "B", PAIR, *FRAME_SHAPE)
+        shared = getattr(la_q, "ndim", None) == 2
+        la_q = self._latents(la_q, "la_q", *(() if shared else (len(frames),)), "K", self.la_dim)
+        la_q = la_q.expand(len(frames), -1, -1)
+        predicted = torch.empty(*la_q.shape[:2], *FRAME_SHAPE, dtype=torch.uint8, device=la_q.device)
+        for pairs, actions, out in zip(
+            *(x.split(INFERENCE_BATCH) for x in (frames, la_q, predicted)), strict=True
+        ):
+            images = stack_frames(pairs.to(la_q.device))
+            for step, action in enumerate(actions.unbind(1)):
+                with self.compute.autocast():
+                    image = self.world_model(images, action)
+                images = torch.cat([images[:, 3:], image], 1)
+                out[:, step] = to_frames(image)
+        return predicted
+
+    def _latents(self, x: Any, name: str, *shape: int | str) -> Tensor:
+        la = _tensor(x, name, "float", *shape).to(self.compute.device, torch.float32)
+        if la.isnan().any():
+            raise UserError(f"{name} has NaN, as `infer` returns where not `valid`; leave these entries out")
+        return la
 
 
 class ActingPolicy:
-    """A policy of stage 3 or of train_expert.py, frozen and in eval mode."""
+    """A policy of stage 3 or of train_expert.py, frozen and in eval mode.
+
+    Both methods accept NumPy and PyTorch, and raise `UserError` for another shape or type than they name.
+    """
 
     def __init__(self, network: torch.nn.Module, compute: Compute):
         self.network, self.compute = network, compute
 
     @torch.no_grad()
     def logits(self, obs: Array) -> Tensor:
-        """Observations (B, H, W, C) uint8 → logits (B, A). Raises `UserError` for another shape or type."""
-        obs = _expect_uint8(obs, "obs", (None, *FRAME_SHAPE))
+        """Observations (B, H, W, C) uint8 → logits (B, A), on the policy's device."""
+        obs = _tensor(obs, "obs", "uint8", "B", *FRAME_SHAPE)
         with self.compute.autocast():
-            return self.network.logits(obs.to(self.compute.device))
+            parts = obs.split(INFERENCE_BATCH)
+            return torch.cat([self.network.logits(part.to(self.compute.device)) for part in parts])
 
     def act(self, obs: Array, greedy: bool = False) -> np.ndarray:
-        """Actions (B,) for observations (B, H, W, C) uint8, sampled or, if `greedy`, the most likely ones.
+        """Actions (B,) int64 for observations (B, H, W, C) uint8.
 
-        Samples follow `torch.manual_seed`. Raises `UserError` for another shape or type.
+        They are sampled, as `torch.manual_seed` says, or, if `greedy`, the most likely ones.
         """
-        obs = _expect_uint8(obs, "obs", (None, *FRAME_SHAPE))
-        return network_actor(self.network, self.compute, greedy)(obs.numpy())
+        logits = self.logits(obs)
+        return (logits.argmax(-1) if greedy else sample(logits)[0]).cpu().numpy()
 
 
 def load_stage1(path: str | Path, device: str = "auto") -> LatentActionModel:
-    """The models of stage 1, finished or not, from the folder of a run or of its stage, or a checkpoint.
+    """The models of a finished stage 1, from the folder of its run, its own folder, or its checkpoint.
 
-    A relative path starts in the working directory or, if it is not there, at the repository's root. The
-    precision is that of the training. Raises `UserError` for a checkpoint that is missing or damaged, of
-    another stage, or a device that is not there.
+    A relative path starts in the working directory or, if it is not there, at the repository's root. `device`
+    is "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1". The precision is that of the training; as
+    there, TF32 is turned off in this process. Raises `UserError` for a checkpoint that is missing, damaged,
+    unfinished or of another stage, or a device that is not there.
     """
     path = _checkpoint_path(path, "stage1")
     checkpoint = load_checkpoint(path, "python stage1.py")
@@ -170,47 +185,87 @@ def load_stage1(path: str | Path, device: str = "auto") -> LatentActionModel:
         raise UserError(
             f"{path} is a checkpoint of {checkpoint['stage']}, not of stage1; name the run's stage1"
         )
-    cfg, state, compute = saved_config(checkpoint), checkpoint["state"], _compute(checkpoint, device)
-    idm = restore(make_idm(cfg), state["idm"], compute)
-    return LatentActionModel(idm, restore(make_world_model(cfg), state["world_model"], compute), compute)
+    cfg, compute = _prepare(path, checkpoint, device)
+    idm = restore(make_idm(cfg), checkpoint["state"]["idm"], compute)
+    world_model = restore(make_world_model(cfg), checkpoint["state"]["world_model"], compute)
+    return LatentActionModel(idm, world_model, compute)
 
 
 def load_policy(path: str | Path, device: str = "auto") -> ActingPolicy:
-    """An acting policy from the folder of a stage 3 or an expert, or a checkpoint; paths as `load_stage1`.
+    """A finished policy, from the folder of a stage 3 or of an expert, or its checkpoint.
 
-    Raises `UserError` for a checkpoint that is missing or damaged or cannot act, or a device that is not
-    there.
+    Arguments are those of `load_stage1`. Raises `UserError` for a checkpoint that is missing, damaged,
+    unfinished or cannot act, for a run's folder, or a device that is not there.
     """
-    checkpoint = load_policy_checkpoint(_checkpoint_path(path), "python stage3.py")
-    compute = _compute(checkpoint, device)
+    path = _checkpoint_path(path)
+    checkpoint = load_policy_checkpoint(path, "python stage3.py")
+    _, compute = _prepare(path, checkpoint, device)
     return ActingPolicy(restore_policy(checkpoint, compute), compute)
 
 
 def _checkpoint_path(path: str | Path, stage: str = "") -> Path:
-    """The checkpoint that `path` stands for: a file, a stage's folder, or with `stage` a run's folder."""
-    path = Path(path).expanduser()
-    path = path if path.exists() else resolve(str(path))
-    if stage and (path / stage).is_dir():
-        path /= stage
-    return path / "checkpoint.pt" if path.suffix != ".pt" else path
+    """The checkpoint that `path` names: a file, the folder that it lies in, or with `stage` a run's folder.
+
+    Raises `UserError` if `path` does not exist, and for a run's folder without `stage`.
+    """
+    places = Path(path).expanduser(), resolve(str(path))
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise UserError(
+            f"{path} does not exist, neither in the working directory nor in {ROOT}; train it first"
+        )
+    if found.is_file():
+        return found
+    if not (found / "checkpoint.pt").exists():
+        files = [file for kind in ("stage3_*", "expert") for file in found.glob(f"{kind}/checkpoint.pt")]
+        policies = sorted(file.parent.name for file in files)
+        if stage and found.name != stage:
+            found /= stage
+        elif policies:
+            raise UserError(
+                f"{found} is the folder of a run; name one of its policies: {', '.join(policies)}"
+            )
+    return found / "checkpoint.pt"
 
 
-def _compute(checkpoint: dict, device: str) -> Compute:
-    precision = saved_config(checkpoint).precision
-    return Compute.from_config(replace(load_config(["--device", device]), precision=precision, compile="off"))
+def _prepare(path: Path, checkpoint: dict, device: str) -> tuple[Config, Compute]:
+    """Config and compute of a checkpoint's networks. Raises `UserError` if it is unfinished."""
+    if not checkpoint["finished"]:
+        raise UserError(
+            f"{path} is unfinished, at step {checkpoint['step']:,}; run the command that began it again"
+        )
+    cfg = saved_config(checkpoint)
+    chosen = validate(to_dict(cfg) | {"device": str(device)}, source="the arguments")
+    return cfg, Compute.from_config(replace(chosen, compile="off"))
 
 
-def _expect_uint8(x: Any, name: str, shape: tuple[int | None, ...]) -> Tensor:
-    """`x` as a tensor. Raises `UserError` unless it is uint8 and of `shape`, in which None is any size."""
-    x = torch.as_tensor(x)
-    fits = x.dim() == len(shape) and all(
-        want in (None, size) for want, size in zip(shape, x.shape, strict=True)
-    )
-    if x.dtype != torch.uint8 or not fits:
-        sizes = ", ".join("B" if size is None else str(size) for size in shape)
-        raise UserError(f"{name} must be uint8 ({sizes}), found {_kind(x)}")
-    return x
+def _tensor(x: Any, name: str, kind: str, *shape: int | str) -> Tensor:
+    """`x` as a tensor, from an array or a list.
 
-
-def _kind(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    Raises `UserError` unless it is of `kind` (uint8, bool, integer or float) and of `shape`, in which a
+    letter stands for any size.
+    """
+    try:
+        if isinstance(x, list | tuple):
+            x = np.asarray(x)
+        if isinstance(x, np.ndarray):
+            # PyTorch lacks negative strides, and warns of read-only arrays, which are only read here.
+            x = x if min(x.strides, default=0) >= 0 else x.copy()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                x = torch.from_numpy(x)
+    except (TypeError, ValueError):  # a ragged list, or a dtype that PyTorch lacks
+        pass
+    if isinstance(x, Tensor) and len(x.shape) == len(shape):
+        of_kind = {
+            "uint8": x.dtype == torch.uint8,
+            "bool": x.dtype == torch.bool,
+            "integer": not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool),
+            "float": x.is_floating_point(),
+        }
+        fits = all(isinstance(want, str) or want == size for want, size in zip(shape, x.shape, strict=True))
+        if fits and of_kind[kind]:
+            return x
+    found = f"{x.dtype} {tuple(x.shape)}".removeprefix("torch.") if hasattr(x, "dtype") else type(x).__name__
+    expected = ", ".join(map(str, shape)) + "," * (len(shape) == 1)
+    raise UserError(f"{name} must be {kind} ({expected}), found {found}")

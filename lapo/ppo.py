@@ -23,6 +23,7 @@ from lapo.errors import UserError
 from lapo.games.table import ACTIONS
 from lapo.games.vec_env import EpisodeTracker, VecEnv
 from lapo.models import make_acting_policy
+from lapo.policies import sample
 from lapo.runs.compute import Compute, HostLink
 from lapo.runs.optim import make_optimizer
 from lapo.runs.run import Run
@@ -73,13 +74,6 @@ class Decision(NamedTuple):
     """(N,) of that action."""
     value: Tensor
     """(N,)"""
-
-
-def sample(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample actions (N,) from logits (N, A) by the Gumbel-max trick; also their log-probabilities (N,)."""
-    logprobs = logits.log_softmax(-1)
-    action = (logprobs - torch.empty_like(logprobs).exponential_().log()).argmax(-1)
-    return action, logprobs.gather(-1, action[:, None]).squeeze(-1)
 
 
 def compute_gae(

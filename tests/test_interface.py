@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,24 @@ def test_codes_are_decoded_to_what_they_were_chosen_for(shape):
     torch.testing.assert_close(vq.decode(quantized.indices), quantized.la_q)
 
 
+def test_no_window_is_left_where_all_frames_end_an_episode(model, chunk):
+    found = model.infer(chunk["obs"], np.ones(120, bool))
+    assert not found.valid.any()
+    assert found.codes.shape == (120, 2, 2)
+    assert found.la.isnan().all()
+
+
+def test_arrays_of_any_layout_are_read(model, chunk):
+    """Reversed and read-only ones, and lists of frames."""
+    obs = chunk["obs"]
+    fixed = obs.copy()
+    fixed.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for form in (fixed, list(obs), obs[::-1].copy()[::-1]):
+            assert torch.equal(model.infer(form).codes, model.infer(obs).codes)
+
+
 def test_codes_of_a_video_are_decoded_to_its_quantised_latents(model, chunk):
     found = model.infer(chunk["obs"])
     torch.testing.assert_close(model.decode(found.codes[found.valid]), found.la_q[found.valid])
@@ -111,14 +130,52 @@ def test_predictions_are_the_world_model_s_and_a_rollout_feeds_them_back_unround
     torch.testing.assert_close(model.predict(frames.numpy(), la_q[:, 0].numpy()), found[:, 0])
 
 
+class Brighten(torch.nn.Module):
+    """A world model that repeats o[t], brighter by `la_q[:, 0]` of 255 levels."""
+
+    def forward(self, images: torch.Tensor, la_q: torch.Tensor) -> torch.Tensor:
+        return images[:, 3:] + la_q[:, :1, None, None] / 255
+
+
+def test_a_rollout_feeds_back_what_is_not_rounded(model):
+    """Three steps of 0.4 levels make one level, though each alone is rounded away."""
+    stub = LatentActionModel(model.idm, Brighten(), CPU)
+    frames = torch.full((2, 2, 64, 64, 3), 100, dtype=torch.uint8)
+    la_q = torch.full((2, 3, stub.la_dim), 0.4)
+    la_q[1] = 2
+    assert stub.rollout(frames, la_q)[..., 0, 0, 0].tolist() == [[100, 101, 101], [102, 104, 106]]
+
+
+def test_latent_actions_without_a_batch_hold_for_all_frames(model, chunk):
+    frames = np.stack([chunk["obs"][:5], chunk["obs"][1:6]], 1)
+    la_q = model.infer(chunk["obs"]).la_q[1:4]
+    assert torch.equal(model.rollout(frames, la_q), model.rollout(frames, la_q.expand(5, -1, -1)))
+    assert model.rollout(frames, la_q[:0]).shape == (5, 0, 64, 64, 3)
+
+
+def test_many_frames_are_predicted_in_batches(finished, model, chunk, monkeypatch):
+    frames = np.stack([chunk["obs"][:9], chunk["obs"][1:10]], 1)
+    la_q = model.infer(chunk["obs"]).la_q[1:10, None].expand(-1, 2, -1)
+    policy = load_policy(finished.run_dir("stage3_bc"), "cpu")
+    expected, logits = model.rollout(frames, la_q), policy.logits(chunk["obs"])
+    monkeypatch.setattr("lapo.interface.INFERENCE_BATCH", 4)
+    assert (model.rollout(frames, la_q).int() - expected.int()).abs().max() <= 1
+    torch.testing.assert_close(policy.logits(chunk["obs"]), logits)
+
+
 def test_use_changes_nothing_and_nothing_can_be_trained(finished, model, chunk):
-    before = {key: x.clone() for key, x in model.idm.state_dict().items()}
+    networks = torch.nn.ModuleList([model.idm, model.world_model])
+    before = {key: x.clone() for key, x in networks.state_dict().items()}
+    assert any(key.endswith("running_mean") for key in before)
+    assert any(key.endswith("codebook") for key in before)
     found = model.infer(chunk["obs"])
+    model.quantize(found.la[found.valid])
     model.predict(np.stack([chunk["obs"][:9], chunk["obs"][:9]], 1), found.la_q[1:10])
-    for key, x in model.idm.state_dict().items():
+    for key, x in networks.state_dict().items():
         assert torch.equal(x, before[key]), key
-    parameters = [*model.idm.parameters(), *model.world_model.parameters()]
-    assert not any(p.requires_grad for p in parameters)
+    assert not any(p.requires_grad for p in networks.parameters())
+    policy = load_policy(finished.run_dir("stage3_scratch"), "cpu")
+    assert not any(p.requires_grad for p in policy.network.parameters())
 
 
 @pytest.mark.parametrize("mode", ["online", "offline", "scratch", "bc"])
@@ -132,6 +189,7 @@ def test_policies_act_as_their_networks_say(finished, chunk, mode):
         expected = network.logits(torch.from_numpy(obs))
     torch.testing.assert_close(policy.logits(obs), expected)
     assert policy.act(obs, greedy=True).tolist() == expected.argmax(-1).tolist()
+    assert policy.act(obs).dtype == np.int64
     torch.manual_seed(3)
     first = policy.act(obs)
     torch.manual_seed(3)
@@ -171,30 +229,53 @@ def test_a_model_without_quantiser_has_no_codes(finished, chunk):
         model.decode(found.codes)
 
 
-def test_mistakes_are_named(finished, model, chunk):
+def test_mistakes_are_named(finished, model, chunk, tmp_path):
     obs, latents = chunk["obs"], model.infer(chunk["obs"])
-    policy = load_policy(finished.run_dir("stage3_bc"), "cpu")
+    policy, pairs = load_policy(finished.run_dir("stage3_bc"), "cpu"), np.stack([obs[:4], obs[1:5]], 1)
+    run, unfinished = finished.run_dir("stage1").parent, {}
+    for stage in ("stage1", "stage3_bc"):
+        checkpoint = torch.load(run / stage / "checkpoint.pt", weights_only=True) | {"finished": False}
+        del checkpoint["checksum"]
+        unfinished[stage] = tmp_path / f"{stage}.pt"
+        torch.save(checkpoint, unfinished[stage])
     for call, sentence in (
         (
             lambda: model.infer(obs / 255),
-            r"video must be uint8 \(B, 64, 64, 3\), found float64 \(120, 64, 64, 3\)",
+            r"video must be uint8 \(T, 64, 64, 3\), found float64 \(120, 64, 64, 3\)",
         ),
         (lambda: model.infer(obs[:, :32]), r"video must be .*, found uint8 \(120, 32, 64, 3\)"),
+        (lambda: model.infer("clip.mp4"), "video must be .*, found str$"),
+        (lambda: model.infer(obs.astype(object)), r"video must be .*, found object \(120, 64, 64, 3\)"),
         (lambda: model.infer(obs[:2]), "the video has 2 frames; an action is inferred from 3"),
         (lambda: model.infer(obs, np.zeros(120)), r"done must be bool \(120,\), found float64 \(120,\)"),
+        (lambda: model.quantize(latents.la[:, :3]), r"la must be float \(B, 16\), found float32 \(120, 3\)"),
+        (lambda: model.quantize(latents.la), "la has NaN, as `infer` returns where not `valid`"),
         (lambda: model.infer(obs, np.zeros(9, bool)), r"done must be bool \(120,\), found bool \(9,\)"),
         (
             lambda: model.decode(latents.la),
-            r"codes must be integers \(B, 2, 2\), found float32 \(120, 8\)|codes",
+            r"codes must be integer \(B, 2, 2\), found float32 \(120, 16\)",
         ),
         (lambda: model.decode(latents.codes), r"codes must lie in 0\.\.7, found -1\.\."),
         (lambda: model.predict(obs[:2], latents.la_q[:2]), r"frames must be uint8 \(B, 2, 64, 64, 3\)"),
         (
             lambda: model.predict(np.stack([obs, obs], 1), latents.la_q[:, :3]),
-            r"la_q must be \(120, K, \d+\)",
+            r"la_q must be float \(120, 16\), found float32 \(120, 3\)",
         ),
+        (lambda: model.predict(pairs, latents.codes[:4]), r"la_q must be float \(4, 16\), found int64"),
+        (lambda: model.predict(pairs, latents.la_q[:4]), "la_q has NaN"),
+        (
+            lambda: model.rollout(pairs, latents.la_q[None, :3]),
+            r"la_q must be float \(4, K, 16\), found float32 \(1, 3, 16\)",
+        ),
+        (lambda: model.rollout(pairs, latents.la_q[:3, :5]), r"la_q must be float \(K, 16\)"),
         (lambda: policy.act(obs[0]), r"obs must be uint8 \(B, 64, 64, 3\), found uint8 \(64, 64, 3\)"),
-        (lambda: load_stage1("nowhere"), r"the checkpoint .*nowhere/checkpoint\.pt does not exist"),
+        (lambda: load_stage1("nowhere"), "^nowhere does not exist, neither in the working directory nor in"),
+        (lambda: load_stage1(tmp_path), r"stage1/checkpoint\.pt does not exist; make it with `python stage1"),
+        (lambda: load_stage1(unfinished["stage1"]), r"stage1\.pt is unfinished, at step 8; run the command"),
+        (lambda: load_policy(unfinished["stage3_bc"]), r"stage3_bc\.pt is unfinished, at step"),
+        (lambda: load_policy(run), "is the folder of a run; name one of its policies: stage3_bc, stage3_off"),
+        (lambda: load_policy(tmp_path), r"checkpoint\.pt does not exist; make it with `python stage3\.py`"),
+        (lambda: load_stage1(run, "gpu"), "'device' is 'gpu'"),
         (lambda: load_stage1(finished.run_dir("stage2")), "is a checkpoint of stage2, not of stage1"),
         (lambda: load_policy(finished.run_dir("stage1")), "is a checkpoint of stage1, which cannot act"),
     ):
@@ -202,8 +283,16 @@ def test_mistakes_are_named(finished, model, chunk):
             call()
 
 
+def test_importing_the_package_brings_nothing_until_a_name_is_used():
+    code = (
+        "import sys, lapo; print('torch' in sys.modules, 'numpy' in sys.modules, 'load_stage1' in dir(lapo))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False True\n"
+
+
 def test_unknown_names_are_no_attributes():
-    assert set(lapo.__all__) <= {name for name in lapo.__all__ if hasattr(lapo, name)}
+    assert all(hasattr(lapo, name) for name in lapo.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         lapo.nothing  # noqa: B018
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lapo.config import PPOConfig, load_config
 from lapo.models import Decoder, Policy, TwoPathPolicy
+from lapo.policies import sample
 from lapo.ppo import (
     RECENT_EPISODES,
     Collector,
@@ -26,7 +27,6 @@ from lapo.ppo import (
     ppo_loss,
     ppo_step,
     ppo_update,
-    sample,
 )
 from lapo.runs.compute import Compute
 from support import CountingEnv, read_numbers

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from lapo import record_expert
-from lapo.acting import load_policy_checkpoint
 from lapo.data.checks import check_frames
 from lapo.data.chunks import find_chunks, read_header, write_chunk
 from lapo.errors import UserError
@@ -24,6 +23,7 @@ from lapo.experts.recording import Chunk, Dataset, PolicyFile, play_chunk
 from lapo.games.table import ACTIONS, GAMES
 from lapo.games.vec_env import HELD_OUT_LEVELS, TRAIN_LEVELS
 from lapo.models import make_acting_policy
+from lapo.policies import load_policy_checkpoint
 from lapo.record_expert import find_policy, parse, plan_chunks
 from lapo.runs.compute import Compute
 from lapo.runs.files import lock

@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from lapo import stage3_decode, train_expert
-from lapo.acting import checkpoint_actor, load_policy_checkpoint, steps_played
+from lapo.acting import checkpoint_actor, steps_played
 from lapo.config import Config, DaggerConfig, to_dict, validate
 from lapo.errors import UserError
 from lapo.experts.dagger import Dagger, ParallelExpert
 from lapo.experts.expert import LEFT, RIGHT, Expert
 from lapo.experts.registry import expert_name, make_expert
 from lapo.games.vec_env import VecEnv
+from lapo.interface import load_policy
 from lapo.models import Policy
+from lapo.policies import load_policy_checkpoint
 from lapo.runs.checkpoints import load_checkpoint
 from support import CPU, TINY, Workplace, numbered_frames, read_numbers
 
@@ -94,6 +96,7 @@ def test_an_expert_acts_by_its_weights(distilled):
     frames = np.random.default_rng(0).integers(256, size=(32, 64, 64, 3), dtype=np.uint8)
     expected = policy.logits(torch.from_numpy(frames)).argmax(-1)
     assert np.array_equal(checkpoint_actor(expert, CPU, greedy=True)(frames), expected)
+    assert np.array_equal(load_policy(folder_of(distilled), "cpu").act(frames, greedy=True), expected)
 
 
 def test_an_expert_outlives_keys_of_the_config_that_do_not_shape_it(distilled):

@@ -21,7 +21,8 @@ from lapo.data.chunks import FRAME_SHAPE
 from lapo.experts.expert import Expert
 from lapo.games.vec_env import EpisodeTracker, VecEnv, num_cores
 from lapo.models import Policy
-from lapo.ppo import RECENT_EPISODES, sample
+from lapo.policies import sample
+from lapo.ppo import RECENT_EPISODES
 from lapo.runs.compute import Compute
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from lapo import models
-from lapo.acting import load_policy_checkpoint, restore_policy, steps_played
+from lapo.acting import steps_played
 from lapo.errors import UserError
 from lapo.games.table import ACTIONS
-from lapo.ppo import sample
+from lapo.policies import load_policy_checkpoint, restore_policy, sample
 from lapo.runs.compute import Compute
 
 CPU = Compute(torch.device("cpu"), bf16=False, compile=False)

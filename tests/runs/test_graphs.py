@@ -36,7 +36,8 @@ from lapo.models import (
     pixel_to_square,
     square_to_pixel,
 )
-from lapo.ppo import Decision, PPOTrainer, Rollout, ppo_step, ppo_update, sample
+from lapo.policies import sample
+from lapo.ppo import Decision, PPOTrainer, Rollout, ppo_step, ppo_update
 from lapo.probe import train_probe
 from lapo.runs.compute import Compute, seed_everything
 from support import CPU, LAPO

@@ -1,0 +1,44 @@
+"""Trained acting policies: reading them from checkpoints, and sampling actions from their logits.
+
+Does without the simulator. Dimensions: N environments · A actions
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lapo.errors import UserError
+from lapo.games.table import ACTIONS
+from lapo.models import make_acting_policy, restore
+from lapo.runs.checkpoints import load_checkpoint, saved_config
+from lapo.runs.compute import Compute
+
+
+def load_policy_checkpoint(path: Path, command: str | None = None) -> dict:
+    """Load the checkpoint of an acting policy: of stage 3, or of an expert. `command` produces it.
+
+    Raises `UserError` as `load_checkpoint` does, and for a stage whose networks cannot act.
+    """
+    checkpoint = load_checkpoint(path, command)
+    if not checkpoint["stage"].startswith(("stage3", "expert")):
+        saved = checkpoint["config"]
+        raise UserError(
+            f"{path} is a checkpoint of {checkpoint['stage']}, which cannot act; train a policy that can with"
+            f" `python stage3.py --env {saved['env']} --exp {saved['exp']} --seed {saved['seed']}`"
+        )
+    return checkpoint
+
+
+def restore_policy(checkpoint: dict, compute: Compute) -> torch.nn.Module:
+    """The network of a `load_policy_checkpoint`, frozen and in eval mode."""
+    cfg = saved_config(checkpoint)
+    network = make_acting_policy(cfg, cfg.stage3.mode, len(ACTIONS))
+    return restore(network, checkpoint["state"]["policy"], compute)
+
+
+def sample(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample actions (N,) from logits (N, A) by the Gumbel-max trick; also their log-probabilities (N,)."""
+    logprobs = logits.log_softmax(-1)
+    action = (logprobs - torch.empty_like(logprobs).exponential_().log()).argmax(-1)
+    return action, logprobs.gather(-1, action[:, None]).squeeze(-1)
