@@ -75,7 +75,7 @@ class ResidualBlock(nn.Module):
 
 
 class ImpalaTrunk(nn.Sequential):
-    """ResNet of IMPALA (Espeholt et al. 2018): images (B, C, 64, 64) → features (B, `out_dim`), after a ReLU."""
+    """IMPALA ResNet (Espeholt et al. 2018): images (B, C, 64, 64) → features (B, `out_dim`), after a ReLU."""
 
     def __init__(self, in_channels: int, scale: int):
         layers: list[nn.Module] = []

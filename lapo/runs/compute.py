@@ -127,40 +127,42 @@ def _compiling_lacks(device: torch.device) -> str | None:
     return None if header.exists() else f"{header} (of Python's development files)"
 
 
-class HostLink:
-    """Copies arrays of one shape and dtype to a device and back, through buffers allocated once.
+class TransferBuffer:
+    """Copies arrays of one shape and dtype to a device or back, through buffers that are allocated once.
 
-    For CUDA the host buffer is pinned, so that copies are asynchronous. On a CPU, arrays and tensors share
-    memory.
+    For CUDA the host buffer is pinned, so copies are asynchronous. On a CPU, arrays and tensors share memory.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.host: Tensor | None = None
-        self.there: Tensor | None = None
+        self.on_host: Tensor | None = None
+        self.on_device: Tensor | None = None
 
-    def up(self, array: np.ndarray) -> Tensor:
-        """The array on the device, valid until the next call; the device must have copied it by then."""
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Copy an array to the device. The tensor is valid until the next call.
+
+        The device must have finished the copy before the next call.
+        """
         x = torch.from_numpy(array)
         if self.device.type != "cuda":
             return x.to(self.device)
-        if self.there is None:
-            self.host, self.there = (
+        if self.on_device is None:
+            self.on_host, self.on_device = (
                 torch.empty_like(x, pin_memory=True),
                 torch.empty_like(x, device=self.device),
             )
-        self.host.copy_(x)
-        return self.there.copy_(self.host, non_blocking=True)
+        self.on_host.copy_(x)
+        return self.on_device.copy_(self.on_host, non_blocking=True)
 
-    def down(self, x: Tensor) -> np.ndarray:
-        """The tensor as an array on the host, valid until the next call; waits for the device."""
+    def to_host(self, x: Tensor) -> np.ndarray:
+        """Copy a tensor to the host and synchronise. The array is valid until the next call."""
         if self.device.type != "cuda":
             return x.cpu().numpy()
-        if self.host is None:
-            self.host = torch.empty_like(x, device="cpu", pin_memory=True)
-        self.host.copy_(x, non_blocking=True)
+        if self.on_host is None:
+            self.on_host = torch.empty_like(x, device="cpu", pin_memory=True)
+        self.on_host.copy_(x, non_blocking=True)
         torch.cuda.current_stream(self.device).synchronize()
-        return self.host.numpy()
+        return self.on_host.numpy()
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
