@@ -33,7 +33,7 @@ def random_actor(seed: int) -> Act:
 
 
 def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> Act:
-    """Acts by a network's `logits`: samples or, if `greedy`, the most likely actions."""
+    """Act by a network's `logits`: sample actions or, if `greedy`, take the most likely ones."""
 
     @torch.inference_mode()
     def act(frames: np.ndarray) -> np.ndarray:
@@ -46,7 +46,7 @@ def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> A
 
 
 def load_policy_checkpoint(path: Path, command: str | None = None) -> dict:
-    """The checkpoint of an acting policy, of stage 3 or an expert; `command` produces it.
+    """Load the checkpoint of an acting policy: of stage 3, or of an expert. `command` produces it.
 
     Raises `UserError` as `load_checkpoint` does, and for a stage whose networks cannot act.
     """
@@ -54,26 +54,26 @@ def load_policy_checkpoint(path: Path, command: str | None = None) -> dict:
     if not checkpoint["stage"].startswith(("stage3", "expert")):
         saved = checkpoint["config"]
         raise UserError(
-            f"{path} is a checkpoint of {checkpoint['stage']}, which cannot act; make one that can with"
+            f"{path} is a checkpoint of {checkpoint['stage']}, which cannot act; train a policy that can with"
             f" `python stage3.py --env {saved['env']} --exp {saved['exp']} --seed {saved['seed']}`"
         )
     return checkpoint
 
 
 def restore_policy(checkpoint: dict, compute: Compute) -> torch.nn.Module:
-    """The frozen network of a checkpoint of `load_policy_checkpoint`."""
+    """The network of a `load_policy_checkpoint`, frozen and in eval mode."""
     cfg = saved_config(checkpoint)
     network = make_acting_policy(cfg, cfg.stage3.mode, len(ACTIONS))
     return restore(network, checkpoint["state"]["policy"], compute)
 
 
 def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:
-    """The policy of a checkpoint of `load_policy_checkpoint`, see `network_actor`."""
+    """Act by the policy of a `load_policy_checkpoint`, see `network_actor`."""
     return network_actor(restore_policy(checkpoint, compute), compute, greedy)
 
 
 def steps_played(checkpoint: dict) -> int | None:
-    """Environment steps of a policy's training so far; None if it was trained on recorded frames."""
+    """Env steps that a policy was trained for; None if it was trained on recorded frames."""
     saved = checkpoint["config"]
     if saved["stage3"]["mode"] in ("online", "scratch"):
         group = saved["ppo"]
@@ -124,14 +124,14 @@ class SteppableEnv(Protocol):
 
 
 def play(
-    act: Callable[[np.ndarray], np.ndarray], env: SteppableEnv, episodes: int, *, sparing: bool = False
+    act: Callable[[np.ndarray], np.ndarray], env: SteppableEnv, episodes: int, *, skip_finished: bool = False
 ) -> Evaluation:
-    """Play `episodes` complete episodes in a new `env`, rounded up to a multiple of N.
+    """Play `episodes` complete episodes, rounded up to a multiple of N, in a new `env`.
 
     `act` maps frames, uint8 (N, 64, 64, 3), to actions (N,). Every environment contributes its first
-    `episodes / N` episodes: counting the episodes that end first would favour short ones. With `sparing`,
-    `act` only gets the frames of environments that still contribute, and the others do action 0. That saves
-    time when few long episodes remain, but needs an `act` without a state per environment.
+    `episodes / N` episodes: counting whichever episodes end first would favour short ones. With
+    `skip_finished`, `act` only gets the frames of environments that still contribute; the others take action
+    0. This saves time when few long episodes remain, but needs an `act` without a state per environment.
     """
     per_env = -(-episodes // env.num_envs)
     returns = np.zeros((env.num_envs, per_env))
@@ -141,20 +141,20 @@ def play(
     steps, start = 0, time.process_time()
     obs = env.observe()
     while (playing := counts < per_env).any():
-        if sparing:
+        if skip_finished:
             actions = np.zeros(env.num_envs, np.int64)
             actions[playing] = act(obs[playing])
         else:
             actions = act(obs)
         obs, rewards, dones = env.step(actions)
         finished_returns, finished_lengths = tracker.update(rewards, dones)
-        wanted = counts[dones] < per_env
-        envs = np.flatnonzero(dones)[wanted]
-        returns[envs, counts[envs]] = finished_returns[wanted]
-        lengths[envs, counts[envs]] = finished_lengths[wanted]
+        counted = counts[dones] < per_env
+        envs = np.flatnonzero(dones)[counted]
+        returns[envs, counts[envs]] = finished_returns[counted]
+        lengths[envs, counts[envs]] = finished_lengths[counted]
         counts[envs] += 1
         steps += env.num_envs
-    # The clock's resolution may exceed a very short play.
+    # Very short play may take less than the clock's resolution.
     return Evaluation(returns.ravel(), lengths.ravel(), steps / max(time.process_time() - start, 1e-6))
 
 
@@ -169,20 +169,20 @@ def num_eval_envs(cfg: EvalConfig) -> int:
 
 
 def evaluate_actor(act: Act, game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> Evaluation:
-    """Play `cfg.episodes` episodes of `game` on held-out levels."""
+    """Returns and lengths of `cfg.episodes` episodes of `game` on held-out levels."""
     with closing(held_out_env(game, visuals, cfg, seed)) as env:
-        return play(act, env, cfg.episodes, sparing=True)
+        return play(act, env, cfg.episodes, skip_finished=True)
 
 
 def evaluate_policy(policy: torch.nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
-    """Returns on held-out levels, as metrics; {} if the data set is not a Procgen game's."""
+    """Evaluate a policy on held-out levels; returns metrics, {} if `cfg.env` is not a Procgen game."""
     if cfg.env not in GAMES:
         return {}
     act = network_actor(policy.eval(), compute, cfg.eval.greedy)
-    played = evaluate_actor(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
+    evaluation = evaluate_actor(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
     return {
-        "return_mean": played.mean,
-        "return_stderr": played.stderr,
-        "relative_return": relative_return(cfg.env, played.mean),
-        "episodes": played.episodes,
+        "return_mean": evaluation.mean,
+        "return_stderr": evaluation.stderr,
+        "relative_return": relative_return(cfg.env, evaluation.mean),
+        "episodes": evaluation.episodes,
     }

@@ -97,7 +97,7 @@ class OnlineDecoder:
         self.active = bool(updates)
 
     def learn(self, rollout: Steps, update: int) -> dict[str, Tensor]:
-        """Infer the rollout's latents. Train the decoder if it is due after `update` (from 1). Returns metrics."""
+        """Infer the rollout's latents; train the decoder if `update` (from 1) is in `updates`; returns metrics."""
         if not self.active:
             return {}
         self.infer_latents(rollout)
@@ -109,7 +109,7 @@ class OnlineDecoder:
 
     @torch.no_grad()
     def infer_latents(self, rollout: Steps) -> None:
-        """Add the rollout's pairs (la, ta). Its last step is kept: the next rollout's first window begins there."""
+        """Add the rollout's pairs (la, ta), and keep its last step for the next rollout's first window."""
         steps = rollout.frames[:-1], rollout.actions, rollout.dones
         kept = [[x[None]] for x in self.last_step] if self.last_step else [[], [], []]
         self.last_step = tuple(x[-1].clone() for x in steps)  # the rollout's buffers are reused

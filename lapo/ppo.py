@@ -76,7 +76,7 @@ class Decision(NamedTuple):
 
 
 def sample(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample actions from logits (N, A) by the Gumbel-max trick; returns them (N,) and their log-probs (N,)."""
+    """Sample from logits (N, A) by the Gumbel-max trick; returns actions (N,) and their log-probs (N,)."""
     logprobs = logits.log_softmax(-1)
     action = (logprobs - torch.empty_like(logprobs).exponential_().log()).argmax(-1)
     return action, logprobs.gather(-1, action[:, None]).squeeze(-1)
