@@ -1,8 +1,8 @@
 """Stage 1: an inverse dynamics model (IDM) and a world model, trained on frames alone.
 
-The IDM maps o[t-1], o[t], o[t+1] to a few discrete codes. The world model predicts o[t+1] from o[t-1], o[t]
-and these codes. The codes must carry whatever the past does not predict: the action. True actions, where the
-data has them, are only used to evaluate the codes (see probe.py).
+The IDM maps o[t-1], o[t], o[t+1] to a few discrete codes: the latent action. The world model predicts o[t+1]
+from o[t-1], o[t] and the latent action. The codes must carry whatever the past does not predict: the action.
+True actions, if the data has them, are only used for evaluation (see probe.py).
 """
 
 import torch
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def train(cfg: Config) -> None:
-    """Train IDM and world model; the result is the run's checkpoint."""
+    """Train IDM and world model, and write the run's checkpoint."""
     compute = Compute.from_config(cfg)
     check_data(cfg.env, cfg.game_data)
     seed_everything(cfg.seed)
@@ -52,7 +52,7 @@ def train(cfg: Config) -> None:
 
     # ---- loop
     if run.step == 0:
-        # Control: an untrained IDM. The current frame alone predicts many of an expert's actions.
+        # Baseline: an untrained IDM. Many of an expert's actions can be predicted from the frames alone.
         run.log(0, {f"untrained_{key}": value for key, value in trainer.measure(held_out).items()})
     options = {"save_every": cfg.stage1.save_every, "unit": "window", "scale": cfg.stage1.batch_size}
     for step in run.loop(cfg.stage1.steps, trainer.state_dict, **options):
@@ -66,14 +66,14 @@ def train(cfg: Config) -> None:
 
 
 class Trainer:
-    """Trains IDM and world model jointly. A step consists of `set_lr`, `load`, `backward` and `apply`."""
+    """Trains IDM and world model jointly. A training step is `set_lr`, `load`, `backward`, `apply`."""
 
     def __init__(self, cfg: Config, compute: Compute, windows: Windows, idm: IDM, world_model: WorldModel):
         self.cfg, self.compute, self.windows = cfg, compute, windows
         self.idm, self.world_model = idm, world_model
         networks = (idm, world_model)
         self.params = [p for network in networks for p in network.parameters()]
-        # BatchNorm's running statistics, which every rank computes on its part of the batch.
+        # BatchNorm's running statistics: every rank computes them on its part of the batch, `average` on all.
         self.statistics = [b for b in world_model.buffers() if b.is_floating_point()]
         self.batch_size = per_rank_batch(cfg.stage1.batch_size)
         groups = [{"params": self.params, "lr": cfg.stage1.lr}]
@@ -83,7 +83,7 @@ class Trainer:
         self.learn = compute.replayed(self._learn)
 
     def update(self, step: int) -> dict[str, Tensor]:
-        """Do training step `step`; returns its metrics, valid until the next step."""
+        """Do training step `step`; returns metrics, which the next step overwrites."""
         self.set_lr(step)
         return self.learn(self.load(step))
 
@@ -93,11 +93,11 @@ class Trainer:
         set_lr(self.optimizer.param_groups[0], self.cfg.stage1.lr * factor)
 
     def load(self, step: int) -> Tensor:
-        """Frames (B, T, H, W, C) uint8 of the windows of training step `step`."""
+        """The batch of training step `step`: windows (B, T, H, W, C) uint8."""
         return self.windows.gather(self.windows.batch(step, self.batch_size, self.cfg.seed))
 
     def backward(self, frames: Tensor) -> dict[str, Tensor]:
-        """Compute losses and gradients on windows (B, T, H, W, C); returns the losses as metrics."""
+        """Compute losses and gradients on windows (B, T, H, W, C); returns metrics, averaged over ranks."""
         loss, metrics = self.losses(frames)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -111,11 +111,12 @@ class Trainer:
         return {"grad_norm": norm}
 
     def measure(self, held_out: Windows) -> dict[str, Tensor]:
-        """World-model error and, if there are true actions, probe accuracy on held-out windows."""
+        """Evaluate on held-out windows: world-model error and, if there are true actions, probe accuracy."""
         ids = held_out.evenly_spaced(self.cfg.probe.windows)
         la = infer_latents(self.idm, held_out.iter_frames(ids), self.compute)
-        some = wm_subset(len(ids))
-        metrics = world_model_loss(self.idm, self.world_model, held_out, ids[some], la[some], self.compute)
+        subset = wm_subset(len(ids))
+        args = held_out, ids[subset], la[subset], self.compute
+        metrics = world_model_loss(self.idm, self.world_model, *args)
         if held_out.ta is not None:
             metrics |= train_probe(la, held_out.actions(ids), self.cfg.probe, self.cfg.seed)
         return metrics
@@ -146,7 +147,7 @@ class Trainer:
         return parts | {"order": self.windows.data_order}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore `state_dict`. Raises `UserError` if the batches would come in another order."""
+        """Restore `state_dict`. Raises `UserError` if the order of the batches has changed."""
         self.windows.check_data_order(state["order"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
