@@ -277,10 +277,10 @@ def refuse_batch() -> str:
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert per_rank_batch(9) == 9
     for message in on_two_ranks(refuse_batch, tmp_path):
-        assert message.startswith("a batch of 9 windows cannot be shared by 2 processes")
+        assert message.startswith("a batch of 9 windows cannot be divided among 2 processes")
 
 
-# ---------------------------------------------------------------- ranks that do not come, or go
+# ---------------------------------------------------------------- ranks that never join, or fail
 
 
 def alone(environment: dict[str, str]) -> BaseProcess:
@@ -329,7 +329,7 @@ def test_who_waits_for_a_rank_that_never_comes_gives_up(monkeypatch, capfd, rend
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("error: process 1 ")
     assert last.endswith(
-        "why they do not come or, if torchrun did not start this process, unset TORCHELASTIC_RUN_ID"
+        "why they did not start or, if torchrun did not start this process, unset TORCHELASTIC_RUN_ID"
     )
 
 
@@ -467,7 +467,7 @@ def test_torchrun_trains_and_prints_once(trained):
 def test_a_mistake_is_reported_once(workplace):
     process = torchrun(workplace, "stage1_idm_wm.py", "--stage1.batch_size", "5")
     assert process.returncode != 0
-    assert process.stderr.count("error: a batch of 5 windows cannot be shared by 2 processes") == 1
+    assert process.stderr.count("error: a batch of 5 windows cannot be divided among 2 processes") == 1
 
 
 def test_stage_3_is_for_one_process(monkeypatch):
