@@ -83,12 +83,12 @@ def test_what_is_configured_is_what_is_chosen(monkeypatch):
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch):
-    with pytest.raises(UserError, match="device cuda is not there: 0 CUDA devices; use cpu"):
+    with pytest.raises(UserError, match="device cuda does not exist: 0 CUDA devices; use cpu"):
         compute(monkeypatch, "--device", "cuda")
-    with pytest.raises(UserError, match="device cuda:1 is not there: 1 CUDA devices"):
+    with pytest.raises(UserError, match="device cuda:1 does not exist: 1 CUDA devices"):
         compute(monkeypatch, "--device", "cuda:1", cuda=True)
     for number in ("128", "200", "99999999999999999999", "9" * 5000, "00"):
-        with pytest.raises(UserError, match=f"^device cuda:{number} is not there: 1 CUDA devices; use cpu"):
+        with pytest.raises(UserError, match=f"^device cuda:{number} does not exist: 1 CUDA devices; use cpu"):
             compute(monkeypatch, "--device", f"cuda:{number}", cuda=True)
     with pytest.raises(UserError, match="'device' is 'cuda:٣'"):
         compute(monkeypatch, "--device", "cuda:٣", cuda=True)

@@ -82,4 +82,4 @@ def test_a_key_that_is_none_is_named_and_an_address_that_is_none_is_refused(home
     assert line.startswith(
         "error: wandb cannot start (1 validation error for Settings base_url Input should be"
     )
-    assert line.endswith("; mend that, or choose --wandb disabled")
+    assert line.endswith("; fix that, or choose --wandb disabled")
