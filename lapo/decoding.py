@@ -97,7 +97,7 @@ class OnlineDecoder:
         self.active = bool(updates)
 
     def learn(self, rollout: Steps, update: int) -> dict[str, Tensor]:
-        """Infer the rollout's latents; train the decoder if `update` (from 1) is in `updates`; returns metrics."""
+        """Infer the rollout's latents; train the decoder after `update` (from 1) if due; returns metrics."""
         if not self.active:
             return {}
         self.infer_latents(rollout)

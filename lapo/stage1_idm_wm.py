@@ -115,8 +115,9 @@ class Trainer:
         ids = held_out.evenly_spaced(self.cfg.probe.windows)
         la = infer_latents(self.idm, held_out.iter_frames(ids), self.compute)
         subset = wm_subset(len(ids))
-        args = held_out, ids[subset], la[subset], self.compute
-        metrics = world_model_loss(self.idm, self.world_model, *args)
+        metrics = world_model_loss(
+            self.idm, self.world_model, held_out, ids[subset], la[subset], self.compute
+        )
         if held_out.ta is not None:
             metrics |= train_probe(la, held_out.actions(ids), self.cfg.probe, self.cfg.seed)
         return metrics

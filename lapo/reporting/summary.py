@@ -10,7 +10,7 @@ from lapo.acting import evaluate_actor, random_actor
 from lapo.config import Config, to_dict
 from lapo.errors import UserError
 from lapo.games.table import GAMES, relative_return
-from lapo.runs.checkpoints import load_checkpoint, stale, weights_checksum
+from lapo.runs.checkpoints import changed_inputs, load_checkpoint, weights_checksum
 from lapo.runs.files import reading
 
 MODES = ("bc", "scratch", "offline", "online")
@@ -51,7 +51,7 @@ def stages(outputs: dict[str, "StageOutput"]) -> dict[str, dict | None]:
     """Progress of every stage, see `StageOutput.progress`, and which of the stages below it are `stale`."""
     weights = {stage: weights_checksum(outputs[stage].checkpoint) for stage in STAGES[:2] if stage in outputs}
     return {
-        stage: output.progress() | {"stale": stale(output.checkpoint, weights)}
+        stage: output.progress() | {"stale": changed_inputs(output.checkpoint, weights)}
         if (output := outputs.get(stage))
         else None
         for stage in STAGES

@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
 def test_code_in_a_checkpoint_is_not_executed(tmp_path, save):
     path = tmp_path / "checkpoint.pt"
     save(Trap(tmp_path / "executed"), path)
-    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read: damaged, or not one of ours"):
+    with pytest.raises(UserError, match=r"checkpoint.pt is damaged, or was not written by lapo"):
         load_checkpoint(path)
     assert not (tmp_path / "executed").exists()
 

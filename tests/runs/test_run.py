@@ -212,7 +212,7 @@ def test_a_run_is_for_one_process_at_a_time(workplace):
     other = multiprocessing.get_context("fork").Process(target=work)
     other.start()
     assert ours.recv() == "started"
-    with pytest.raises(UserError, match=r"another process is at work on .*stage1; wait for it"):
+    with pytest.raises(UserError, match=r"another process trains .*stage1; wait for it"):
         tiny_run(workplace)
     ours.send("go on")
     other.join(30)
