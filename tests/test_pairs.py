@@ -1,4 +1,4 @@
-"""What belongs together stays together, through all stages: frames, latent actions and true actions.
+"""Frames, latent actions and true actions stay aligned through all stages.
 
 Every frame spells its own number, and a latent action is the numbers of its window's frames, followed by
 weights of the IDM that it comes from.
@@ -66,7 +66,7 @@ def test_stage_1_predicts_each_windows_last_frame_from_its_own_latent_action(num
     assert lines[-1]["copy_loss_test"] > 0
 
 
-def test_stage_2_teaches_each_frame_its_own_latent_action(numbered, monkeypatch):
+def test_stage_2_trains_each_frame_on_its_own_latent_action(numbered, monkeypatch):
     bias = weights(numbered, "stage1", "idm")["head.bias"]
 
     def forward(self: Policy, obs: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def test_stage_2_teaches_each_frame_its_own_latent_action(numbered, monkeypatch)
 
 
 class Fits:
-    """Stands for `decoding.fit`: notes what networks learn from, and their weights afterwards."""
+    """Replaces `decoding.fit`: records its training examples and the weights afterwards."""
 
     def __init__(self) -> None:
         self.pairs: list[list[tuple[int, ...]]] = []  # numbers of the inputs, and the true action
@@ -117,7 +117,7 @@ class Fits:
 
 @pytest.fixture
 def fits(numbered: Workplace, monkeypatch: pytest.MonkeyPatch) -> Fits:
-    """What is fitted after stages 1 and 2, with an IDM that sees; nobody plays in the end."""
+    """Calls of `fit` after stages 1 and 2, with an IDM of known latents and no final evaluation."""
     stage2_bc.train(numbered.config("--stage2.steps", "1"))
     fits = Fits()
     monkeypatch.setattr(decoding, "fit", fits)
@@ -134,7 +134,7 @@ def decoder_of(workplace: Workplace, stage: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["offline", "bc"])
-def test_labels_are_learnt_with_the_frames_that_they_belong_to(numbered, fits, mode):
+def test_labels_are_paired_with_their_own_frames(numbered, fits, mode):
     """Offline mode learns them from latent actions, bc from the frames themselves."""
     stage3_decode.train(numbered.config("--stage3.mode", mode))
     (pairs,), (batches,) = fits.pairs, fits.batches

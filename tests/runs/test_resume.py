@@ -1,4 +1,4 @@
-"""A stopped run continues as if nothing had happened, a finished one stays as it is."""
+"""A resumed run equals an uninterrupted one; a finished run is left as it is."""
 
 import contextlib
 import multiprocessing
