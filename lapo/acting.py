@@ -19,6 +19,7 @@ from lapo.errors import UserError
 from lapo.games.table import ACTIONS, GAMES, Visuals, relative_return
 from lapo.games.vec_env import HELD_OUT_LEVELS, EpisodeTracker, VecEnv
 from lapo.models import make_acting_policy, restore
+from lapo.modes import MODES
 from lapo.ppo import sample
 from lapo.runs.checkpoints import load_checkpoint, saved_config
 from lapo.runs.compute import Compute
@@ -75,7 +76,7 @@ def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:
 def steps_played(checkpoint: dict) -> int | None:
     """Env steps that a policy was trained for; None if it was trained on recorded frames."""
     saved = checkpoint["config"]
-    if saved["stage3"]["mode"] in ("online", "scratch"):
+    if MODES[saved["stage3"]["mode"]].plays:
         group = saved["ppo"]
     elif checkpoint["stage"] == "expert":
         group = saved["dagger"]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from lapo.acting import load_policy_checkpoint, network_actor, restore_policy
+from lapo.bottleneck import Quantized
 from lapo.config import load_config, resolve
 from lapo.data.chunks import FRAME_SHAPE, WINDOW, window_starts
 from lapo.data_loader import INFERENCE_BATCH
 from lapo.errors import UserError
 from lapo.models import (
     IDM,
-    Quantized,
     WorldModel,
     make_idm,
     make_world_model,
@@ -98,11 +98,10 @@ class LatentActionModel:
 
         Raises `UserError` for codes that do not exist, and for a model without a quantiser.
         """
-        if self.idm.vq is None:
+        wanted, num_codes = self.idm.vq.codes_shape, self.idm.vq.num_codes
+        if not num_codes:
             raise UserError("this model has no codes: it was trained with vq.enabled false")
         codes = torch.as_tensor(codes, device=self.compute.device)
-        num_codebooks, num_codes = self.idm.vq.codebook.shape[:2]
-        wanted = (num_codebooks, self.idm.vq.num_latents)
         if codes.is_floating_point() or codes.shape[1:] != wanted:
             raise UserError(f"codes must be integers (B, {wanted[0]}, {wanted[1]}), found {_kind(codes)}")
         if codes.numel() and not 0 <= codes.min() <= codes.max() < num_codes:

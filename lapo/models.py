@@ -1,8 +1,7 @@
 """The networks of LAPO.
 
 Dimensions
-    B batch · T frames of a window (3) · C, H, W image channels, height, width (64×64)
-    N codebooks · L latent slots · K codes of a codebook · D size of a code · A true actions (15)
+    B batch · T frames of a window (3) · C, H, W image channels, height, width (64×64) · A true actions (15)
 
 A window holds the frames o[t-1], o[t], o[t+1]. `la` is the latent action between o[t] and o[t+1] before
 quantisation, `la_q` after it, and `ta` is the true action at o[t]. Images enter the networks as x/255 - 0.5,
@@ -11,15 +10,16 @@ see `normalize`.
 
 import copy
 from collections.abc import Iterable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lapo.config import Config, to_dict
+from lapo.bottleneck import Bottleneck, Quantized, make_bottleneck
+from lapo.config import Config
+from lapo.modes import MODES
 from lapo.runs.compute import Compute
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
@@ -91,151 +91,29 @@ class ImpalaTrunk(nn.Sequential):
         self.out_dim = 32 * scale * (IMAGE // 8) ** 2
 
 
-# ---------------------------------------------------------------- vector quantiser
-
-
-class Quantized(NamedTuple):
-    """Output of a quantiser."""
-
-    la_q: Tensor
-    """(B, N·L·D), with a straight-through gradient."""
-    loss: Tensor
-    """Weighted commitment loss, a scalar."""
-    perplexity: Tensor
-    """exp(entropy of code usage), summed over the codebooks: a scalar between N and N·K."""
-    indices: Tensor
-    """(B, N, L) indices of the nearest codes."""
-
-
-class VectorQuantizer(nn.Module):
-    """Product quantiser with EMA codebooks (van den Oord et al. 2017, appendix A).
-
-    A latent action (B, N·L·D) is laid out as (B, N, D, L), slots fastest, as in the published code. In
-    training mode a forward pass quantises with the current codebooks, then updates them. EMA statistics are
-    all-reduced over ranks.
-
-    `start="published"`: codes are uniform, EMA counts zero; the first update then moves the codes far away.
-    `start="data"`: codes are latents of the first training batch, and EMA counts are one.
-    """
-
-    ema_count: Tensor
-    ema_weight: Tensor
-    codebook: Tensor
-    started: Tensor
-
-    def __init__(
-        self,
-        num_codebooks: int,
-        num_latents: int,
-        num_embs: int,
-        emb_dim: int,
-        decay: float = 0.999,
-        commitment_cost: float = 0.05,
-        epsilon: float = 1e-5,
-        start: str = "published",
-    ):
-        super().__init__()
-        self.num_latents, self.emb_dim = num_latents, emb_dim
-        self.decay, self.commitment_cost, self.epsilon = decay, commitment_cost, epsilon
-        self.start = start
-        from_data = start == "data"
-        codebook = torch.empty(num_codebooks, num_embs, emb_dim).uniform_(-5 / num_embs, 5 / num_embs)
-        self.register_buffer("codebook", codebook)  # (N, K, D)
-        self.register_buffer("ema_weight", codebook.clone())  # (N, K, D)
-        self.register_buffer("ema_count", torch.full(codebook.shape[:2], float(from_data)))  # (N, K)
-        self.register_buffer("started", torch.tensor(not from_data))
-
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
-    def forward(self, la: Tensor) -> Quantized:
-        x = rearrange(la.float(), "b (n d l) -> n (b l) d", d=self.emb_dim, l=self.num_latents)
-        if self.training and self.start == "data":
-            self._init_codebook(x.detach())
-        with torch.no_grad():
-            # Squared distance to each code, without the term |x|², which does not change the argmin.
-            distance = self.codebook.square().sum(-1)[:, None] - 2 * x @ self.codebook.mT  # (N, B·L, K)
-            indices = distance.argmin(-1)
-            one_hot = F.one_hot(indices, self.codebook.shape[1]).to(x.dtype)
-            quantized = one_hot @ self.codebook
-            count = one_hot.sum(1)  # (N, K) latents assigned to each code
-            total = one_hot.mT @ x  # (N, K, D) their sum
-            if self.training:
-                count = self._update(count, total)
-            usage = count / count.sum(-1, keepdim=True)
-            perplexity = torch.special.entr(usage).sum(-1).exp().sum()
-        loss = self.commitment_cost * F.mse_loss(x, quantized)
-        straight_through = x + (quantized - x).detach()
-        return Quantized(
-            rearrange(straight_through, "n (b l) d -> b (n d l)", l=self.num_latents),
-            loss,
-            perplexity,
-            rearrange(indices, "n (b l) -> b n l", l=self.num_latents),
-        )
-
-    def decode(self, indices: Tensor) -> Tensor:
-        """Codes (B, N, L), as `Quantized.indices` → the quantised latent actions (B, N·L·D)."""
-        codebooks = torch.arange(len(self.codebook), device=indices.device)[:, None]  # (N, 1)
-        return rearrange(self.codebook[codebooks, indices], "b n l d -> b (n d l)")
-
-    @torch.no_grad()
-    def _init_codebook(self, x: Tensor) -> None:
-        """Initialise the codebooks with latents `x` (N, B·L, D), in the first training step only."""
-        shuffled = x[:, torch.rand(x.shape[1], device=x.device).argsort()]
-        repeats = -(-self.codebook.shape[1] // x.shape[1])
-        codes = shuffled.repeat(1, repeats, 1)[:, : self.codebook.shape[1]].contiguous()
-        if dist.is_initialized():  # broadcast the codes of rank 0
-            codes.mul_(dist.get_rank() == 0)
-            dist.all_reduce(codes)
-        # `where` instead of `if`: reading the flag would synchronise with the device in every step.
-        self.codebook.copy_(torch.where(self.started, self.codebook, codes))
-        self.ema_weight.copy_(torch.where(self.started, self.ema_weight, codes))
-        self.started.fill_(True)
-
-    def _update(self, count: Tensor, total: Tensor) -> Tensor:
-        """EMA update of the codebooks (van den Oord et al. 2017, appendix A).
-
-        `count` (N, K) is the number of latents assigned to each code, `total` (N, K, D) their sum. Returns
-        the counts of all ranks together (N, K).
-        """
-        if dist.is_initialized():
-            statistics = torch.cat([count[..., None], total], -1)
-            dist.all_reduce(statistics)
-            count, total = statistics[..., 0], statistics[..., 1:]
-        ema_count = self.ema_count.lerp_(count, 1 - self.decay)
-        num_latents = ema_count.sum(-1, keepdim=True)
-        # Laplace smoothing: no count is zero, and their sum does not change.
-        ema_count.add_(self.epsilon).mul_(num_latents / (num_latents + count.shape[-1] * self.epsilon))
-        self.ema_weight.lerp_(total, 1 - self.decay)
-        self.codebook.copy_(self.ema_weight / ema_count[..., None])
-        return count
-
-
 # ---------------------------------------------------------------- inverse dynamics model
 
 
 class IDM(nn.Module):
     """Inverse dynamics model: o[t-1], o[t], o[t+1] → the latent action between o[t] and o[t+1].
 
-    With `vq=None`, latents are not quantised.
+    With `vq=None`, latents are neither normalised nor quantised.
     """
 
-    def __init__(self, scale: int, la_dim: int, vq: VectorQuantizer | None):
+    def __init__(self, scale: int, la_dim: int, vq: Bottleneck | None = None):
         super().__init__()
         self.trunk = ImpalaTrunk(9, scale)
         self.fc = nn.Linear(self.trunk.out_dim, HIDDEN)
         self.head = nn.Linear(HIDDEN, la_dim)
-        self.vq = vq
+        self.vq = vq or Bottleneck(la_dim)
 
     def infer_latents(self, window: Tensor) -> Tensor:
         """Window (B, 9, H, W) → latent action before quantisation `la` (B, la_dim)."""
-        return self.head(F.relu(self.fc(self.trunk(window))))
+        return self.vq.project(self.head(F.relu(self.fc(self.trunk(window)))))
 
     def quantize(self, la: Tensor) -> Quantized:
-        """Quantise `la` (B, la_dim); without a quantiser, return it as it is."""
-        if self.vq is not None:
-            return self.vq(la)
-        zero = la.new_zeros((), dtype=torch.float32)
-        return Quantized(la, zero, zero, la.new_zeros(len(la), 0, 0, dtype=torch.long))
+        """Quantise `la` (B, la_dim)."""
+        return self.vq(la)
 
     def forward(self, window: Tensor) -> tuple[Tensor, Quantized]:
         """Window (B, 9, H, W) → `la` (B, la_dim) and its quantisation."""
@@ -488,10 +366,8 @@ class TwoPathPolicy(nn.Module):
 
 
 def make_idm(cfg: Config) -> IDM:
-    """The inverse dynamics model, with the quantiser of `cfg.vq`."""
-    vq = to_dict(cfg.vq)
-    enabled = vq.pop("enabled")
-    return IDM(cfg.model.idm_scale, cfg.vq.la_dim, VectorQuantizer(**vq) if enabled else None)
+    """The inverse dynamics model, with the bottleneck of `cfg.vq`."""
+    return IDM(cfg.model.idm_scale, cfg.vq.la_dim, make_bottleneck(cfg))
 
 
 def make_world_model(cfg: Config) -> WorldModel:
@@ -522,13 +398,14 @@ def make_acting_policy(
 
     `latent_policy` holds the latent policy's initial weights, in the modes that use one.
     """
-    if mode == "bc":
+    kind = MODES[mode].network
+    if kind == "policy":
         return Policy(num_actions, cfg.model.policy_scale)
-    if mode == "scratch":
+    if kind == "actor-critic":
         return ActorCritic(num_actions, cfg.model.policy_scale)
     policy, decoder = make_latent_policy(cfg), make_decoder(cfg, num_actions)
     if latent_policy:
         policy.load_state_dict(latent_policy)
     return (
-        DecodedPolicy(policy, decoder) if mode == "offline" else TwoPathPolicy(policy, decoder, num_actions)
+        DecodedPolicy(policy, decoder) if kind == "decoded" else TwoPathPolicy(policy, decoder, num_actions)
     )

@@ -8,6 +8,7 @@ True actions, if the data has them, are only used for evaluation (see probe.py).
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from lapo.config import PUBLISHED_STEPS, Config, load_config
 from lapo.data.checks import check_data, check_frames
@@ -73,8 +74,9 @@ class Trainer:
         self.idm, self.world_model = idm, world_model
         networks = (idm, world_model)
         self.params = [p for network in networks for p in network.parameters()]
-        # BatchNorm's running statistics: every rank computes them on its part of the batch, `average` on all.
-        self.statistics = [b for b in world_model.buffers() if b.is_floating_point()]
+        # BatchNorm's running statistics: computed per rank, averaged over ranks in `backward`.
+        norms = [m for x in networks for m in x.modules() if isinstance(m, BatchNorm)]
+        self.statistics = [x for norm in norms for x in (norm.running_mean, norm.running_var)]
         self.batch_size = per_rank_batch(cfg.stage1.batch_size)
         groups = [{"params": self.params, "lr": cfg.stage1.lr}]
         self.optimizer = make_optimizer(torch.optim.AdamW, groups, networks)

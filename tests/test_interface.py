@@ -11,8 +11,9 @@ import torch
 
 import lapo
 from finished_run import finished_run
+from lapo.bottleneck import VectorQuantizer
 from lapo.interface import ActingPolicy, LatentActionModel, load_policy, load_stage1
-from lapo.models import VectorQuantizer, make_acting_policy, make_idm, make_world_model, stack_frames
+from lapo.models import make_acting_policy, make_idm, make_world_model, stack_frames
 from lapo.runs.checkpoints import load_checkpoint, saved_config
 from support import CPU, PATIENCE, ROOT, Workplace
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lapo.bottleneck import VectorQuantizer
 from lapo.config import load_config
 from lapo.models import (
     IDM,
@@ -15,7 +16,6 @@ from lapo.models import (
     Decoder,
     Policy,
     TwoPathPolicy,
-    VectorQuantizer,
     WorldModel,
     make_acting_policy,
     make_value_head,

@@ -17,10 +17,11 @@ from support import LAPO, PATIENCE, ROOT
 
 LAYERS = (
     ("errors",),
-    ("command_line", "sources"),
+    ("command_line", "modes", "sources"),
     ("config", "games"),
     ("runs",),
-    ("data", "models"),
+    ("data", "bottleneck"),
+    ("models",),
     ("data_loader", "decoding"),
     ("probe", "ppo"),
     ("acting",),

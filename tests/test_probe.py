@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapo import probe, stage1_idm_wm
+from lapo.bottleneck import VectorQuantizer
 from lapo.config import ProbeConfig, load_config
 from lapo.data_loader import Windows
-from lapo.models import IDM, VectorQuantizer, WorldModel, infer_latents, make_idm, make_world_model, normalize
+from lapo.models import IDM, WorldModel, infer_latents, make_idm, make_world_model, normalize
 from lapo.probe import train_probe, world_model_loss
 from support import CPU, write_game
 

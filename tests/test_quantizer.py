@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lapo.models import (
-    VectorQuantizer,
-)
+from lapo.bottleneck import VectorQuantizer
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -10,11 +10,10 @@ from lapo.acting import evaluate_actor, random_actor
 from lapo.config import Config, to_dict
 from lapo.errors import UserError
 from lapo.games.table import GAMES, relative_return
-from lapo.runs.checkpoints import changed_inputs, load_checkpoint, weights_checksum
+from lapo.modes import MODES
+from lapo.runs.checkpoints import changed_inputs, load_checkpoint, saved_config, weights_checksum
 from lapo.runs.files import reading
 
-MODES = ("bc", "scratch", "offline", "online")
-"""Modes of stage 3, in the order in which they are shown."""
 STAGES = ("stage1", "stage2", *(f"stage3_{mode}" for mode in MODES))
 
 
@@ -23,7 +22,7 @@ def read_outputs(cfg: Config) -> dict[str, "StageOutput"]:
 
     Raises `UserError` if there is none, or if one is damaged.
     """
-    outputs = {stage: StageOutput.read(cfg.run_dir / stage) for stage in STAGES}
+    outputs = {stage: StageOutput.read(cfg.stage_dir(stage)) for stage in STAGES}
     outputs = {stage: output for stage, output in outputs.items() if output}
     if not outputs:
         raise UserError(
@@ -101,7 +100,7 @@ class StageOutput:
 def stage_metrics(outputs: dict[str, StageOutput]) -> dict[str, float | None]:
     """Metrics of stages 1 and 2 on held-out frames; None where there is none."""
     stage1, stage2 = (outputs[stage].metrics if stage in outputs else {} for stage in STAGES[:2])
-    vq = outputs["stage1"].checkpoint["config"]["vq"] if stage1 else {}
+    vq = saved_config(outputs["stage1"].checkpoint).vq if stage1 else None
     error, copying = stage1.get("wm_loss_test"), stage1.get("copy_loss_test")
     return {
         "wm_loss": error,
@@ -110,8 +109,10 @@ def stage_metrics(outputs: dict[str, StageOutput]) -> dict[str, float | None]:
         "probe_acc": stage1.get("probe_acc_test"),
         "majority_acc": stage1.get("majority_acc_test"),
         "untrained_probe_acc": stage1.get("untrained_probe_acc_test"),
-        "perplexity": stage1.get("perplexity") if vq.get("enabled") else None,
-        "codes": vq["num_codebooks"] * vq["num_embs"] if vq else None,
+        "perplexity": stage1.get("perplexity") if vq and vq.enabled else None,
+        "codes": vq.num_codebooks * (math.prod(vq.levels) if vq.kind == "fsq" else vq.num_embs)
+        if vq
+        else None,
         "policy_loss": stage2.get("loss_test"),
         "constant_loss": stage2.get("constant_loss_test"),
     }
@@ -148,12 +149,7 @@ def training_source(mode: str, output: StageOutput) -> str:
     """The data that the policy of a mode of stage 3 was trained on, in words."""
     labels = f"{output.checkpoint['config']['offline']['labels']:,} labels"
     rewards = f"{output.progress()['steps']:,} env steps"
-    return {
-        "bc": labels,
-        "scratch": rewards,
-        "offline": f"frames, {labels}",
-        "online": f"frames, {rewards}",
-    }[mode]
+    return "frames, " * MODES[mode].needs_latents + (rewards if MODES[mode].plays else labels)
 
 
 def random_return(cfg: Config) -> dict:

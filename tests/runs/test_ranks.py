@@ -21,10 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lapo import data_loader, evaluate, report, stage1_idm_wm, stage2_bc, stage3_decode, train_expert
+from lapo.bottleneck import VectorQuantizer
 from lapo.config import Config, load_config
 from lapo.data_loader import RollingWindows, Windows
 from lapo.errors import UserError, run_main
-from lapo.models import VectorQuantizer, make_idm, make_latent_policy, make_world_model
+from lapo.models import make_idm, make_latent_policy, make_world_model
 from lapo.runs import ranks
 from lapo.runs.checkpoints import load_checkpoint
 from lapo.runs.compute import Compute, seed_everything
