@@ -1,8 +1,8 @@
 """Stage 1: an inverse dynamics model (IDM) and a world model, trained on frames alone.
 
-The IDM maps o[t-1], o[t], o[t+1] to a few discrete codes: the latent action. The world model predicts o[t+1]
-from o[t-1], o[t] and the latent action. The codes must carry whatever the past does not predict: the action.
-True actions, if the data has them, are only used for evaluation (see probe.py).
+The IDM maps o[t-1], o[t], o[t+1] to a latent action `la`, which is quantised to a few discrete codes, `la_q`.
+The world model predicts o[t+1] from o[t-1], o[t] and `la_q`. The codes must carry whatever the past does not
+predict: the action. True actions, if the data has them, are only used for evaluation (see probe.py).
 """
 
 import torch
@@ -54,15 +54,15 @@ def train(cfg: Config) -> None:
     # ---- loop
     if run.step == 0:
         # Baseline: an untrained IDM. Many of an expert's actions can be predicted from the frames alone.
-        run.log(0, {f"untrained_{key}": value for key, value in trainer.measure(held_out).items()})
+        run.log(0, {f"untrained_{key}": value for key, value in trainer.evaluate(held_out).items()})
     options = {"save_every": cfg.stage1.save_every, "unit": "window", "scale": cfg.stage1.batch_size}
     for step in run.loop(cfg.stage1.steps, trainer.state_dict, **options):
         run.track(trainer.update(step))
         done = step + 1
         last = done == cfg.stage1.steps
-        measured = trainer.measure(held_out) if last or done % cfg.stage1.probe_every == 0 else {}
-        if measured or done % cfg.stage1.log_every == 0:
-            run.log(done, measured)
+        results = trainer.evaluate(held_out) if last or done % cfg.stage1.probe_every == 0 else {}
+        if results or done % cfg.stage1.log_every == 0:
+            run.log(done, results)
     run.finish(trainer.state_dict())
 
 
@@ -112,7 +112,7 @@ class Trainer:
         self.optimizer.step()
         return {"grad_norm": norm}
 
-    def measure(self, held_out: Windows) -> dict[str, Tensor]:
+    def evaluate(self, held_out: Windows) -> dict[str, Tensor]:
         """Evaluate on held-out windows: world-model error and, if there are true actions, probe accuracy."""
         ids = held_out.evenly_spaced(self.cfg.probe.windows)
         la = infer_latents(self.idm, held_out.iter_frames(ids), self.compute)
@@ -129,10 +129,10 @@ class Trainer:
 
     def _losses(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with self.compute.autocast():
-            images = stack_frames(frames)
+            images = stack_frames(frames)  # (B, 9, H, W): o[t-1], o[t], o[t+1]
             _, quantized = self.idm(images)
             predicted = self.world_model(images[:, :6], quantized.la_q)
-        wm_loss = F.mse_loss(predicted, images[:, 6:])
+        wm_loss = F.mse_loss(predicted, images[:, 6:])  # against o[t+1]
         loss = wm_loss + quantized.loss
         return loss, {
             "loss": loss.detach(),

@@ -59,9 +59,9 @@ def train(cfg: Config) -> None:
     for step in run.loop(cfg.stage2.steps, trainer.state_dict, **options):
         run.track(trainer.update(step))
         done = step + 1
-        measured = trainer.measure(held_out, la_test) if done == cfg.stage2.steps else {}
-        if measured or done % cfg.stage2.log_every == 0:
-            run.log(done, measured)
+        results = trainer.evaluate(held_out, la_test) if done == cfg.stage2.steps else {}
+        if results or done % cfg.stage2.log_every == 0:
+            run.log(done, results)
     run.finish(trainer.state_dict())
 
 
@@ -110,7 +110,7 @@ class Trainer:
         self.optimizer.step()
 
     @torch.no_grad()
-    def measure(self, held_out: Windows, la_test: Tensor) -> dict[str, Tensor]:
+    def evaluate(self, held_out: Windows, la_test: Tensor) -> dict[str, Tensor]:
         """Evaluate on the held-out windows; `la_test` (M, la_dim) are their latent actions."""
         batches = held_out.iter_batches(held_out.all())
         # The uncompiled loss: a new batch size would be compiled anew.

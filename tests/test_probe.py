@@ -175,7 +175,7 @@ def test_the_world_model_is_evaluated_on_a_subset_of_the_probes_windows(windows,
     cfg = load_config(["--preset", "demo"])
     monkeypatch.setattr(probe, "WM_WINDOWS", 30)
     trainer = stage1_idm_wm.Trainer(cfg, CPU, windows, make_idm(cfg), make_world_model(cfg))
-    metrics = trainer.measure(windows)
+    metrics = trainer.evaluate(windows)
     ids = windows.all()
     la = infer_latents(trainer.idm, windows.iter_frames(ids), CPU)
     probed = train_probe(la, windows.actions(ids), cfg.probe, cfg.seed)

@@ -222,11 +222,11 @@ def test_evaluation_synchronises_in_the_probe_alone(cfg, monkeypatch):
     one_hot_without_a_look(monkeypatch)
     trainer = stage1(cfg, CPU)
     with NoSync(*WAITS_OF_THE_PROBE) as log:
-        trainer.measure(trainer.windows)
+        trainer.evaluate(trainer.windows)
     assert not log.allowed
     policy = stage2(cfg, CPU)
     with NoSync():
-        policy.measure(policy.windows, policy.la)
+        policy.evaluate(policy.windows, policy.la)
 
 
 def test_latents_are_inferred_without_synchronising(cfg):
