@@ -30,7 +30,7 @@ def random_actor(seed: int) -> Act:
 
 
 def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> Act:
-    """Acts by a network's `logits`: samples or, if `greedy`, the most likely actions."""
+    """Act by a network's `logits`: sample actions or, if `greedy`, take the most likely ones."""
 
     @torch.inference_mode()
     def act(frames: np.ndarray) -> np.ndarray:
@@ -43,12 +43,12 @@ def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> A
 
 
 def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:
-    """The policy of a checkpoint of `load_policy_checkpoint`, see `network_actor`."""
+    """Act by the policy of a `load_policy_checkpoint`, see `network_actor`."""
     return network_actor(restore_policy(checkpoint, compute), compute, greedy)
 
 
 def steps_played(checkpoint: dict) -> int | None:
-    """Environment steps of a policy's training so far; None if it was trained on recorded frames."""
+    """Env steps that a policy was trained for; None if it was trained on recorded frames."""
     saved = checkpoint["config"]
     if MODES[saved["stage3"]["mode"]].plays:
         group = saved["ppo"]
@@ -99,14 +99,14 @@ class SteppableEnv(Protocol):
 
 
 def play(
-    act: Callable[[np.ndarray], np.ndarray], env: SteppableEnv, episodes: int, *, sparing: bool = False
+    act: Callable[[np.ndarray], np.ndarray], env: SteppableEnv, episodes: int, *, skip_finished: bool = False
 ) -> Evaluation:
-    """Play `episodes` complete episodes in a new `env`, rounded up to a multiple of N.
+    """Play `episodes` complete episodes, rounded up to a multiple of N, in a new `env`.
 
     `act` maps frames, uint8 (N, 64, 64, 3), to actions (N,). Every environment contributes its first
-    `episodes / N` episodes: counting the episodes that end first would favour short ones. With `sparing`,
-    `act` only gets the frames of environments that still contribute, and the others do action 0. That saves
-    time when few long episodes remain, but needs an `act` without a state per environment.
+    `episodes / N` episodes: counting whichever episodes end first would favour short ones. With
+    `skip_finished`, `act` only gets the frames of environments that still contribute; the others take action
+    0. This saves time when few long episodes remain, but needs an `act` without a state per environment.
     """
     per_env = -(-episodes // env.num_envs)
     returns = np.zeros((env.num_envs, per_env))
@@ -116,20 +116,20 @@ def play(
     steps, start = 0, time.process_time()
     obs = env.observe()
     while (playing := counts < per_env).any():
-        if sparing:
+        if skip_finished:
             actions = np.zeros(env.num_envs, np.int64)
             actions[playing] = act(obs[playing])
         else:
             actions = act(obs)
         obs, rewards, dones = env.step(actions)
         finished_returns, finished_lengths = tracker.update(rewards, dones)
-        wanted = counts[dones] < per_env
-        envs = np.flatnonzero(dones)[wanted]
-        returns[envs, counts[envs]] = finished_returns[wanted]
-        lengths[envs, counts[envs]] = finished_lengths[wanted]
+        counted = counts[dones] < per_env
+        envs = np.flatnonzero(dones)[counted]
+        returns[envs, counts[envs]] = finished_returns[counted]
+        lengths[envs, counts[envs]] = finished_lengths[counted]
         counts[envs] += 1
         steps += env.num_envs
-    # The clock's resolution may exceed a very short play.
+    # Very short play may take less than the clock's resolution.
     return Evaluation(returns.ravel(), lengths.ravel(), steps / max(time.process_time() - start, 1e-6))
 
 
@@ -144,20 +144,20 @@ def num_eval_envs(cfg: EvalConfig) -> int:
 
 
 def evaluate_actor(act: Act, game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> Evaluation:
-    """Play `cfg.episodes` episodes of `game` on held-out levels."""
+    """Returns and lengths of `cfg.episodes` episodes of `game` on held-out levels."""
     with closing(held_out_env(game, visuals, cfg, seed)) as env:
-        return play(act, env, cfg.episodes, sparing=True)
+        return play(act, env, cfg.episodes, skip_finished=True)
 
 
 def evaluate_policy(policy: torch.nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
-    """Returns on held-out levels, as metrics; {} if the data set is not a Procgen game's."""
+    """Evaluate a policy on held-out levels; returns metrics, {} if `cfg.env` is not a Procgen game."""
     if cfg.env not in GAMES:
         return {}
     act = network_actor(policy.eval(), compute, cfg.eval.greedy)
-    played = evaluate_actor(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
+    evaluation = evaluate_actor(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
     return {
-        "return_mean": played.mean,
-        "return_stderr": played.stderr,
-        "relative_return": relative_return(cfg.env, played.mean),
-        "episodes": played.episodes,
+        "return_mean": evaluation.mean,
+        "return_stderr": evaluation.stderr,
+        "relative_return": relative_return(cfg.env, evaluation.mean),
+        "episodes": evaluation.episodes,
     }

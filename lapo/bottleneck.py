@@ -1,4 +1,4 @@
-"""The bottleneck between IDM and world model: EMA or finite scalar quantisation, or none.
+"""The bottleneck between IDM and world model: vector or finite scalar quantisation, or none.
 
 Dimensions
     B batch · N codebooks · L latent slots · K codes of a codebook · D size of a code
@@ -24,15 +24,15 @@ class Quantized(NamedTuple):
     la_q: Tensor
     """(B, N·L·D), with a straight-through gradient."""
     loss: Tensor
-    """Weighted commitment loss, a scalar; 0 where there is none."""
+    """Weighted commitment loss, a scalar; 0 without one."""
     perplexity: Tensor
-    """Sum over the codebooks of exp(entropy of code usage), a scalar between N and N·K; 0 without codes."""
+    """exp(entropy of code usage), summed over codebooks: a scalar between N and N·K; 0 without codes."""
     indices: Tensor
-    """(B, N, L) chosen codes; (B, 0, 0) without codes."""
+    """(B, N, L) indices of the codes; (B, 0, 0) without codes."""
 
 
 class Bottleneck(nn.Module):
-    """A bottleneck without quantisation, and what all bottlenecks share.
+    """The bottleneck without quantisation, and base class of the others.
 
     Attributes
         codes_shape  (N, L), or (0, 0) without codes
@@ -40,7 +40,7 @@ class Bottleneck(nn.Module):
     """
 
     EPSILON = 1e-10
-    """Of the normalisation: below the variance of 1e-7 to which latents may shrink in training."""
+    """BatchNorm's: small, because the latents' variance may shrink to 1e-7 in training."""
 
     codes_shape = (0, 0)
     num_codes = 0
@@ -53,11 +53,11 @@ class Bottleneck(nn.Module):
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def project(self, la: Tensor) -> Tensor:
-        """The IDM's output (B, N·L·D) → the latent action `la` (B, N·L·D) that stage 2 imitates."""
+        """The IDM's output (B, N·L·D) → the latent action `la` (B, N·L·D), the target of stage 2."""
         return la if self.norm is None else self.norm(la.float())
 
     def forward(self, la: Tensor) -> Quantized:
-        """The quantisation of `la` (B, N·L·D), as `project` returns it."""
+        """Quantise `la` (B, N·L·D), an output of `project`."""
         zero = la.new_zeros((), dtype=torch.float32)
         return Quantized(la, zero, zero, la.new_zeros(len(la), 0, 0, dtype=torch.long))
 
@@ -69,12 +69,12 @@ class Bottleneck(nn.Module):
 class VectorQuantizer(Bottleneck):
     """Product quantiser with EMA codebooks (van den Oord et al. 2017, appendix A).
 
-    A latent action (B, N·L·D) is read as (B, N, D, L), slots fastest, as in the published code. In training
-    mode a forward pass quantises with the current codebooks, then updates them. EMA statistics are
+    A latent action (B, N·L·D) is laid out as (B, N, D, L), slots fastest, as in the published code. In
+    training mode a forward pass quantises with the current codebooks, then updates them. EMA statistics are
     all-reduced over ranks.
 
-    `start="published"`: uniform codes and counts of zero, so that the first update moves the codes far away.
-    `start="data"`: latents of the first training batch become the codes, and counts start at one.
+    `start="published"`: codes are uniform, EMA counts zero; the first update then moves the codes far away.
+    `start="data"`: codes are latents of the first training batch, and EMA counts are one.
     """
 
     ema_count: Tensor
@@ -111,15 +111,15 @@ class VectorQuantizer(Bottleneck):
     def forward(self, la: Tensor) -> Quantized:
         x = rearrange(la.float(), "b (n d l) -> n (b l) d", d=self.emb_dim, l=self.num_latents)
         if self.training and self.start == "data":
-            self._start_from(x.detach())
+            self._init_codebook(x.detach())
         with torch.no_grad():
-            # Squared distance to every code, without |x|², which does not change the argmin.
+            # Squared distance to each code, without the term |x|², which does not change the argmin.
             distance = self.codebook.square().sum(-1)[:, None] - 2 * x @ self.codebook.mT  # (N, B·L, K)
             indices = distance.argmin(-1)
             one_hot = F.one_hot(indices, self.codebook.shape[1]).to(x.dtype)
             quantized = one_hot @ self.codebook
-            # Number (N, K) and sum (N, K, D) of each code's latents.
-            count, total = one_hot.sum(1), one_hot.mT @ x
+            count = one_hot.sum(1)  # (N, K) latents assigned to each code
+            total = one_hot.mT @ x  # (N, K, D) their sum
             if self.training:
                 count = self._update(count, total)
             usage = count / count.sum(-1, keepdim=True)
@@ -139,31 +139,33 @@ class VectorQuantizer(Bottleneck):
         return rearrange(self.codebook[codebooks, indices], "b n l d -> b (n d l)")
 
     @torch.no_grad()
-    def _start_from(self, x: Tensor) -> None:
-        """Initialise the codebooks with latents x (N, B·L, D), in the first training batch only."""
+    def _init_codebook(self, x: Tensor) -> None:
+        """Initialise the codebooks with latents `x` (N, B·L, D), in the first training step only."""
         shuffled = x[:, torch.rand(x.shape[1], device=x.device).argsort()]
         repeats = -(-self.codebook.shape[1] // x.shape[1])
         codes = shuffled.repeat(1, repeats, 1)[:, : self.codebook.shape[1]].contiguous()
-        if dist.is_initialized():  # all ranks take those of rank 0
+        if dist.is_initialized():  # broadcast the codes of rank 0
             codes.mul_(dist.get_rank() == 0)
             dist.all_reduce(codes)
-        # `where` instead of `if`: reading the flag would wait for the device in every step.
+        # `where` instead of `if`: reading the flag would synchronise with the device in every step.
         self.codebook.copy_(torch.where(self.started, self.codebook, codes))
         self.ema_weight.copy_(torch.where(self.started, self.ema_weight, codes))
         self.started.fill_(True)
 
     def _update(self, count: Tensor, total: Tensor) -> Tensor:
-        """EMA update of the codebooks from the number (N, K) and sum (N, K, D) of each code's latents.
+        """EMA update of the codebooks (van den Oord et al. 2017, appendix A).
 
-        Returns the number over all ranks (N, K).
+        `count` (N, K) is the number of latents assigned to each code, `total` (N, K, D) their sum. Returns
+        the counts of all ranks together (N, K).
         """
         if dist.is_initialized():
             statistics = torch.cat([count[..., None], total], -1)
             dist.all_reduce(statistics)
             count, total = statistics[..., 0], statistics[..., 1:]
         ema_count = self.ema_count.lerp_(count, 1 - self.decay)
-        whole = ema_count.sum(-1, keepdim=True)
-        ema_count.add_(self.epsilon).mul_(whole / (whole + count.shape[-1] * self.epsilon))
+        num_latents = ema_count.sum(-1, keepdim=True)
+        # Laplace smoothing: no count is zero, and their sum does not change.
+        ema_count.add_(self.epsilon).mul_(num_latents / (num_latents + count.shape[-1] * self.epsilon))
         self.ema_weight.lerp_(total, 1 - self.decay)
         self.codebook.copy_(self.ema_weight / ema_count[..., None])
         return count
@@ -173,7 +175,7 @@ class FiniteScalarQuantizer(Bottleneck):
     """Finite scalar quantisation (Mentzer et al. 2023): every dimension of a slot is rounded to a few levels.
 
     A slot has D = len(levels) dimensions and K = prod(levels) codes. Latents are normalised before they are
-    bounded: otherwise they leave the range of tanh, and few codes are used.
+    bounded by tanh: otherwise tanh saturates, and few codes are used.
     """
 
     levels: Tensor
@@ -191,7 +193,7 @@ class FiniteScalarQuantizer(Bottleneck):
     def forward(self, la: Tensor) -> Quantized:
         """See `Bottleneck`."""
         x = rearrange(la.float(), "b (n d l) -> b n l d", d=len(self.levels), l=self.codes_shape[1])
-        # tanh maps to slightly more than levels - 1 units, shifted so that 0 is a level where they are even.
+        # tanh covers slightly more than levels - 1 units. Even numbers of levels are shifted to include 0.
         half = (self.levels - 1) * 1.001 / 2
         offset = (self.levels % 2 == 0) / 2
         bounded = (x + (offset / half).atanh()).tanh() * half - offset

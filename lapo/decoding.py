@@ -1,4 +1,4 @@
-"""Training of decoders latent → true action: `Fit`, and `OnlineDecoder` for the steps of a PPO agent.
+"""Training of the decoder, latent action → true action: `Fit` on labels, `OnlineDecoder` beside PPO.
 
 Dimensions: S rollout steps · N environments · M pairs · T frames of a window (3) · H, W, C frame · A actions
 """
@@ -23,15 +23,15 @@ class Steps(Protocol):
     """S steps of N environments; `ppo.Rollout` is one."""
 
     frames: Tensor
-    """(S+1, N, H, W, C) uint8 obs; the last one follows the last step."""
+    """(S+1, N, H, W, C) uint8; the last one is the obs after the last step."""
     actions: Tensor
-    """(S, N) int64, taken at these obs."""
+    """(S, N) int64, taken at the first S of these frames."""
     dones: Tensor
     """(S, N) bool: whether the action ended the episode."""
 
 
 class Fit:
-    """Trains `network` with Adam to predict true actions `ta` (M,), a `step` per batch.
+    """Trains `network` with Adam and cross-entropy to predict true actions `ta` (M,), a `step` per batch.
 
     `predict` maps indices (B,) of examples to logits (B, A).
     """
@@ -64,7 +64,7 @@ class Fit:
         return self.total / self.count
 
     def state_dict(self) -> dict:
-        """Everything that changes, except the network."""
+        """All mutable state except the network's."""
         return {"optimizer": self.optimizer.state_dict(), "total": self.total, "count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
@@ -74,16 +74,16 @@ class Fit:
 
 
 def epochs(size: int, count: int, batch_size: int, device: torch.device) -> Iterable[Tensor]:
-    """Batches of indices: `count` epochs over `size` examples, shuffled in each."""
+    """Batches of indices of `count` epochs over `size` examples, reshuffled in each epoch."""
     for _ in range(count):
         yield from torch.randperm(size, device=device).split(batch_size)
 
 
 def training_updates(cfg: DecoderConfig, updates: int, steps_per_update: int, scale: float) -> list[int]:
-    """The PPO updates (counted from 1), of `updates`, after which the decoder is trained.
+    """Which of `updates` PPO updates (counted from 1) are followed by training the decoder.
 
-    The schedule of `cfg` is given in env steps of a run of the published length, and scaled by `scale`. The
-    decoder is trained at least once, however short the run.
+    `cfg` gives the schedule for the published number of env steps; `scale` shrinks it for shorter runs. The
+    decoder is trained at least once.
     """
     every = max(1, round(cfg.every * scale))
     chosen = []
@@ -99,44 +99,44 @@ def training_updates(cfg: DecoderConfig, updates: int, steps_per_update: int, sc
 class OnlineDecoder:
     """Trains the decoder of online mode on the agent's own steps.
 
-    After every PPO update `learn` infers the latent actions of the rollout's windows. After the given
-    `updates` (see `training_updates`) it trains a new decoder on all pairs (la, ta) so far and copies its
-    weights to the policy's `decoder`. Windows across an episode's end are left out. After the last training
-    no more pairs are collected.
+    After every PPO update, `learn` infers the latent actions of the rollout's windows. Windows across an
+    episode's end are left out. After the given `updates` (see `training_updates`), it trains a new decoder on
+    all pairs (la, ta) so far and copies its weights to the policy's `decoder`. After the last of these
+    updates, no more pairs are collected.
     """
 
     def __init__(self, decoder: Decoder, idm: IDM, cfg: DecoderConfig, compute: Compute, updates: list[int]):
         self.decoder, self.idm, self.cfg, self.compute, self.updates = decoder, idm, cfg, compute, updates
         # The last step of the previous rollout: frames (N, H, W, C), actions (N,), dones (N,).
-        self.past: tuple[Tensor, Tensor, Tensor] | None = None
+        self.last_step: tuple[Tensor, Tensor, Tensor] | None = None
         self.la: list[Tensor] = []
         self.ta: list[Tensor] = []
         self.active = bool(updates)
 
     def learn(self, rollout: Steps, update: int) -> dict[str, Tensor]:
-        """Infer the rollout's latents, and train the decoder if `update` (from 1) is due; returns metrics."""
+        """Infer the rollout's latents; train the decoder after `update` (from 1) if due; returns metrics."""
         if not self.active:
             return {}
         self.infer_latents(rollout)
         metrics = self.train() if update in self.updates else {}
         if update >= self.updates[-1]:
             self.active = False
-            self.past, self.la, self.ta = None, [], []
+            self.last_step, self.la, self.ta = None, [], []
         return metrics
 
     @torch.no_grad()
     def infer_latents(self, rollout: Steps) -> None:
-        """Add the rollout's pairs (la, ta). The last step is kept for the next rollout's first window."""
+        """Add the rollout's pairs (la, ta), and keep its last step for the next rollout's first window."""
         steps = rollout.frames[:-1], rollout.actions, rollout.dones
-        past = [[x[None]] for x in self.past] if self.past else [[], [], []]
-        self.past = tuple(x[-1].clone() for x in steps)  # the next rollout overwrites them
-        seen = torch.cat([*past[0], rollout.frames])  # (S+1, N, H, W, C); S counts the kept step, too
-        actions, dones = (torch.cat([*before, x]) for before, x in zip(past[1:], steps[1:], strict=True))
-        if len(seen) < WINDOW:
+        kept = [[x[None]] for x in self.last_step] if self.last_step else [[], [], []]
+        self.last_step = tuple(x[-1].clone() for x in steps)  # the rollout's buffers are reused
+        frames = torch.cat([*kept[0], rollout.frames])  # (S+1, N, H, W, C); S counts the kept step, too
+        actions, dones = (torch.cat([*before, x]) for before, x in zip(kept[1:], steps[1:], strict=True))
+        if len(frames) < WINDOW:
             return
-        # Window s holds frames s to s+2; its action was taken at s+1. An episode must not end at s or s+1.
-        # It may end at s+2, as `dones` marks the action that ends it (data sets differ, see `window_starts`).
-        windows = seen.unfold(0, WINDOW, 1).movedim(-1, 2)  # (S-1, N, T, H, W, C)
+        # Window s holds frames s to s+2; its action was taken at s+1. No episode may end at s or s+1. One may
+        # end at s+2, because `dones` marks the action that ends it (data sets differ, see `window_starts`).
+        windows = frames.unfold(0, WINDOW, 1).movedim(-1, 2)  # (S-1, N, T, H, W, C)
         valid = ~(dones[:-1] | dones[1:])
         windows, ta = windows[valid], actions[1:][valid]
         self.la.append(infer_latents(self.idm, windows.split(INFERENCE_BATCH), self.compute))
@@ -149,24 +149,24 @@ class OnlineDecoder:
         if not len(ta):
             return {}
         cfg = self.cfg
-        fresh = Decoder(la.shape[1], self.decoder[-1].out_features, tuple(cfg.hidden)).to(la.device)
-        fit = Fit(lambda ids: fresh(la[ids]), fresh, ta, cfg.lr, cfg.label_smoothing)
+        new = Decoder(la.shape[1], self.decoder[-1].out_features, tuple(cfg.hidden)).to(la.device)
+        fit = Fit(lambda ids: new(la[ids]), new, ta, cfg.lr, cfg.label_smoothing)
         for ids in epochs(len(ta), cfg.epochs, cfg.batch_size, la.device):
             fit.step(ids)
-        self.decoder.load_state_dict(fresh.state_dict())
+        self.decoder.load_state_dict(new.state_dict())
         with torch.no_grad():
-            accuracy = (fresh(la).argmax(-1) == ta).float().mean()
+            accuracy = (new(la).argmax(-1) == ta).float().mean()
         return {"decoder_loss": fit.loss, "decoder_acc": accuracy, "decoder_pairs": float(len(ta))}
 
     def state_dict(self) -> dict:
-        """Everything that changes."""
+        """All mutable state."""
         pairs = [torch.cat(x) if x else None for x in (self.la, self.ta)]
-        steps = [list(self.past)] if self.past else []
+        steps = [list(self.last_step)] if self.last_step else []
         return {"active": self.active, "steps": steps, "pairs": pairs}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore `state_dict`."""
         device = self.compute.device
         self.active = state["active"]
-        self.past = next((tuple(x.to(device) for x in step) for step in state["steps"]), None)
+        self.last_step = next((tuple(x.to(device) for x in step) for step in state["steps"]), None)
         self.la, self.ta = ([] if x is None else [x.to(device)] for x in state["pairs"])

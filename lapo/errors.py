@@ -1,4 +1,4 @@
-"""How scripts end: a user's mistake is one sentence on stderr and a non-zero exit code."""
+"""Errors and exit codes of scripts: a user's mistake is one sentence on stderr and a non-zero exit code."""
 
 import contextlib
 import io
@@ -11,18 +11,18 @@ from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals of schedulers, closed terminals and time limits; Ctrl-C (SIGINT) comes in addition."""
+"""Signals of schedulers, closed terminals and time limits. Ctrl-C (SIGINT) is handled beside them."""
 
 
 class UserError(Exception):
-    """A mistake of the user: the message names the thing, what was found and the remedy."""
+    """A user's mistake. The message names the thing, what was found and the remedy."""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main` and turn its failures into one line and an exit code.
+    """Run a script's `main`; turn errors into one line on stderr and an exit code.
 
-    2 for a `UserError` or a GPU out of memory, 130 for Ctrl-C, 128 + n for signal n of `STOP_SIGNALS`.
-    Characters that the terminal's encoding lacks are printed as escape sequences.
+    The code is 2 for a `UserError` or a GPU out of memory, 130 for Ctrl-C, 128 + n for signal n of
+    `STOP_SIGNALS`. Characters outside the terminal's encoding are printed as escape sequences.
     """
     handle_signals(STOP_SIGNALS, _stop)
     for name in ("stdout", "stderr"):
@@ -37,7 +37,7 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `head`, say, has seen enough
+    except BrokenPipeError:  # the reader, `head` for instance, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except RuntimeError as error:
@@ -59,20 +59,20 @@ def handle_signals(
 ) -> dict[int, Any]:
     """Install `handler` for signals; returns the previous handlers by signal number.
 
-    Python allows this in its main thread only. In another one, as in Jupyter or Ray, nothing is changed. An
+    Python allows this only in the main thread. In another thread, as in Jupyter or Ray, nothing changes. An
     ignored SIGHUP stays ignored, as `nohup` expects.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
     kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    # None stands for a handler that was not installed by Python and cannot be restored.
+    # None is a handler that Python did not install and cannot restore.
     return {
         number: signal.signal(number, handler) or signal.SIG_DFL for number in numbers if number not in kept
     }
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, on rank 0 only; a closed terminal is no error."""
+    """Print a line on stderr, on rank 0 only. A closed terminal is ignored."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr)

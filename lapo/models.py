@@ -3,8 +3,9 @@
 Dimensions
     B batch · T frames of a window (3) · C, H, W image channels, height, width (64×64) · A true actions (15)
 
-A window holds the frames o[t-1], o[t], o[t+1]. `la` is the latent action of o[t] before quantisation,
-`la_q` after it, `ta` the true action. Images enter the networks as x/255 - 0.5, see `normalize`.
+A window holds the frames o[t-1], o[t], o[t+1]. `la` is the latent action between o[t] and o[t+1] before
+quantisation, `la_q` after it, and `ta` is the true action at o[t]. Images enter the networks as x/255 - 0.5,
+see `normalize`.
 """
 
 import copy
@@ -29,7 +30,7 @@ IMAGE = 64
 def normalize(obs: Tensor) -> Tensor:
     """uint8 frames (..., H, W, C) as stored → float frames (..., C, H, W) in [-0.5, 0.5].
 
-    The result keeps its input's storage order: for four dimensions that is PyTorch's channels-last format.
+    The memory layout does not change: a batch of frames is then in PyTorch's channels-last format.
     """
     return obs.movedim(-1, -3).float().div_(255).sub_(0.5)
 
@@ -40,14 +41,14 @@ def to_frames(images: Tensor) -> Tensor:
 
 
 def stack_frames(frames: Tensor) -> Tensor:
-    """Frames of a window side by side on the channels: (B, T, H, W, C) uint8 → (B, T·C, H, W) float."""
+    """Stack a window's frames on the channels: (B, T, H, W, C) uint8 → (B, T·C, H, W) float, normalised."""
     return normalize(rearrange(frames, "b t h w c -> b h w (t c)"))
 
 
 class Head(nn.Linear):
     """A network's last layer, computed in the precision of its weights even under autocast.
 
-    Around 4, bf16 numbers are 1/32 apart: too coarse for logits whose differences make PPO's ratios.
+    bf16 resolves logits around 4 only to 1/32, which is too coarse for PPO's probability ratios.
     """
 
     @torch.autocast("cuda", enabled=False)
@@ -69,12 +70,12 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(hidden, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place where autograd does not need the old value: one pass over memory less.
+        # In place where autograd does not need the old value: this saves a pass over memory.
         return self.conv1(F.relu(self.conv0(F.relu(x)), inplace=True)).add_(x)
 
 
 class ImpalaTrunk(nn.Sequential):
-    """The convolutions of IMPALA (Espeholt et al. 2018): (B, C, 64, 64) → (B, `out_dim`), after a ReLU."""
+    """IMPALA ResNet (Espeholt et al. 2018): images (B, C, 64, 64) → features (B, `out_dim`), after a ReLU."""
 
     def __init__(self, in_channels: int, scale: int):
         layers: list[nn.Module] = []
@@ -94,9 +95,9 @@ class ImpalaTrunk(nn.Sequential):
 
 
 class IDM(nn.Module):
-    """Inverse dynamics model: three frames of a window → the latent action between the last two.
+    """Inverse dynamics model: o[t-1], o[t], o[t+1] → the latent action between o[t] and o[t+1].
 
-    `vq=None`: latents are neither normalised nor quantised.
+    With `vq=None`, latents are neither normalised nor quantised.
     """
 
     def __init__(self, scale: int, la_dim: int, vq: Bottleneck | None = None):
@@ -111,7 +112,7 @@ class IDM(nn.Module):
         return self.vq.project(self.head(F.relu(self.fc(self.trunk(window)))))
 
     def quantize(self, la: Tensor) -> Quantized:
-        """`la` (B, la_dim) → its quantisation."""
+        """Quantise `la` (B, la_dim)."""
         return self.vq(la)
 
     def forward(self, window: Tensor) -> tuple[Tensor, Quantized]:
@@ -122,7 +123,7 @@ class IDM(nn.Module):
 
 @torch.no_grad()
 def infer_latents(idm: IDM, batches: Iterable[Tensor], compute: Compute) -> Tensor:
-    """Latent actions `la` (M, la_dim) fp32 of M windows, by the IDM in eval mode.
+    """Infer the latent actions `la` (M, la_dim), fp32, of M windows with the IDM in eval mode.
 
     `batches` yields the windows' frames, (B, T, H, W, C) uint8.
     """
@@ -138,7 +139,7 @@ def infer_latents(idm: IDM, batches: Iterable[Tensor], compute: Compute) -> Tens
 
 
 class DownBlock(nn.Module):
-    """conv → BatchNorm → residual → halve the resolution → ReLU."""
+    """conv → BatchNorm → residual block → max-pool by 2 → ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -155,7 +156,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """concatenate a skip → double the resolution → BatchNorm → residual → ReLU."""
+    """Concatenate the skip connection → transposed conv by 2 → BatchNorm → residual block → ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -173,8 +174,8 @@ class UpBlock(nn.Module):
         return F.relu(self.residual(self.norm(x)), inplace=True)
 
 
-# Convolutions between 2×2 pixels and one pixel, written as the equal matrix products. Compiled steps use
-# these: on CUDA, torch.compile (2.11) fails on the memory layout of such convolutions' weight gradients.
+# Convolutions between 2×2 pixels and one pixel, written as matrix products. Compiled steps use these, because
+# torch.compile (2.11) fails on CUDA on the memory layout of such convolutions' weight gradients.
 
 
 def square_to_pixel(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -189,11 +190,11 @@ def pixel_to_square(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
 
 
 class WorldModel(nn.Module):
-    """U-Net that predicts o[t+1] from o[t-1], o[t] and the quantised latent action.
+    """U-Net (Ronneberger et al. 2015) that predicts o[t+1] from o[t-1], o[t] and the quantised latent action.
 
-    The action enters twice: as constant channels beside the images, and at the 1×1 bottleneck.
-    `fold_action=True` computes the first convolution over the constant channels in a cheaper exact form (see
-    `action_map`); False concatenates the channels, as published.
+    The latent action enters twice: as constant input channels, and at the 1×1 bottleneck. With
+    `fold_action=True` the first convolution over the constant channels is computed in a cheaper, equal form
+    (see `action_map`). With False the channels are concatenated, as published.
     """
 
     edge_taps: Tensor
@@ -213,15 +214,15 @@ class WorldModel(nn.Module):
         self.out = nn.Sequential(
             nn.Conv2d(b + 6, b, 3, padding=1), ResidualBlock(b, b // 2), nn.ReLU(), nn.Conv2d(b, 3, 1)
         )
-        # edge_taps[y, k]: whether tap k of a 3-tap kernel at position y reads a pixel, not padding.
+        # edge_taps[y, k]: 1 if tap k of a 3-tap kernel at position y reads a pixel, 0 if it reads padding.
         source = torch.arange(IMAGE)[:, None] + torch.arange(-1, 2)
         self.register_buffer("edge_taps", ((source >= 0) & (source < IMAGE)).float(), persistent=False)
 
     def action_map(self, la_q: Tensor) -> Tensor:
-        """The first convolution over la_q (B, la_dim) as constant channels, without bias: (B, b, H, W).
+        """The first convolution, without bias, over la_q (B, la_dim) as constant channels: (B, b, H, W).
 
         At each pixel a constant channel contributes its value times the sum of the kernel's taps inside the
-        image. So the map is the product of latent and kernel, (B, b, 3, 3), summed over the valid taps.
+        image. So latent and kernel are multiplied first, (B, b, 3, 3), and then summed over these taps.
         """
         kernel = self.down[0].conv.weight[:, 6:]  # (b, la_dim, 3, 3)
         taps = torch.einsum("bd,odij->bijo", la_q, kernel)
@@ -229,7 +230,7 @@ class WorldModel(nn.Module):
         return torch.einsum("hi,wj,bijo->bhwo", edge, edge, taps).permute(0, 3, 1, 2)
 
     def forward(self, images: Tensor, la_q: Tensor) -> Tensor:
-        """Images (B, 6, H, W): o[t-1] and o[t] on the channels; la_q (B, la_dim) → o[t+1] (B, 3, H, W)."""
+        """Images (B, 6, H, W), o[t-1] and o[t] stacked; la_q (B, la_dim) → predicted o[t+1] (B, 3, H, W)."""
         action = la_q[:, :, None, None]
         if self.fold_action:
             first = self.down[0].conv
@@ -252,7 +253,7 @@ class WorldModel(nn.Module):
 
 
 class Policy(nn.Module):
-    """One frame → `action_dim` outputs: latent actions (stage 2) or action logits (behaviour cloning)."""
+    """One frame → a latent action (stage 2) or action logits (behaviour cloning), of size `action_dim`."""
 
     def __init__(self, action_dim: int, scale: int):
         super().__init__()
@@ -265,12 +266,12 @@ class Policy(nn.Module):
         return self.policy_head(F.relu(self.fc(self.trunk(obs))))
 
     def logits(self, frames: Tensor) -> Tensor:
-        """Frames (B, H, W, C) uint8 → logits (B, A) in fp32, where the outputs are actions."""
+        """Frames (B, H, W, C) uint8 → logits (B, A) in fp32, if the outputs are action logits."""
         return self(normalize(frames))
 
 
 def make_value_head() -> Head:
-    """256 → 1, orthogonal initialisation with gain √2, zero bias."""
+    """The value head, 256 → 1: orthogonal initialisation with gain √2, zero bias."""
     head = Head(HIDDEN, 1)
     nn.init.orthogonal_(head.weight, 2**0.5)
     nn.init.zeros_(head.bias)
@@ -278,14 +279,14 @@ def make_value_head() -> Head:
 
 
 class ActorCritic(Policy):
-    """Policy and value for PPO: `encode` runs once per env step, `forward` in every minibatch too."""
+    """Policy and value for PPO. `encode` runs once per env step; `forward` runs in every minibatch, too."""
 
     def __init__(self, action_dim: int, scale: int):
         super().__init__(action_dim, scale)
         self.value_head = make_value_head()
 
     def encode(self, frames: Tensor) -> tuple[Tensor, ...]:
-        """What a rollout stores for frames (B, H, W, C) uint8: the frames, as all layers are trained."""
+        """Frames (B, H, W, C) uint8 → what a rollout stores: the frames, because all layers are trained."""
         return (frames,)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,8 +326,8 @@ class TwoPathPolicy(nn.Module):
     """The acting policy of online mode, on the frozen trunk of a latent policy.
 
     SL path: the latent policy's frozen layers, then the decoder. RL path: a hidden layer initialised from the
-    latent policy's, and a head initialised to zero. The logits are the mean of both paths, so initially half
-    the decoder's. The value head reads the RL path's hidden layer.
+    latent policy's, then a head initialised to zero. The logits are the mean of both paths, so at first they
+    are half the decoder's. The input of the value head is the RL path's hidden layer.
     """
 
     def __init__(self, latent_policy: Policy, decoder: Decoder, num_actions: int):
@@ -343,9 +344,9 @@ class TwoPathPolicy(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """What a rollout stores for frames (B, H, W, C) uint8: features (B, out_dim), SL logits (B, A).
+        """Frames (B, H, W, C) uint8 → what a rollout stores: features (B, out_dim), SL logits (B, A).
 
-        Both come from frozen layers, so they are computed once for all epochs of PPO.
+        Their layers are frozen, so both are computed once per env step, not in every epoch of PPO.
         """
         features = self.trunk(normalize(frames))
         return features, self.decoder(self.sl_head(F.relu(self.sl_fc(features))))
@@ -375,7 +376,7 @@ def make_world_model(cfg: Config) -> WorldModel:
 
 
 def restore(network: NetworkT, state: dict, compute: Compute) -> NetworkT:
-    """`network` with the weights `state`, on the device, frozen and in eval mode; returns the network."""
+    """Load the weights `state`, move to the device, freeze, set to eval mode; returns the network."""
     network.load_state_dict(state)
     return compute.place(network).eval().requires_grad_(False)
 
@@ -393,9 +394,9 @@ def make_decoder(cfg: Config, num_actions: int) -> Decoder:
 def make_acting_policy(
     cfg: Config, mode: str, num_actions: int, latent_policy: dict | None = None
 ) -> Policy | DecodedPolicy | TwoPathPolicy:
-    """The acting policy of stage 3 in `mode`: `logits` maps frames to logits of `num_actions` true actions.
+    """Stage 3's acting policy in `mode`. Its `logits` maps frames to logits of `num_actions` true actions.
 
-    `latent_policy` holds the initial weights of the latent policy, in the modes that use one.
+    `latent_policy` holds the latent policy's initial weights, in the modes that use one.
     """
     kind = MODES[mode].network
     if kind == "policy":

@@ -1,6 +1,6 @@
-"""The modes of stage 3: everything in which they differ, as data.
+"""The modes of stage 3 and what distinguishes them.
 
-How each is trained stands in stage3_decode.py. A new mode is an entry here and a function there.
+Their training functions are in stage3_decode.py. A new mode is an entry here and a function there.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Mode:
-    """A way of making an acting policy."""
+    """A way of training an acting policy."""
 
     title: str
     """Name in tables and figures."""
     color: str
-    """Of its curves and bars; LAPO's modes are blue."""
+    """Colour of its curves and bars; LAPO's modes are blue."""
     config_keys: tuple[str, ...]
-    """Groups of the config that its results depend on, besides `model` and `stage3`."""
+    """Groups of the config that its results depend on, beside `model` and `stage3`."""
     network: Literal["policy", "actor-critic", "decoded", "two-path"]
     """The network that acts, see `models.make_acting_policy`."""
     needs_latents: bool

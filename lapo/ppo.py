@@ -3,8 +3,8 @@
 Dimensions
     S rollout steps · N environments · B minibatch · H, W, C frame · A actions
 
-The policy is a module with `encode(obs) -> tuple of tensors (N, ...)`, what a rollout stores of the
-observations, and `forward(*encoded) -> logits (N, A), value (N,)`.
+The policy is a module with two methods: `encode(obs) -> tuple of tensors (N, ...)`, which a rollout stores,
+and `forward(*encoded) -> logits (N, A), value (N,)`.
 """
 
 import math
@@ -24,39 +24,39 @@ from lapo.games.table import ACTIONS
 from lapo.games.vec_env import EpisodeTracker, VecEnv
 from lapo.models import make_acting_policy
 from lapo.policies import sample
-from lapo.runs.compute import Compute, HostLink
+from lapo.runs.compute import Compute, TransferBuffer
 from lapo.runs.optim import make_optimizer
 from lapo.runs.run import Run
 
 
 class Rollout:
-    """S steps of N environments, in tensors that are allocated once and overwritten by every rollout."""
+    """S steps of N environments, in tensors that are allocated once and reused by every rollout."""
 
     def __init__(self, num_steps: int, num_envs: int, device: torch.device, keep_frames: bool = False):
-        """`keep_frames`: store the frames as well as their encoding."""
+        """`keep_frames`: store the frames as well as their encodings."""
         self.keep_frames = keep_frames
-        self.frames: Tensor | None = None  # (S+1, N, H, W, C) uint8; the last is the obs after the last step
+        self.frames: Tensor | None = None  # (S+1, N, H, W, C) uint8; the last one is the obs after step S-1
 
         def zeros(dtype: torch.dtype) -> Tensor:
             return torch.zeros(num_steps, num_envs, dtype=dtype, device=device)
 
-        self.encoded: list[Tensor] = []  # each (S, N, ...), allocated when its shape is known
+        self.encoded: list[Tensor] = []  # each (S, N, ...), allocated at the first step
         self.actions = zeros(torch.int64)
         self.logprobs = zeros(torch.float32)
         self.values = zeros(torch.float32)
         self.rewards = zeros(torch.float32)
-        self.dones = zeros(torch.bool)  # the action of this step ended the episode
-        self.advantages = zeros(torch.float32)  # these two are computed when the rollout is full
+        self.dones = zeros(torch.bool)  # whether the action of this step ended the episode
+        self.advantages = zeros(torch.float32)  # computed, as `returns`, when the rollout is full
         self.returns = zeros(torch.float32)
 
     def record(self, step: int, frames: Tensor, decision: "Decision") -> None:
-        """Store frames and decision of `step`; `rewards` and `dones` are stored by the collector."""
+        """Store frames and decision of `step`. The collector stores `rewards` and `dones`."""
         if not self.encoded:
             self.encoded = [x.new_zeros(len(self.actions), *x.shape) for x in decision.encoded]
             if self.keep_frames:
                 self.frames = frames.new_zeros(len(self.actions) + 1, *frames.shape)
-        for kept, x in zip(self.encoded, decision.encoded, strict=True):
-            kept[step] = x
+        for stored, x in zip(self.encoded, decision.encoded, strict=True):
+            stored[step] = x
         if self.frames is not None:
             self.frames[step] = frames
         self.actions[step], self.logprobs[step] = decision.action, decision.logprob
@@ -67,13 +67,13 @@ class Decision(NamedTuple):
     """A policy's outputs for N frames."""
 
     encoded: tuple[Tensor, ...]
-    """What a rollout stores of the frames, each (N, ...)."""
+    """The frames' encodings, each (N, ...)."""
     action: Tensor
     """(N,) int64, sampled."""
     logprob: Tensor
-    """(N,) of that action."""
+    """(N,), the action's log-probability."""
     value: Tensor
-    """(N,)"""
+    """(N,), the value estimate."""
 
 
 def compute_gae(
@@ -81,14 +81,14 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016).
 
-    `rewards`, `values` (S, N) float; `dones` (S, N) bool, whether step s ended its episode; `last_value`
-    (N,), the value of the observation after the last step. Returns advantages and returns (advantages +
-    values), both (S, N).
+    `rewards` and `values` are (S, N) float. `dones` (S, N) bool tells whether step s ended its episode.
+    `last_value` (N,) is the value of the observation after the last step. Returns advantages and returns
+    (advantages + values), both (S, N).
     """
-    alive = (~dones).to(values.dtype)
+    nonterminal = (~dones).to(values.dtype)
     next_values = torch.cat([values[1:], last_value[None]])
-    deltas = rewards + gamma * next_values * alive - values
-    decay = gamma * gae_lambda * alive
+    deltas = rewards + gamma * next_values * nonterminal - values
+    decay = gamma * gae_lambda * nonterminal
     advantages = torch.empty_like(values)
     running = torch.zeros_like(last_value)
     for step in reversed(range(len(rewards))):
@@ -109,7 +109,7 @@ def ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped PPO loss of a minibatch (Schulman et al. 2017): logits (B, A), everything else (B,).
 
-    Advantages are normalised over the minibatch. The value's change is clipped like the policy's ratio.
+    Advantages are normalised over the minibatch. Like the policy's ratio, the change of the value is clipped.
     Returns the loss and detached metrics.
     """
     logprobs = logits.log_softmax(-1)
@@ -169,8 +169,8 @@ def ppo_update(
 ) -> dict[str, Tensor]:
     """Train on a full rollout: `cfg.epochs` epochs of `cfg.minibatches` minibatches each.
 
-    `step` trains on the rollout's steps with given indices, see `ppo_step`. `last_value` (N,) is the value of
-    the observation after the last step. Returns metrics averaged over all minibatches, on the device.
+    `step` trains on the minibatch with given indices, see `ppo_step`. `last_value` (N,) is the value of the
+    observation after the last step. Returns metrics, averaged over all minibatches, on the device.
     """
     advantages, returns = compute_gae(
         rollout.rewards, rollout.dones, rollout.values, last_value, cfg.gamma, cfg.gae_lambda
@@ -184,7 +184,7 @@ def ppo_update(
             before = list(sums.values()) or [torch.zeros_like(x) for x in metrics.values()]
             sums = dict(zip(metrics, torch._foreach_add(before, list(metrics.values())), strict=True))
     count = cfg.epochs * cfg.minibatches
-    # Before the first reward the returns hardly vary; the small constant keeps the ratio finite.
+    # Explained variance is 1 - Var(returns - values) / Var(returns). The constant avoids 0/0 without rewards.
     unexplained = (returns - rollout.values).var() / (returns.var() + 1e-8)
     return {key: x / count for key, x in sums.items()} | {"explained_variance": 1 - unexplained}
 
@@ -195,14 +195,14 @@ def ppo_update(
 class ReturnNormalizer:
     """Divides rewards by the running standard deviation of the discounted return, then clips them.
 
-    Equals NormalizeReward of gym 0.23, which the published code uses, followed by a clip.
+    This equals a clip after NormalizeReward of gym 0.23, which the published code uses.
     """
 
     def __init__(self, num_envs: int, *, gamma: float, clip: float = 10.0):
         """`gamma`: discount of the return; rewards are clipped to ±`clip`."""
         self.gamma, self.clip = gamma, clip
         self.returns = np.zeros(num_envs)
-        # Moments of all returns so far; the small initial count avoids 0/0 in the first variance.
+        # Moments of all discounted returns so far. The small initial count avoids 0/0 in the first variance.
         self.mean, self.var, self.count = 0.0, 1.0, 1e-4
 
     def __call__(self, rewards: np.ndarray, dones: np.ndarray) -> np.ndarray:
@@ -214,7 +214,7 @@ class ReturnNormalizer:
         return np.clip(scaled, -self.clip, self.clip).astype(np.float32)
 
     def state_dict(self) -> dict[str, float | list[float]]:
-        """Everything that changes, as numbers."""
+        """All mutable state, as numbers."""
         moments = {"mean": self.mean, "var": self.var, "count": self.count}
         return {"returns": self.returns.tolist(), **moments}
 
@@ -224,7 +224,7 @@ class ReturnNormalizer:
         self.mean, self.var, self.count = state["mean"], state["var"], state["count"]
 
     def _update_moments(self, values: np.ndarray) -> None:
-        # Merges the moments of two samples (Chan et al. 1983).
+        # Merge the moments of two samples (Chan et al. 1983).
         total = self.count + len(values)
         delta = float(values.mean()) - self.mean
         squares = self.var * self.count + float(values.var()) * len(values)
@@ -237,10 +237,10 @@ RECENT_EPISODES = 100
 
 
 class Collector:
-    """Collects rollouts in N environments of a game.
+    """Collects rollouts from N environments.
 
     Attributes
-        frames   (N, H, W, C) uint8 on the device: the current obs, in a buffer that is overwritten
+        frames   current obs (N, H, W, C) uint8 on the device, overwritten by the next step
         recent   raw returns of the last 100 finished episodes
     """
 
@@ -249,23 +249,22 @@ class Collector:
         self.normalize = ReturnNormalizer(env.num_envs, gamma=gamma)
         self.tracker = EpisodeTracker(env.num_envs)
         self.recent: deque[float] = deque(maxlen=RECENT_EPISODES)
-        self.observations, self.actions = HostLink(compute.device), HostLink(compute.device)
-        self.frames = self.observations.up(env.observe())
+        self.observations, self.actions = TransferBuffer(compute.device), TransferBuffer(compute.device)
+        self.frames = self.observations.to_device(env.observe())
 
     def collect(self, decide: Callable[[Tensor], Decision], rollout: Rollout) -> None:
-        """Fill `rollout`, acting by `decide` (frames → decision)."""
+        """Fill `rollout` with steps of the policy `decide` (frames → decision)."""
         rewards, dones = [], []
         for step in range(len(rollout.actions)):
             decision = decide(self.frames)
-            self.env.act(self.actions.down(decision.action))
+            self.env.act(self.actions.to_host(decision.action))
             rollout.record(step, self.frames, decision)  # while the environments step
             obs, reward, done = self.env.result()
             self.recent.extend(self.tracker.update(reward, done)[0].tolist())
             rewards.append(self.normalize(reward, done))
             dones.append(done)
-            self.frames = self.observations.up(
-                obs
-            )  # the device copied the previous obs before it returned the actions
+            # The buffer is free: the device copied the previous obs before it returned the actions.
+            self.frames = self.observations.to_device(obs)
         rollout.rewards.copy_(torch.from_numpy(np.stack(rewards)))
         rollout.dones.copy_(torch.from_numpy(np.stack(dones)))
         if rollout.frames is not None:
@@ -285,7 +284,7 @@ class Collector:
     def load_state_dict(self, state: dict) -> None:
         """Restore `state_dict`."""
         self.env.set_state([part.numpy().tobytes() for part in state["env"]])
-        self.frames = self.observations.up(state["frames"].numpy())
+        self.frames = self.observations.to_device(state["frames"].numpy())
         self.normalize.load_state_dict(state["normalize"])
         self.tracker.load_state_dict(state["tracker"])
         self.recent = deque(state["recent"], maxlen=RECENT_EPISODES)
@@ -295,10 +294,10 @@ class Collector:
 
 
 def num_updates(cfg: Config) -> tuple[int, int]:
-    """PPO updates of a run, and env steps of each.
+    """Number of PPO updates of a run, and env steps per update.
 
-    The last update is complete, so a run may be slightly longer than configured. Raises `UserError` if a
-    minibatch is too small to normalise its advantages.
+    The number of updates is rounded up, so a run may be slightly longer than configured. Raises `UserError`
+    if a minibatch is too small to normalise its advantages.
     """
     steps_per_update = cfg.ppo.num_envs * cfg.ppo.rollout_steps
     if steps_per_update < 2 * cfg.ppo.minibatches:
@@ -332,13 +331,13 @@ class PPOTrainer:
         self.decide, self.learn = compute.replayed(self._decide), compute.replayed(self._learn)
 
     def collect(self) -> Tensor:
-        """Collect a rollout; returns the value (N,) of the observation after its last step."""
+        """Collect a rollout. Returns the value (N,) of the observation after its last step."""
         self.collector.collect(self.decide, self.rollout)
         return self._evaluate(self.collector.frames)[2]
 
     @torch.no_grad()
     def _evaluate(self, frames: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """Frames (N, H, W, C) uint8 → what a rollout stores of them, logits (N, A), value (N,)."""
+        """Frames (N, H, W, C) uint8 → their encodings, logits (N, A), value (N,)."""
         with self.compute.autocast():
             encoded = self.policy.encode(frames)
             return encoded, *self.policy(*encoded)
@@ -348,7 +347,10 @@ class PPOTrainer:
         return Decision(encoded, *sample(logits), value)
 
     def improve(self, env_steps: int, last_value: Tensor) -> dict[str, Tensor]:
-        """Train on the rollout that ended at `env_steps` with values `last_value` (N,); returns metrics."""
+        """Do a PPO update on the rollout; returns metrics.
+
+        `env_steps`: env steps so far, for the learning rates; `last_value` (N,): as `collect` returned it.
+        """
         self.set_lrs(env_steps)
         return ppo_update(self.learn, self.rollout, last_value, self.cfg)
 
@@ -356,7 +358,7 @@ class PPOTrainer:
         return ppo_step(self.forward, self.optimizer, self.rollout, ids, self.cfg, self.compute.autocast)
 
     def decode(self, update: int) -> dict[str, Tensor]:
-        """Train the decoder, if there is one, on the rollout of `update` (from 1); returns metrics."""
+        """Let the decoder, if there is one, learn from the rollout of `update` (from 1); returns metrics."""
         return self.decoder.learn(self.rollout, update) if self.decoder else {}
 
     def _parts(self) -> dict:
@@ -388,20 +390,20 @@ def train_ppo(cfg: Config, run: Run, trainer: PPOTrainer) -> None:
     for update in run.loop(updates, trainer.state_dict, **options):
         env_steps = (update + 1) * steps_per_update
         run.track(trainer.improve(env_steps, trainer.collect()))
-        learned = trainer.decode(update + 1)
+        metrics = trainer.decode(update + 1)
         if recent:
-            learned["train_return"] = sum(recent) / len(recent)
+            metrics["train_return"] = sum(recent) / len(recent)
         if (
-            learned.keys() - {"train_return"}
+            metrics.keys() - {"train_return"}
             or (update + 1) % cfg.stage3.log_every == 0
             or update + 1 == updates
         ):
-            run.log(env_steps, learned)
+            run.log(env_steps, metrics)
     trainer.collector.env.close()
 
 
 def train_from_scratch(cfg: Config, compute: Compute, run: Run) -> nn.Module:
-    """PPO of the acting policy's network from random weights, end to end; returns the policy."""
+    """Train the acting policy's network by PPO from random weights, end to end; returns the policy."""
     policy = compute.place(make_acting_policy(cfg, "scratch", len(ACTIONS)))
     groups = [{"params": list(policy.parameters()), "lr": cfg.ppo.scratch_lr}]
     optimizer = make_optimizer(torch.optim.Adam, groups, [policy])

@@ -1,6 +1,6 @@
-"""Evaluation of stage 1: a probe that predicts true from latent actions, and the world model's error.
+"""Evaluation of stage 1: a probe that predicts true actions from latent actions; the world model's error.
 
-Dimensions: M windows · B batch · A actions. The probe is an MLP of its own; no gradient reaches the model.
+Dimensions: M windows. The probe is a separate MLP: no gradient reaches the models.
 """
 
 import torch
@@ -13,11 +13,11 @@ from lapo.models import IDM, WorldModel, stack_frames
 from lapo.runs.compute import Compute
 
 WM_WINDOWS = 16384
-"""Upper bound on the windows on which the world model is evaluated; its mean error needs no more."""
+"""The world model is evaluated on at most this many windows: enough for a precise mean error."""
 
 
 def wm_subset(count: int) -> slice:
-    """The windows, of `count`, on which the world model is evaluated: every k-th."""
+    """Which of `count` windows the world model is evaluated on: every k-th."""
     return slice(None, None, -(-count // WM_WINDOWS))
 
 
@@ -27,20 +27,21 @@ def world_model_loss(
 ) -> dict[str, Tensor]:
     """Mean squared error of predicting o[t+1] on windows `ids` (M,), with all networks in eval mode.
 
-    `ids` must ascend, see `Windows.iter_batches`; `la` (M, la_dim) are the windows' latent actions. Returns
-    `wm_loss_test` of the world model, and `copy_loss_test` of the baseline that predicts o[t].
+    `ids` must ascend, see `Windows.iter_batches`. `la` (M, la_dim) are the windows' latent actions before
+    quantisation. Returns `wm_loss_test` of the world model, and `copy_loss_test` of a baseline that predicts
+    o[t].
     """
     training = idm.training, world_model.training
     idm.eval(), world_model.eval()
     model_error, copy_error, start = 0.0, 0.0, 0
-    for part in windows.iter_batches(ids):
-        frames = stack_frames(windows.gather(part))
+    for batch in windows.iter_batches(ids):
+        frames = stack_frames(windows.gather(batch))
         with compute.autocast():
-            la_q = idm.quantize(la[start : start + len(part)]).la_q
+            la_q = idm.quantize(la[start : start + len(batch)]).la_q
             predicted = world_model(frames[:, :6], la_q)
-        model_error = model_error + F.mse_loss(predicted, frames[:, 6:]) * len(part)
-        copy_error = copy_error + F.mse_loss(frames[:, 3:6], frames[:, 6:]) * len(part)
-        start += len(part)
+        model_error = model_error + F.mse_loss(predicted, frames[:, 6:]) * len(batch)
+        copy_error = copy_error + F.mse_loss(frames[:, 3:6], frames[:, 6:]) * len(batch)
+        start += len(batch)
     idm.train(training[0]), world_model.train(training[1])
     return {"wm_loss_test": model_error / len(ids), "copy_loss_test": copy_error / len(ids)}
 
@@ -48,19 +49,20 @@ def world_model_loss(
 def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str, Tensor]:
     """Train an MLP la → ta on the first half of the windows and evaluate it on both halves.
 
-    `la` (M, la_dim), `ta` (M,) int64, in the order of the data, so that neighbouring frames are in one half.
-    Latents are standardised: those of an untrained IDM are tiny, and the scale must not matter. The probe has
-    a random generator of its own, so that evaluation does not change the training.
+    `la` (M, la_dim) and `ta` (M,) int64 are in the order of the data, so neighbouring frames lie in one half.
+    Latents are standardised, because those of an untrained IDM are tiny and scale must not matter. The probe
+    has its own random generator, so evaluation does not change training.
 
-    Returns `probe_acc`, `probe_loss` (training half), `probe_acc_test`, `probe_loss_test`, and
-    `majority_acc_test`, the accuracy of the commonest action. Empty for fewer than two windows.
+    Returns `probe_acc` and `probe_loss` (training half), `probe_acc_test` and `probe_loss_test` (other half),
+    and `majority_acc_test`, the accuracy of the commonest action on the other half. Returns {} for fewer than
+    two windows.
     """
     half = len(la) // 2
     if not half:
         return {}
     num_actions = int(ta.max()) + 1
     std = la[:half].std(0, correction=0)
-    # Dimensions that are nearly constant in the training half are left out: scaled, they could be huge.
+    # Dimensions that are nearly constant in the training half are set to 0: division could make them huge.
     scale = torch.where(std > 1e-3 * std.max(), 1 / std, torch.zeros_like(std))
     la = (la - la[:half].mean(0)) * scale
     with torch.random.fork_rng(devices=[la.device] if la.device.type == "cuda" else []):
@@ -77,9 +79,9 @@ def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str
                 optimizer.step()
     metrics = {}
     with torch.no_grad():
-        for suffix, part in (("", slice(0, half)), ("_test", slice(half, None))):
-            logits = mlp(la[part])
-            metrics[f"probe_acc{suffix}"] = (logits.argmax(-1) == ta[part]).float().mean()
-            metrics[f"probe_loss{suffix}"] = F.cross_entropy(logits, ta[part])
+        for suffix, ids in (("", slice(0, half)), ("_test", slice(half, None))):
+            logits = mlp(la[ids])
+            metrics[f"probe_acc{suffix}"] = (logits.argmax(-1) == ta[ids]).float().mean()
+            metrics[f"probe_loss{suffix}"] = F.cross_entropy(logits, ta[ids])
     metrics["majority_acc_test"] = ta[half:].bincount().max() / (len(ta) - half)
     return metrics

@@ -135,7 +135,7 @@ def stage_row(stage: str, progress: dict | None) -> list[str]:
     minutes, seconds = divmod(progress["seconds"], 60)
     state = "finished" if progress["finished"] else "unfinished"
     if progress["stale"]:
-        state += f", but built on another {' and '.join(progress['stale'])}"
+        state += f", but trained on another {' and '.join(progress['stale'])}"
     return [stage, f"{progress['steps']:,}", f"{minutes} min {seconds:02} s", state]
 
 

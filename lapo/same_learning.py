@@ -133,7 +133,7 @@ def learn(cfg: Config, compute: Compute, networks: Networks, windows: Windows, h
     losses = deque(maxlen=LAST)
     for step in tqdm(range(cfg.stage1.steps), mininterval=10):
         losses.append(trainer.update(step)["wm_loss"])
-    learnt = to_floats({"wm_loss": torch.stack(list(losses)).mean()} | trainer.measure(held_out))
+    learnt = to_floats({"wm_loss": torch.stack(list(losses)).mean()} | trainer.evaluate(held_out))
     for key, value in learnt.items():
         if not math.isfinite(value):
             raise UserError(f"{key} is {value} with seed {cfg.seed} on {compute}; try a lower --stage1.lr")

@@ -1,8 +1,8 @@
 """Stage 1: an inverse dynamics model (IDM) and a world model, trained on frames alone.
 
-The IDM maps o[t-1], o[t], o[t+1] to a few discrete codes. The world model predicts o[t+1] from o[t-1], o[t]
-and these codes. The codes must carry whatever the past does not predict: the action. True actions, where the
-data has them, are only used to evaluate the codes (see probe.py).
+The IDM maps o[t-1], o[t], o[t+1] to a latent action `la`, which is quantised to a few discrete codes, `la_q`.
+The world model predicts o[t+1] from o[t-1], o[t] and `la_q`. The codes must carry whatever the past does not
+predict: the action. True actions, if the data has them, are only used for evaluation (see probe.py).
 """
 
 import torch
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def train(cfg: Config) -> None:
-    """Train IDM and world model; the result is the run's checkpoint."""
+    """Train IDM and world model, and write the run's checkpoint."""
     compute = Compute.from_config(cfg)
     check_data(cfg.env, cfg.game_data)
     seed_everything(cfg.seed)
@@ -53,28 +53,28 @@ def train(cfg: Config) -> None:
 
     # ---- loop
     if run.step == 0:
-        # Control: an untrained IDM. The current frame alone predicts many of an expert's actions.
-        run.log(0, {f"untrained_{key}": value for key, value in trainer.measure(held_out).items()})
+        # Baseline: an untrained IDM. Many of an expert's actions can be predicted from the frames alone.
+        run.log(0, {f"untrained_{key}": value for key, value in trainer.evaluate(held_out).items()})
     options = {"save_every": cfg.stage1.save_every, "unit": "window", "scale": cfg.stage1.batch_size}
     for step in run.loop(cfg.stage1.steps, trainer.state_dict, **options):
         run.track(trainer.update(step))
         done = step + 1
         last = done == cfg.stage1.steps
-        measured = trainer.measure(held_out) if last or done % cfg.stage1.probe_every == 0 else {}
-        if measured or done % cfg.stage1.log_every == 0:
-            run.log(done, measured)
+        results = trainer.evaluate(held_out) if last or done % cfg.stage1.probe_every == 0 else {}
+        if results or done % cfg.stage1.log_every == 0:
+            run.log(done, results)
     run.finish(trainer.state_dict())
 
 
 class Trainer:
-    """Trains IDM and world model jointly. A step consists of `set_lr`, `load`, `backward` and `apply`."""
+    """Trains IDM and world model jointly. A training step is `set_lr`, `load`, `backward`, `apply`."""
 
     def __init__(self, cfg: Config, compute: Compute, windows: Windows, idm: IDM, world_model: WorldModel):
         self.cfg, self.compute, self.windows = cfg, compute, windows
         self.idm, self.world_model = idm, world_model
         networks = (idm, world_model)
         self.params = [p for network in networks for p in network.parameters()]
-        # BatchNorm's running statistics, which every rank computes on its part of the batch.
+        # BatchNorm's running statistics: computed per rank, averaged over ranks in `backward`.
         norms = [m for x in networks for m in x.modules() if isinstance(m, BatchNorm)]
         self.statistics = [x for norm in norms for x in (norm.running_mean, norm.running_var)]
         self.batch_size = per_rank_batch(cfg.stage1.batch_size)
@@ -85,7 +85,7 @@ class Trainer:
         self.learn = compute.replayed(self._learn)
 
     def update(self, step: int) -> dict[str, Tensor]:
-        """Do training step `step`; returns its metrics, valid until the next step."""
+        """Do training step `step`; returns metrics, which the next step overwrites."""
         self.set_lr(step)
         return self.learn(self.load(step))
 
@@ -95,11 +95,11 @@ class Trainer:
         set_lr(self.optimizer.param_groups[0], self.cfg.stage1.lr * factor)
 
     def load(self, step: int) -> Tensor:
-        """Frames (B, T, H, W, C) uint8 of the windows of training step `step`."""
+        """The batch of training step `step`: windows (B, T, H, W, C) uint8."""
         return self.windows.gather(self.windows.batch(step, self.batch_size, self.cfg.seed))
 
     def backward(self, frames: Tensor) -> dict[str, Tensor]:
-        """Compute losses and gradients on windows (B, T, H, W, C); returns the losses as metrics."""
+        """Compute losses and gradients on windows (B, T, H, W, C); returns metrics, averaged over ranks."""
         loss, metrics = self.losses(frames)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -112,12 +112,14 @@ class Trainer:
         self.optimizer.step()
         return {"grad_norm": norm}
 
-    def measure(self, held_out: Windows) -> dict[str, Tensor]:
-        """World-model error and, if there are true actions, probe accuracy on held-out windows."""
+    def evaluate(self, held_out: Windows) -> dict[str, Tensor]:
+        """Evaluate on held-out windows: world-model error and, if there are true actions, probe accuracy."""
         ids = held_out.evenly_spaced(self.cfg.probe.windows)
         la = infer_latents(self.idm, held_out.iter_frames(ids), self.compute)
-        some = wm_subset(len(ids))
-        metrics = world_model_loss(self.idm, self.world_model, held_out, ids[some], la[some], self.compute)
+        subset = wm_subset(len(ids))
+        metrics = world_model_loss(
+            self.idm, self.world_model, held_out, ids[subset], la[subset], self.compute
+        )
         if held_out.ta is not None:
             metrics |= train_probe(la, held_out.actions(ids), self.cfg.probe, self.cfg.seed)
         return metrics
@@ -127,10 +129,10 @@ class Trainer:
 
     def _losses(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with self.compute.autocast():
-            images = stack_frames(frames)
+            images = stack_frames(frames)  # (B, 9, H, W): o[t-1], o[t], o[t+1]
             _, quantized = self.idm(images)
             predicted = self.world_model(images[:, :6], quantized.la_q)
-        wm_loss = F.mse_loss(predicted, images[:, 6:])
+        wm_loss = F.mse_loss(predicted, images[:, 6:])  # against o[t+1]
         loss = wm_loss + quantized.loss
         return loss, {
             "loss": loss.detach(),
@@ -148,7 +150,7 @@ class Trainer:
         return parts | {"order": self.windows.data_order}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore `state_dict`. Raises `UserError` if the batches would come in another order."""
+        """Restore `state_dict`. Raises `UserError` if the order of the batches has changed."""
         self.windows.check_data_order(state["order"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])

@@ -1,7 +1,7 @@
 """Stage 2: a latent policy, trained by behaviour cloning of the latent actions that stage 1's IDM infers.
 
-The policy predicts, from o[t] alone, `la`: the latent action before quantisation that the IDM infers from
-o[t-1], o[t], o[t+1]. The IDM is frozen, so the latents of all windows are inferred once, before training.
+The IDM infers `la`, the latent action before quantisation, from o[t-1], o[t], o[t+1]. The policy predicts it
+from o[t] alone. The IDM is frozen, so the latents of all windows are inferred once, before training.
 """
 
 import torch
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def train(cfg: Config) -> None:
-    """Train the latent policy; the result is the run's checkpoint."""
+    """Train the latent policy, and write the run's checkpoint."""
     compute = Compute.from_config(cfg)
     check_data(cfg.env, cfg.game_data)
     stage1 = load_stages(cfg, "stage1")["stage1"]
@@ -59,16 +59,16 @@ def train(cfg: Config) -> None:
     for step in run.loop(cfg.stage2.steps, trainer.state_dict, **options):
         run.track(trainer.update(step))
         done = step + 1
-        measured = trainer.measure(held_out, la_test) if done == cfg.stage2.steps else {}
-        if measured or done % cfg.stage2.log_every == 0:
-            run.log(done, measured)
+        results = trainer.evaluate(held_out, la_test) if done == cfg.stage2.steps else {}
+        if results or done % cfg.stage2.log_every == 0:
+            run.log(done, results)
     run.finish(trainer.state_dict())
 
 
 class Trainer:
     """Trains the latent policy to predict the latent actions `la` (M, la_dim) of all windows.
 
-    A step consists of `set_lr`, `load`, `backward` and `apply`.
+    A training step is `set_lr`, `load`, `backward`, `apply`.
     """
 
     def __init__(self, cfg: Config, compute: Compute, windows: Windows, la: Tensor, policy: Policy):
@@ -82,7 +82,7 @@ class Trainer:
         self.learn = compute.replayed(self._learn)
 
     def update(self, step: int) -> dict[str, Tensor]:
-        """Do training step `step`; returns its metrics, valid until the next step."""
+        """Do training step `step`; returns metrics, which the next step overwrites."""
         self.set_lr(step)
         return self.learn(*self.load(step))
 
@@ -92,12 +92,12 @@ class Trainer:
         set_lr(self.optimizer.param_groups[0], self.cfg.stage2.lr * factor)
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
-        """Frames o[t] (B, H, W, C) uint8 and latent actions (B, la_dim) of training step `step`."""
+        """The batch of training step `step`: frames o[t] (B, H, W, C) uint8, latent actions (B, la_dim)."""
         ids = self.windows.batch(step, self.batch_size, self.cfg.seed)
         return self.windows.current_frames(ids), self.la[ids]
 
     def backward(self, frames: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Compute loss and gradients on what `load` returned; returns the loss as metrics."""
+        """Compute loss and gradients on a batch of `load`; returns metrics, averaged over ranks."""
         loss = self.loss(frames, target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -110,14 +110,14 @@ class Trainer:
         self.optimizer.step()
 
     @torch.no_grad()
-    def measure(self, held_out: Windows, la_test: Tensor) -> dict[str, Tensor]:
-        """Errors on the held-out windows, whose latent actions are `la_test` (M, la_dim)."""
+    def evaluate(self, held_out: Windows, la_test: Tensor) -> dict[str, Tensor]:
+        """Evaluate on the held-out windows; `la_test` (M, la_dim) are their latent actions."""
         batches = held_out.iter_batches(held_out.all())
-        # The uncompiled loss: other batch sizes would recompile it.
+        # The uncompiled loss: a new batch size would be compiled anew.
         errors = [self._loss(held_out.current_frames(ids), la_test[ids]) * len(ids) for ids in batches]
         constant = self.la.mean(0)
         average([constant])
-        # Baseline: the mean latent action, the best prediction without seeing the frame.
+        # Baseline: the mean latent action, the best prediction that ignores the frame.
         return {
             "loss_test": torch.stack(errors).sum() / len(held_out),
             "constant_loss_test": F.mse_loss(constant.expand_as(la_test), la_test),
@@ -139,7 +139,7 @@ class Trainer:
         return parts | {"order": self.windows.data_order}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore `state_dict`. Raises `UserError` if the batches would come in another order."""
+        """Restore `state_dict`. Raises `UserError` if the order of the batches has changed."""
         self.windows.check_data_order(state["order"])
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,8 +1,8 @@
 """Stage 3: turn the latent policy into a policy that acts in the game.
 
 Modes (`--stage3.mode`)
-    online    PPO on the frozen trunk of the latent policy, beside a decoder latent → true action, which is
-              trained on the agent's own actions and the latents that the IDM infers for them
+    online    PPO on the frozen trunk of the latent policy, and a decoder latent → true action, trained on the
+              agent's own actions and the latents that the IDM infers for them
     offline   the decoder is trained on a few labelled expert frames, without rewards
     scratch   baseline: PPO with the same network from random weights, end to end
     bc        baseline: behaviour cloning of the same labelled frames, without latents
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def train(cfg: Config) -> None:
-    """Train the acting policy of `cfg.stage3.mode`; the result is the run's checkpoint."""
+    """Train the acting policy of `cfg.stage3.mode`, and write the run's checkpoint."""
     mode = MODES[cfg.stage3.mode]
     compute = Compute.from_config(cfg)
     check_mode(cfg)
@@ -69,7 +69,7 @@ def train(cfg: Config) -> None:
 
 
 def online(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
-    """RL and SL paths on a frozen trunk, see `models.TwoPathPolicy`."""
+    """Train the RL and SL paths on a frozen trunk, see `models.TwoPathPolicy`."""
     trainer = online_trainer(cfg, compute, earlier, make_env(cfg))
     train_ppo(cfg, run, trainer)
     return trainer.policy
@@ -98,7 +98,7 @@ def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: VecEnv) ->
 
 
 def scratch(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
-    """PPO with the same network from random weights."""
+    """Train the same network from random weights by PPO."""
     return train_from_scratch(cfg, compute, run)
 
 
@@ -112,7 +112,7 @@ def decoder_updates(cfg: Config) -> list[int]:
 
 
 def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
-    """A decoder on the frozen latent policy, trained on (la, ta) of the labelled frames."""
+    """Train a decoder on the pairs (la, ta) of the labelled frames; it acts on the frozen latent policy."""
     windows, ids, ta = labelled(cfg, compute)
     idm = restore(make_idm(cfg), earlier["stage1"]["idm"], compute)
     la = infer_latents(idm, windows.iter_frames(ids), compute)
@@ -123,7 +123,7 @@ def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
 
 
 def bc(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
-    """The policy network from random weights, trained on (frame, ta) of the labelled frames."""
+    """Train the policy network from random weights on the pairs (frame, ta) of the labelled frames."""
     windows, ids, ta = labelled(cfg, compute)
     policy = compute.place(make_acting_policy(cfg, "bc", len(ACTIONS)))
 
@@ -136,10 +136,10 @@ def bc(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
 
 
 def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
-    """The labelled frames: windows, indices (N,) of `cfg.offline.labels` random ones, true actions (N,).
+    """Draw `cfg.offline.labels` labelled frames: all windows, indices (N,) of those drawn, true actions (N,).
 
-    Only the first chunks are read, enough for four times as many frames as labels. Raises `UserError` if the
-    data has no true actions, too few windows, or actions that the policy does not have.
+    Only as many chunks are read as hold four times as many frames as labels. Raises `UserError` if the data
+    has no true actions, too few windows, or actions outside the policy's action space.
     """
     folder, count = cfg.game_data / "train", cfg.offline.labels
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
@@ -166,7 +166,7 @@ def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
 
 
 def train_on_labels(cfg: Config, compute: Compute, run: Run, policy: nn.Module, fit: Fit) -> None:
-    """Train `policy`, or a part of it, by `fit` for `cfg.offline.steps` steps, and log loss and accuracy."""
+    """Train `policy` or a part of it with `fit` for `cfg.offline.steps` steps; log loss and accuracy."""
     if run.state:
         policy.load_state_dict(run.state["policy"])
         fit.load_state_dict(run.state["fit"])
@@ -181,9 +181,9 @@ def train_on_labels(cfg: Config, compute: Compute, run: Run, policy: nn.Module, 
 
 
 def accuracy(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, Tensor]:
-    """Accuracy of `policy` and of the commonest action against the expert's actions on held-out frames.
+    """How often `policy`, and the commonest action, equal the expert's action on held-out frames.
 
-    Empty if there are no held-out frames with actions.
+    Returns {} if there are no held-out frames with actions.
     """
     if not (cfg.game_data / "test").is_dir():
         return {}
@@ -191,12 +191,12 @@ def accuracy(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, Tens
     if test.ta is None:
         return {}
     with torch.no_grad(), compute.autocast():
-        guesses = [
+        predicted = [
             policy.logits(test.current_frames(ids)).argmax(-1) for ids in test.all().split(INFERENCE_BATCH)
         ]
     ta = test.actions(test.all())
     return {
-        "action_acc_test": (torch.cat(guesses) == ta).float().mean(),
+        "action_acc_test": (torch.cat(predicted) == ta).float().mean(),
         "majority_acc_test": (ta == ta.bincount().argmax()).float().mean(),
     }
 
@@ -209,11 +209,11 @@ TRAIN: dict[str, Callable[[Config, Compute, Run, dict], nn.Module]] = {
     "offline": offline,
     "online": online,
 }
-"""(config, compute, run, states of stages 1 and 2) → acting policy, by mode. The rest stands in modes.py."""
+"""Training function of each mode: (config, compute, run, states of stages 1 and 2) → acting policy."""
 
 
 def check_mode(cfg: Config) -> None:
-    """Raise `UserError` if the configured game or data set cannot be used in the mode."""
+    """Raise `UserError` if the mode cannot use the configured game or data set."""
     if not MODES[cfg.stage3.mode].plays:
         check_data(cfg.env, cfg.game_data)
     elif cfg.env not in GAMES:

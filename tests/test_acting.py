@@ -23,7 +23,7 @@ class Clockwork:
         return self.observe(), np.ones(self.num_envs), self.steps % self.lengths == 0
 
 
-def test_sparing_play_asks_only_for_environments_that_still_count() -> None:
+def test_skip_finished_asks_only_for_environments_that_still_contribute() -> None:
     asked = []
 
     def act(obs: np.ndarray) -> np.ndarray:
@@ -31,7 +31,7 @@ def test_sparing_play_asks_only_for_environments_that_still_count() -> None:
         return obs
 
     expected = play(lambda obs: obs, Clockwork([1, 10, 25]), episodes=6)
-    result = play(act, Clockwork([1, 10, 25]), episodes=6, sparing=True)
+    result = play(act, Clockwork([1, 10, 25]), episodes=6, skip_finished=True)
     assert (result.returns == expected.returns).all()
     assert (result.lengths == expected.lengths).all()
     assert asked == [3] * 2 + [2] * 18 + [1] * 30

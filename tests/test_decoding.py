@@ -38,13 +38,13 @@ def test_at_full_length_the_decoder_is_trained_after_exactly_the_described_updat
     assert training_updates(cfg, 977, 4096, 1.0) == described
 
 
-def test_in_a_run_of_a_quarter_the_schedule_shrinks_in_proportion(cfg):
+def test_the_schedule_shrinks_in_proportion_with_a_shorter_run(cfg):
     # 2,500 < env steps < 100,000, and below 12,500 or after every fifth update.
     assert training_updates(cfg, 245, 4096, 0.25) == [1, 2, 3, 5, 10, 15, 20]
 
 
 @given(envs=st.integers(1, 128), steps=st.integers(1, 128), length=st.integers(1, 4_000_000))
-def test_however_short_the_run_the_decoder_is_trained(cfg, envs, steps, length):
+def test_even_in_a_short_run_the_decoder_is_trained(cfg, envs, steps, length):
     updates, scale = -(-length // (envs * steps)), length / 4_000_000
     chosen = training_updates(cfg, updates, envs * steps, scale)
     assert chosen
@@ -58,8 +58,8 @@ def test_however_short_the_run_the_decoder_is_trained(cfg, envs, steps, length):
 # ---------------------------------------------------------------- on what
 
 
-class SeeingIDM(nn.Module):
-    """Its latent actions are the numbers of the three frames it is shown."""
+class NumberIDM(nn.Module):
+    """An IDM whose latent actions are the numbers of its three input frames."""
 
     def infer_latents(self, window: Tensor) -> Tensor:
         return image_numbers(window)
@@ -78,7 +78,7 @@ class Play:
         return torch.from_numpy(numbered_frames(1000 * np.arange(self.envs) + time))
 
     def rollout(self, start: int, end: int) -> SimpleNamespace:
-        """What the agent sees and does from `start` until before `end`, and sees then."""
+        """Steps `start` to `end` - 1 as a rollout, with the frames after the last one."""
         return SimpleNamespace(
             frames=torch.stack([self.frames(time) for time in range(start, end + 1)]),
             actions=torch.from_numpy(self.actions[start:end]),
@@ -86,7 +86,7 @@ class Play:
         )
 
     def pairs(self, end: int) -> list[tuple[int, ...]]:
-        """By loops: numbers of the three frames of each window within an episode, and the middle action."""
+        """By loops: the numbers of the frames of each window inside an episode, and its middle action."""
         found = []
         for n in range(self.envs):
             for t in range(1, end):
@@ -102,7 +102,7 @@ def kept_pairs(decoder: OnlineDecoder) -> list[tuple[int, ...]]:
 
 
 def online_decoder(cfg: DecoderConfig, updates: list[int]) -> OnlineDecoder:
-    return OnlineDecoder(Decoder(3, 15, tuple(cfg.hidden)), SeeingIDM(), cfg, CPU, updates)
+    return OnlineDecoder(Decoder(3, 15, tuple(cfg.hidden)), NumberIDM(), cfg, CPU, updates)
 
 
 @given(
@@ -110,7 +110,7 @@ def online_decoder(cfg: DecoderConfig, updates: list[int]) -> OnlineDecoder:
     envs=st.integers(1, 4),
     ends=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
 )
-def test_pairs_hold_each_window_within_an_episode_beside_the_action_at_its_middle(cfg, rollouts, envs, ends):
+def test_pairs_are_latents_of_windows_inside_an_episode_and_their_middle_actions(cfg, rollouts, envs, ends):
     """Across the borders of rollouts of any length, and never across an episode's end."""
     play = Play(sum(rollouts), envs, ends)
     decoder = online_decoder(cfg, [99])
@@ -123,7 +123,7 @@ def test_pairs_hold_each_window_within_an_episode_beside_the_action_at_its_middl
             assert kept_pairs(decoder) == play.pairs(time)
 
 
-def test_training_takes_all_pairs_so_far(cfg):
+def test_training_uses_all_pairs_so_far(cfg):
     play = Play(40, 3, 0.1)
     decoder = online_decoder(cfg, [2, 4])
     for update in range(1, 5):
@@ -134,7 +134,7 @@ def test_training_takes_all_pairs_so_far(cfg):
             assert not metrics
 
 
-def test_nothing_is_labelled_or_kept_after_the_last_training(cfg):
+def test_no_latents_are_inferred_or_kept_after_the_last_training(cfg):
     play = Play(30, 3, 0.0)
     decoder = online_decoder(cfg, [2])
     for update in range(1, 4):
@@ -170,7 +170,7 @@ def smoothed_cross_entropy(logits: Tensor, ta: Tensor, smoothing: float) -> Tens
     return -(target * logprobs).sum(-1).mean()
 
 
-def test_training_equals_adam_on_smoothed_labels_from_a_new_start(cfg):
+def test_training_equals_adam_on_smoothed_labels_from_a_new_initialisation(cfg):
     """Fewer pairs than a batch holds, so every epoch is one step whatever the order."""
     play = Play(12, 3, 0.1)
     decoder = online_decoder(cfg, [1, 2])
@@ -196,7 +196,7 @@ def test_training_equals_adam_on_smoothed_labels_from_a_new_start(cfg):
     assert metrics["decoder_acc"].item() == pytest.approx(right.item())
 
 
-def test_every_training_starts_anew(cfg):
+def test_every_training_starts_from_a_new_initialisation(cfg):
     play = Play(12, 3, 0.1)
     weights = []
     for scale in (1.0, 100.0):
@@ -211,7 +211,7 @@ def test_every_training_starts_anew(cfg):
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
-def test_a_trained_decoder_hands_over_its_weights_and_stays_frozen(cfg):
+def test_a_trained_decoders_weights_are_copied_to_the_frozen_policy_decoder(cfg):
     decoder = online_decoder(cfg, [1])
     acting = decoder.decoder.requires_grad_(False)
     before = copy.deepcopy(acting.state_dict())
@@ -224,7 +224,7 @@ def test_a_trained_decoder_hands_over_its_weights_and_stays_frozen(cfg):
 
 
 @pytest.mark.parametrize("interrupted_after", [1, 2, 3, 4, 5])
-def test_a_restored_decoder_continues_as_if_nothing_had_happened(cfg, interrupted_after, tmp_path):
+def test_a_resumed_decoder_equals_an_uninterrupted_one(cfg, interrupted_after, tmp_path):
     cfg = replace(cfg, hidden=[8], batch_size=16)
     play = Play(60, 2, 0.1)
 
@@ -236,15 +236,15 @@ def test_a_restored_decoder_continues_as_if_nothing_had_happened(cfg, interrupte
 
     whole = online_decoder(cfg, [2, 3, 5])
     learn(whole, 1, 6)
-    broken_off = online_decoder(cfg, [2, 3, 5])
-    learn(broken_off, 1, interrupted_after)
-    torch.save(broken_off.state_dict(), tmp_path / "state.pt")
-    continued = online_decoder(cfg, [2, 3, 5])
-    continued.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    continued.decoder.load_state_dict(broken_off.decoder.state_dict())
-    learn(continued, interrupted_after + 1, 6)
-    torch.testing.assert_close(continued.decoder.state_dict(), whole.decoder.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(continued.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    interrupted = online_decoder(cfg, [2, 3, 5])
+    learn(interrupted, 1, interrupted_after)
+    torch.save(interrupted.state_dict(), tmp_path / "state.pt")
+    resumed = online_decoder(cfg, [2, 3, 5])
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    resumed.decoder.load_state_dict(interrupted.decoder.state_dict())
+    learn(resumed, interrupted_after + 1, 6)
+    torch.testing.assert_close(resumed.decoder.state_dict(), whole.decoder.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
 @given(size=st.integers(1, 50), batch_size=st.integers(1, 60), count=st.integers(1, 3))

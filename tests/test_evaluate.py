@@ -159,7 +159,7 @@ def test_single_episode_has_no_standard_error(call, tmp_path):
         (["--device", "tpu"], "'device' is 'tpu'"),
         (["--policy", "bc", "--checkpoint", "some.pt"], "give one of the two"),
         (["--checkpoint", "absent.pt"], "the checkpoint absent.pt does not exist"),
-        (["--checkpoint", __file__], "damaged, or not one of ours"),
+        (["--checkpoint", __file__], "is damaged, or was not written by lapo"),
         (["--policy", "random", "--json", "absent/out.json"], "the folder absent does not exist"),
     ],
 )

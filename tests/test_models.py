@@ -1,4 +1,4 @@
-"""The networks against the method's description: naive loops, hand counts, and functional re-statements."""
+"""The networks against the paper's description: naive loops, parameter counts, functional implementations."""
 
 import copy
 
@@ -101,7 +101,7 @@ def test_sizes_of_idm_and_policies_at_the_published_scale():
     assert count(ActorCritic(15, 4)) == impala_params(3, 4) + 256 * 15 + 15 + 256 + 1
 
 
-def test_idm_equals_a_functional_statement():
+def test_idm_equals_a_functional_implementation():
     torch.manual_seed(0)
     idm = IDM(1, 16, VectorQuantizer(2, 2, 8, 4)).eval()
     window = stack_frames(frames(3, 3))
@@ -123,7 +123,7 @@ def test_idm_without_quantiser_passes_its_latents_through():
     assert all(p.grad is not None for p in idm.parameters())
 
 
-def test_policies_equal_a_functional_statement():
+def test_policies_equal_a_functional_implementation():
     torch.manual_seed(0)
     obs = frames(3)
     policy = Policy(16, 1)
@@ -269,7 +269,7 @@ def test_world_model_has_the_described_layers(la_dim, width):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("fold_action", [True, False])
-def test_world_model_equals_a_functional_statement(fold_action, training):
+def test_world_model_equals_a_functional_implementation(fold_action, training):
     torch.manual_seed(0)
     model = WorldModel(10, 8, fold_action)
     images, la_q = example(3, 10)
@@ -349,7 +349,7 @@ def test_world_model_depends_on_the_action_of_each_sample():
 
 
 def two_paths(seed: int = 0) -> tuple[TwoPathPolicy, Policy, Decoder]:
-    """A two-path policy over a small latent policy and decoder, and copies of these two as they were."""
+    """A two-path policy on a small latent policy and decoder, and copies of their initial states."""
     torch.manual_seed(seed)
     latent_policy, decoder = Policy(16, 1), Decoder(16, 15, (12, 8))
     before = copy.deepcopy(latent_policy), copy.deepcopy(decoder)
@@ -424,7 +424,7 @@ def test_two_path_policy_follows_a_new_decoder():
 
 @pytest.mark.parametrize("kind", ["bc", "scratch", "offline", "online"])
 def test_logits_and_values_are_in_fp32_under_autocast(kind):
-    """In bf16, 256 logits would take some dozen values, and PPO compares probabilities closely."""
+    """In bf16, 256 logits would take a few dozen values, too coarse for PPO's ratios."""
     torch.manual_seed(0)
     network = make_acting_policy(load_config(["--preset", "demo"]), kind, 15)
     for name in ("policy_head", "value_head"):

@@ -1,4 +1,4 @@
-"""What belongs together stays together, through all stages: frames, latent actions and true actions.
+"""Frames, latent actions and true actions stay aligned through all stages.
 
 Every frame spells its own number, and a latent action is the numbers of its window's frames, followed by
 weights of the IDM that it comes from.
@@ -66,7 +66,7 @@ def test_stage_1_predicts_each_windows_last_frame_from_its_own_latent_action(num
     assert lines[-1]["copy_loss_test"] > 0
 
 
-def test_stage_2_teaches_each_frame_its_own_latent_action(numbered, monkeypatch):
+def test_stage_2_trains_each_frame_on_its_own_latent_action(numbered, monkeypatch):
     bias = weights(numbered, "stage1", "idm")["head.bias"]
 
     def forward(self: Policy, obs: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def test_stage_2_teaches_each_frame_its_own_latent_action(numbered, monkeypatch)
 
 
 class Fits:
-    """Stands for `decoding.Fit`: notes what networks learn from, and their weights afterwards."""
+    """Replaces `decoding.Fit`: records its training examples and the networks."""
 
     def __init__(self) -> None:
         self.pairs: list[list[tuple[int, ...]]] = []  # numbers of the inputs, and the true action
@@ -98,7 +98,7 @@ class Fits:
 
     def __call__(
         self, predict: Callable[[Tensor], Tensor], network: nn.Module, ta: Tensor, *options: float
-    ) -> "NotingFit":
+    ) -> "RecordingFit":
         seen = []
         hook = network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0]))
         predict(torch.arange(len(ta)))
@@ -109,24 +109,24 @@ class Fits:
         self.idms.append(seen[0][:, 3:])
         self.batches.append([])
         self.networks.append(network)
-        fit = NotingFit(predict, network, ta, *options)
-        fit.noted = self.batches[-1]
+        fit = RecordingFit(predict, network, ta, *options)
+        fit.recorded = self.batches[-1]
         return fit
 
 
-class NotingFit(decoding.Fit):
-    """Notes its batches."""
+class RecordingFit(decoding.Fit):
+    """Records its batches."""
 
-    noted: list[list[int]]
+    recorded: list[list[int]]
 
     def step(self, ids: Tensor) -> None:
-        self.noted.append(ids.tolist())
+        self.recorded.append(ids.tolist())
         super().step(ids)
 
 
 @pytest.fixture
 def fits(numbered: Workplace, monkeypatch: pytest.MonkeyPatch) -> Fits:
-    """What is fitted after stages 1 and 2, with an IDM that sees; nobody plays in the end."""
+    """Calls of `Fit` after stages 1 and 2, with an IDM of known latents and no final evaluation."""
     stage2_bc.train(numbered.config("--stage2.steps", "1"))
     fits = Fits()
     monkeypatch.setattr(decoding, "Fit", fits)
@@ -143,7 +143,7 @@ def decoder_of(workplace: Workplace, stage: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["offline", "bc"])
-def test_labels_are_learnt_with_the_frames_that_they_belong_to(numbered, fits, mode):
+def test_labels_are_paired_with_their_own_frames(numbered, fits, mode):
     """Offline mode learns them from latent actions, bc from the frames themselves."""
     stage3_decode.train(numbered.config("--stage3.mode", mode))
     (pairs,), (batches,) = fits.pairs, fits.batches

@@ -1,4 +1,4 @@
-"""PPO against loops over single numbers, and rollouts against a countable environment."""
+"""PPO against loops over single numbers, and rollouts in an environment of numbered frames."""
 
 import contextlib
 import copy
@@ -230,7 +230,7 @@ def update(
     return ppo_update(step, rollout, last_value, cfg)
 
 
-def test_one_update_equals_the_same_steps_written_out(cfg):
+def test_one_update_equals_the_same_steps_by_hand(cfg):
     """One epoch in one minibatch: order does not matter, so every step can be repeated by hand."""
     cfg = replace(cfg, epochs=1, minibatches=1, clip_norm=0.05)
     torch.manual_seed(0)
@@ -256,7 +256,7 @@ def test_one_update_equals_the_same_steps_written_out(cfg):
     torch.testing.assert_close(metrics, expected, check_dtype=False, **EXACT)
 
 
-def test_update_shows_every_step_to_the_policy_once_per_epoch(cfg):
+def test_update_trains_on_every_step_once_per_epoch(cfg):
     cfg = replace(cfg, epochs=3, minibatches=4)
     policy = Linear()
     encoded = torch.zeros(6, 5, 3)
@@ -274,7 +274,7 @@ def test_update_shows_every_step_to_the_policy_once_per_epoch(cfg):
         assert sorted(torch.cat(shown[4 * epoch : 4 * epoch + 4]).tolist()) == list(range(30))
 
 
-def test_update_changes_only_what_the_optimiser_holds(cfg):
+def test_update_changes_only_the_optimisers_parameters(cfg):
     torch.manual_seed(0)
     policy = TwoPathPolicy(Policy(8, 1), Decoder(8, 15, (6,)), 15)
     before = copy.deepcopy(policy.state_dict())
@@ -306,12 +306,12 @@ def test_rollout_is_overwritten_in_place_by_the_next():
 
 
 def decide(frames: Tensor) -> Decision:
-    """Keeps the number that a frame spells; the value is that number; all of four actions are as likely."""
+    """Encodes a frame as its number; the value is that number; four actions are equally likely."""
     numbers = torch.from_numpy(read_numbers(frames)).float()
     return Decision((numbers[:, None],), *sample(torch.zeros(len(numbers), 4)), numbers)
 
 
-def test_collector_keeps_what_was_seen_beside_what_was_done_and_what_came_of_it():
+def test_collector_stores_frames_actions_rewards_and_dones_of_the_same_step():
     torch.manual_seed(0)
     env = CountingEnv(num_envs=3, episode=7)
     collector = Collector(env, 0.9, Compute(torch.device("cpu"), False, False))

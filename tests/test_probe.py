@@ -1,4 +1,4 @@
-"""Measurements: what the probe reads from latent actions, and the world model's error on held-out windows."""
+"""Evaluation of stage 1: the probe's accuracy, and the world model's error on held-out windows."""
 
 import copy
 from dataclasses import replace
@@ -33,7 +33,7 @@ def windows(tmp_path_factory) -> Windows:
 
 
 def latents(size: int, actions: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Actions, and latents that hold them among noise."""
+    """Actions, and latents that encode them in noise."""
     generator = torch.Generator().manual_seed(seed)
     ta = torch.randint(actions, (size,), generator=generator)
     la = 0.3 * torch.randn(size, 16, generator=generator)
@@ -65,7 +65,7 @@ def test_probe_equals_its_description(cfg):
         torch.testing.assert_close(metrics[f"probe_loss{suffix}"], loss, rtol=1e-5, atol=1e-5)
 
 
-def test_probe_reads_an_action_that_is_there_and_none_that_is_not(cfg):
+def test_probe_predicts_actions_from_latents_that_hold_them_and_no_others(cfg):
     la, ta = latents(4000, 5)
     assert train_probe(la, ta, cfg, 0)["probe_acc_test"] > 0.95
     shuffled = train_probe(la, ta[torch.randperm(4000)], cfg, 0)
@@ -73,12 +73,12 @@ def test_probe_reads_an_action_that_is_there_and_none_that_is_not(cfg):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_probe_reads_latents_of_any_scale(cfg, scale):
+def test_probe_does_not_depend_on_the_scale_of_latents(cfg, scale):
     la, ta = latents(4000, 5)
     assert train_probe(scale * la + 7 * scale, ta, cfg, 0)["probe_acc_test"] > 0.95
 
 
-def test_probe_learns_from_the_first_half_alone(cfg):
+def test_probe_is_trained_on_the_first_half_alone(cfg):
     la, ta = latents(300, 5)
     other = torch.cat([la[:150], torch.randn(150, 16)]), torch.cat([ta[:150], ta[150:].flip(0)])
     one, two = train_probe(la, ta, cfg, 0), train_probe(*other, cfg, 0)
@@ -93,13 +93,13 @@ def test_a_latent_that_varies_on_one_half_only_does_no_harm(cfg):
     assert train_probe(la, ta, cfg, 0)["probe_acc_test"] > 0.9
 
 
-def test_majority_is_the_share_of_the_commonest_action_of_the_second_half(cfg):
+def test_majority_is_the_fraction_of_the_commonest_action_in_the_second_half(cfg):
     ta = torch.tensor([3, 3, 1, 0, 0, 3, 0, 0])
     metrics = train_probe(torch.randn(8, 4), ta, cfg, 0)
     assert metrics["majority_acc_test"] == 0.75
 
 
-def test_measuring_draws_nothing_from_the_global_generator(cfg):
+def test_evaluation_leaves_the_global_generator_alone(cfg):
     la, ta = latents(300, 5)
     state = torch.get_rng_state()
     metrics = train_probe(la, ta, cfg, 0)
@@ -135,7 +135,7 @@ def images(windows: Windows, number: int) -> Tensor:
     return normalize(windows.gather(torch.tensor([number]))[0]).reshape(1, 9, 64, 64)
 
 
-def test_labels_are_latents_before_quantisation_in_the_order_asked_for(windows):
+def test_inferred_latents_are_those_before_quantisation_in_the_order_of_the_windows(windows):
     idm = small_idm()
     before = copy.deepcopy(idm.state_dict())
     ids = torch.tensor([5, 0, 33, 69])
@@ -171,11 +171,11 @@ def test_held_out_errors_equal_a_loop_over_windows_and_change_nothing(windows):
     assert metrics["copy_loss_test"].item() == pytest.approx(copy_error, rel=1e-5)
 
 
-def test_the_world_model_is_judged_on_every_few_of_the_probes_windows(windows, monkeypatch):
+def test_the_world_model_is_evaluated_on_a_subset_of_the_probes_windows(windows, monkeypatch):
     cfg = load_config(["--preset", "demo"])
     monkeypatch.setattr(probe, "WM_WINDOWS", 30)
     trainer = stage1_idm_wm.Trainer(cfg, CPU, windows, make_idm(cfg), make_world_model(cfg))
-    metrics = trainer.measure(windows)
+    metrics = trainer.evaluate(windows)
     ids = windows.all()
     la = infer_latents(trainer.idm, windows.iter_frames(ids), CPU)
     probed = train_probe(la, windows.actions(ids), cfg.probe, cfg.seed)

@@ -15,7 +15,7 @@ EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
 class QuantizerByLoops:
-    """The quantiser's description, number by number in Python floats."""
+    """The quantiser in loops over Python floats."""
 
     def __init__(self, vq: VectorQuantizer):
         self.codebook = vq.codebook.tolist()
@@ -46,8 +46,8 @@ class QuantizerByLoops:
                     square_error += self.distance(self.view(row, n, slot), n, code)
                     for d in range(dim):
                         la_q[b, (n * dim + d) * self.latents + slot] = self.codebook[n][code][d]
-            shares = [u / sum(used) for u in used if u]
-            perplexity += math.exp(-sum(p * math.log(p) for p in shares))
+            probabilities = [u / sum(used) for u in used if u]
+            perplexity += math.exp(-sum(p * math.log(p) for p in probabilities))
         return la_q, self.cost * square_error / la.numel(), perplexity
 
     def update(self, la: Tensor, indices: Tensor) -> None:
@@ -123,7 +123,7 @@ def test_published_start_is_uniform_codes_and_counts_of_zero():
     assert torch.equal(vq.ema_count, torch.zeros(2, 64))
 
 
-def test_published_start_throws_the_codes_away_with_the_first_update():
+def test_published_start_moves_the_codes_far_away_with_the_first_update():
     torch.manual_seed(0)
     vq = VectorQuantizer(2, 4, 64, 16)
     vq(0.05 * torch.randn(128, 128))
@@ -159,7 +159,7 @@ def test_perplexity_runs_from_one_to_the_number_of_codes_per_codebook():
 
 
 @given(batch=st.integers(1, 12), seed=st.integers(0, 999))
-def test_data_start_draws_the_codes_from_the_first_batch_with_counts_of_one(batch, seed):
+def test_data_start_takes_the_codes_from_the_first_batch_with_counts_of_one(batch, seed):
     torch.manual_seed(seed)
     vq = VectorQuantizer(2, 3, 8, 4, start="data", decay=0.9)
     assert torch.equal(vq.ema_count, torch.ones(2, 8))
@@ -187,7 +187,7 @@ def test_data_start_happens_in_the_first_training_batch_only_and_its_codes_quant
     loops.assert_state(vq)
 
 
-def test_a_restored_quantiser_does_not_start_from_data_again():
+def test_a_restored_quantiser_is_not_initialised_from_data_again():
     torch.manual_seed(0)
     vq = VectorQuantizer(2, 2, 8, 4, start="data")
     vq(torch.randn(8, 16))

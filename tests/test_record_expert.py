@@ -438,7 +438,7 @@ def test_the_policy_must_know_the_game_and_its_looks(policy: PolicyFile, tmp_pat
         find_policy(arguments(env="maze", visuals="plain", expert=str(policy.path)))
     with pytest.raises(UserError, match=r"absent\.pt does not exist"):
         find_policy(arguments(env="maze", expert=str(tmp_path / "absent.pt")))
-    with pytest.raises(UserError, match="damaged, or not one of ours"):
+    with pytest.raises(UserError, match="is damaged, or was not written by lapo"):
         find_policy(arguments(env="maze", expert=__file__))
 
 

@@ -282,5 +282,5 @@ def test_a_run_does_not_go_on_with_other_data(workplace, monkeypatch):
     with pytest.raises(SystemExit, match="7"):
         stage1_idm_wm.train(workplace.config())
     write_game(workplace.data / workplace.GAME, chunks=3)
-    with pytest.raises(UserError, match="was built on other train frames and test frames"):
+    with pytest.raises(UserError, match="was trained before train frames and test frames changed"):
         stage1_idm_wm.train(workplace.config())

@@ -142,7 +142,7 @@ def test_an_unknown_game_lists_the_games(workplace):
 
 
 @pytest.mark.slow
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_no_error():
     command = [sys.executable, str(LAPO / "expert_table.py")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
@@ -255,7 +255,7 @@ def test_stage_1_equals_a_plain_training_loop(workplace):
             assert line[key] == pytest.approx(value.item(), rel=1e-4), (step, key)
 
 
-def test_stage_1_measures_the_untrained_networks_at_intervals_and_at_the_end(trained):
+def test_stage_1_is_evaluated_untrained_at_intervals_and_at_the_end(trained):
     lines = {line["step"]: line for line in metrics(trained.run_dir("stage1"))}
     assert list(lines) == [0, 2, 4, 6, 8]
     measured = {"wm_loss_test", "copy_loss_test", "majority_acc_test"} | {
@@ -398,7 +398,7 @@ def test_a_compiled_step_is_one_graph_and_computes_the_same(trained, monkeypatch
         torch.testing.assert_close(states[0][part], states[1][part], rtol=1e-4, atol=1e-6)
 
 
-def test_online_mode_learns_its_rl_path_and_its_decoder_and_nothing_else(trained):
+def test_online_mode_trains_its_rl_path_and_its_decoder_and_nothing_else(trained):
     stage3_decode.train(trained.config("--stage3.mode", "online"))
     policy = checkpoint(trained, "stage3_online")["state"]["policy"]
     latent = checkpoint(trained, "stage2")["state"]["policy"]

@@ -1,4 +1,4 @@
-"""What a run was built on: exchanged stages and frames are noticed; what no number depends on may change."""
+"""Inputs of a run: changed stages and frames are noticed; what no number depends on may change."""
 
 import shutil
 from dataclasses import replace
@@ -12,7 +12,7 @@ from lapo import report, stage1_idm_wm, stage2_bc, stage3_decode
 from lapo.data.chunks import data_checksums
 from lapo.errors import UserError
 from lapo.runs import checkpoints
-from lapo.runs.checkpoints import load_checkpoint, provenance, stale, weights_checksum
+from lapo.runs.checkpoints import changed_inputs, load_checkpoint, provenance, weights_checksum
 from lapo.runs.compute import Compute
 from lapo.runs.run import Run
 from support import CPU, Workplace, write_chunk, write_game
@@ -51,9 +51,7 @@ def test_a_finished_stage_2_of_another_stage_1_is_refused(place):
     exchange_stage1(place, *OTHER)
     before = (place.run_dir("stage2") / "checkpoint.pt").read_bytes()
     folder = place.run_dir("stage2")
-    with pytest.raises(
-        UserError, match=f"^{folder} was built on other stage1 than are there now; .* delete {folder}"
-    ):
+    with pytest.raises(UserError, match=f"^{folder} was trained before stage1 changed; .* delete {folder}"):
         stage2_bc.train(place.config())
     assert (place.run_dir("stage2") / "checkpoint.pt").read_bytes() == before
 
@@ -66,7 +64,7 @@ def test_stage_1_is_not_exchanged_in_the_middle_of_stage_2(place):
     run.step = 3
     run.save({})
     exchange_stage1(place, *OTHER)
-    with pytest.raises(UserError, match="stage2 was built on other stage1 than are there now"):
+    with pytest.raises(UserError, match="stage2 was trained before stage1 changed"):
         stage2_bc.train(place.config())
 
 
@@ -77,8 +75,8 @@ def test_stage_3_does_not_pair_an_idm_with_the_policy_of_another(place, mode):
         stage3_decode.train(place.config("--stage3.mode", mode))
     folders = {stage: place.run_dir(stage) for stage in ("stage1", "stage2")}
     assert str(error.value) == (
-        f"{folders['stage2']} was built on another stage1 than {folders['stage1']} holds now; delete"
-        f" {folders['stage2']} and run stage2.py again, or put the old stage1 back"
+        f"{folders['stage2']} was trained on another stage1 than {folders['stage1']} holds now; delete"
+        f" {folders['stage2']} and run stage2.py again, or restore the old stage1"
     )
     assert not place.run_dir(f"stage3_{mode}").exists()
 
@@ -94,7 +92,7 @@ def test_the_report_says_what_does_not_belong_together(place, capsys):
     summary = report.report(place.config())
     assert summary["stages"]["stage2"]["stale"] == ["stage1"]
     assert summary["stages"]["stage1"]["stale"] == []
-    assert "finished, but built on another stage1" in capsys.readouterr().out
+    assert "finished, but trained on another stage1" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_does_not_say_is_taken_to_be_right(place, capsys):
@@ -102,7 +100,7 @@ def test_a_checkpoint_that_does_not_say_is_taken_to_be_right(place, capsys):
     rewrite(place, "stage2", built_on={})
     stage2_bc.train(place.config())
     assert "finished already" in capsys.readouterr().out
-    assert stale({}, {"stage1": "0123"}) == []
+    assert changed_inputs({}, {"stage1": "0123"}) == []
 
 
 def test_weights_count_and_nothing_else(place):
@@ -171,7 +169,7 @@ def test_a_run_knows_its_frames_but_can_do_without_them_once_finished(place, tra
     assert "finished already" in capsys.readouterr().out
     game = place.data / place.GAME
     frames(game / "train" / "7.npz", seed=7)
-    with pytest.raises(UserError, match=r"was built on other train frames than are there now"):
+    with pytest.raises(UserError, match=r"was trained before train frames changed"):
         train(place.config())
     shutil.rmtree(game)
     train(place.config())
@@ -185,7 +183,7 @@ def test_labels_matter_to_the_modes_that_learn_from_them_alone(place, capsys):
     write_chunk(chunk, **arrays | {"ta": (arrays["ta"] + 1) % 15})
     stage1_idm_wm.train(place.config())
     stage2_bc.train(place.config())
-    with pytest.raises(UserError, match="stage3_offline was built on other train frames"):
+    with pytest.raises(UserError, match="stage3_offline was trained before train frames"):
         stage3_decode.train(place.config("--stage3.mode", "offline"))
 
 

@@ -1,11 +1,11 @@
-"""Checks of the stages on a CUDA device: equal results, no synchronisation in hot loops, speed.
+"""Checks of the stages on a CUDA device: results, synchronisation in training loops, speed.
 
     make gpu                                    or: python -m lapo.benchmarks.gpu
     make gpu ARGS="--json gpu.json"             also write the numbers to a file
     make gpu ARGS=--dry                         small sizes on the CPU, to test the checks themselves
 
-Frames and weights are random: no data and no earlier stage is needed. Each check prints a line, and goes on
-where another one fails. Exit status: 0 all passed, 1 one failed, 2 there is no CUDA device.
+Frames and weights are random, so neither data nor earlier stages are needed. Each check prints a line. After
+a failure the other checks still run. Exit status: 0 all passed, 1 one failed, 2 no CUDA device.
 """
 
 import contextlib
@@ -59,18 +59,18 @@ class CheckError(Exception):
 
 
 def expect(holds: bool, sentence: str) -> None:
-    """Raise CheckError with `sentence` unless it `holds`."""
+    """Raise CheckError with `sentence` unless `holds`."""
     if not holds:
         raise CheckError(sentence)
 
 
 def main() -> None:
-    """Run the checks, print a line for each and write the results where asked."""
+    """Run the checks, print a line for each, and write the results if a file is given."""
     parser = Parser(__doc__)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only checks whose names begin like this")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only checks whose names begin with this")
     parser.add_argument(
-        "--dry", action="store_true", help="small sizes on the CPU, to try the checks themselves"
+        "--dry", action="store_true", help="small sizes on the CPU, to test the checks themselves"
     )
     args = parser.parse_args()
     check_json(args.json)
@@ -86,16 +86,16 @@ def main() -> None:
 def run_checks(
     bench: Bench, checks: dict[str, Callable[["Bench"], Any]], file: Path | None = None
 ) -> list[str]:
-    """Run `checks` by name; returns the names of those that failed.
+    """Run `checks`; returns the names of those that failed.
 
-    After every check the results are written to `file`, which keeps those of other checks.
+    After every check the results are written to `file`. Results of other checks in it are kept.
     """
     started, failed = time.perf_counter(), []
     results = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
     for name, function in checks.items():
         start = time.perf_counter()
         try:
-            gc.collect()  # trainers refer to themselves through their compiled functions
+            gc.collect()  # trainers contain reference cycles through their compiled functions
             torch.compiler.reset()
             found = function(bench)
         except Exception as error:  # the other checks are still informative
@@ -109,7 +109,7 @@ def run_checks(
             write_json(file, results)
     if not bench.dry:
         for path in ("compiled", "graphs"):
-            with contextlib.suppress(KeyError, TypeError):  # where a rate is missing
+            with contextlib.suppress(KeyError, TypeError):  # if a rate is missing
                 minutes = minutes_per_game(bench.full, results, path)
                 print(f"minutes per game without loading, {path}: {minutes}")
     seconds = time.perf_counter() - started
@@ -142,7 +142,7 @@ def environment(bench: Bench) -> dict[str, Any]:
 
 
 class CountedWindows(Windows):
-    """Windows of frames whose first bytes are their index, made on the device."""
+    """Frames made on the device; the first bytes of each are its index."""
 
     def __init__(self, count: int, device: torch.device):
         self.shard, self.num_bad, self.unlabelled = WHOLE, 0, []
@@ -152,21 +152,21 @@ class CountedWindows(Windows):
         self.index(ROOT, [np.arange(count - WINDOW + 1)], [None], count, device)
 
 
-def gather_far(bench: Bench) -> str:
-    """Gathering works for frames beyond 2**31 bytes."""
+def gather_large(bench: Bench) -> str:
+    """Windows are gathered correctly from more than 2**31 bytes of frames."""
     free = 6e6 if bench.dry else min(0.6 * torch.cuda.mem_get_info()[0], 33e9)
-    expect(bench.dry or free > 2**32, f"{free / 1e9:.1f} GB may be used, too little to get there")
+    expect(bench.dry or free > 2**32, f"{free / 1e9:.1f} GB are available, too little for this check")
     count = int(free // np.prod(FRAME_SHAPE))
     windows = CountedWindows(count, bench.device)
     ids = torch.tensor([0, count // 2, count - WINDOW], device=bench.device)
     frames = windows.gather(ids).flatten(2)[..., :4].contiguous()
     expected = ids[:, None] + torch.arange(WINDOW, device=bench.device)
-    expect(torch.equal(frames.view(torch.int32).squeeze(-1), expected.int()), "other frames were gathered")
+    expect(torch.equal(frames.view(torch.int32).squeeze(-1), expected.int()), "wrong frames were gathered")
     return f"{count:,} frames"
 
 
 def same_as_cpu(bench: Bench) -> dict[str, float]:
-    """Gradients of a step of stage 1 equal those of the CPU in fp32."""
+    """Gradients of stage 1's first step equal those of the CPU in fp32."""
     expected = first_step(bench.demo, Compute(CPU, bf16=False, compile=False))
     found = {}
     for name, bf16, compiled, tolerance in (
@@ -182,21 +182,21 @@ def same_as_cpu(bench: Bench) -> dict[str, float]:
 def first_step(cfg: Config, compute: Compute) -> Tensor:
     """All gradients of the first step on 64 random frames, in one vector."""
     trainer = stage1_trainer(cfg, compute, workloads.random_windows(64, compute.device))
-    trainer.idm.vq.start = "published"  # the other one draws from the device's generator
+    trainer.idm.vq.start = "published"  # "data" draws from the device's generator
     trainer.backward(trainer.load(0))
     return torch.cat([p.grad.float().flatten() for p in trainer.params])
 
 
 def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """The largest difference of two tensors, relative to the norm of the expected one."""
+    """Largest distance |found - expected| / |expected| (2-norms) over pairs of tensors."""
     pairs = zip(found, expected, strict=True)
     return max(float((a.cpu() - b.cpu()).norm() / (b.cpu().norm() + 1e-12)) for a, b in pairs)
 
 
 def rolling(bench: Bench) -> str:
-    """Batches hold the right frames while pools of chunks are exchanged on a busy device.
+    """Batches hold the right frames although pools of chunks are replaced while the device is busy.
 
-    The work that keeps the device busy is recorded as a CUDA graph while chunks are being copied.
+    The work that keeps the device busy is captured as a CUDA graph while chunks are being copied.
     """
 
     def many_products(x: Tensor) -> Tensor:
@@ -220,12 +220,12 @@ def rolling(bench: Bench) -> str:
             expected = truth.gather(ids.cpu()).to(bench.device)
             work(x)  # the gather is still queued when the next batch loads a pool
             wrong += (windows.gather(ids) != expected).any()
-        expect(not wrong.item(), f"{wrong} of {batches} batches hold other frames")
+        expect(not wrong.item(), f"{wrong} of {batches} batches hold wrong frames")
     return f"{batches} batches"
 
 
-def continued(bench: Bench) -> dict[str, float]:
-    """A resumed trainer does the same next step as the saved one, up to the difference of two equal runs."""
+def resumed(bench: Bench) -> dict[str, float]:
+    """The next step of a resumed trainer equals that of the saved one, up to the noise of two equal runs."""
     with deterministic():
         compute, windows = bench.compute(bf16=False, compiled=False), bench.windows(64)
         trainer, again, other = (stage1_trainer(bench.demo, compute, windows) for _ in range(3))
@@ -236,21 +236,22 @@ def continued(bench: Bench) -> dict[str, float]:
             path = Path(folder) / "state.pt"
             torch.save(trainer.state_dict(), path)
             other.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        places = [each.optimizer.param_groups[0]["lr"].device for each in (trainer, other)]
-        expect(
-            places[0] == places[1], f"the learning rate lies on {places[0]}, once continued on {places[1]}"
-        )
+        devices = [each.optimizer.param_groups[0]["lr"].device for each in (trainer, other)]
+        expect(devices[0] == devices[1], f"the learning rate lies on {devices[0]}, resumed on {devices[1]}")
         for each in (trainer, again, other):
             each.update(1)
     first, second, third = ([p.detach() for p in each.params] for each in (trainer, again, other))
     noise, found = difference(second, first), difference(third, first)
-    expect(found <= 10 * noise + 1e-6, f"the weights differ by {found:.1e}, those of two runs by {noise:.1e}")
+    expect(
+        found <= 10 * noise + 1e-6,
+        f"the weights differ by {found:.1e}, those of two equal runs by {noise:.1e}",
+    )
     return {"difference of the weights": found, "of two runs": noise}
 
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """cuDNN uses deterministic algorithms only."""
+    """Restrict cuDNN to deterministic algorithms."""
     torch.backends.cudnn.deterministic = True
     try:
         yield
@@ -258,12 +259,12 @@ def deterministic() -> Iterator[None]:
         torch.backends.cudnn.deterministic = False
 
 
-def graphs_do_the_same(
+def graphs_equal_eager(
     bench: Bench, train: Callable[[Bench, Compute], list[Tensor]], compiled: bool
 ) -> dict[str, float]:
-    """`train` computes the same with CUDA graphs as without, up to the difference of two equal runs.
+    """Results of `train` are the same with CUDA graphs as without, up to the noise of two equal runs.
 
-    `compiled`: compiled and in bf16; else eager and in fp32.
+    `compiled`: compiled and in bf16; otherwise eager and in fp32.
     """
     with deterministic():
         first, again, replayed = (
@@ -271,12 +272,14 @@ def graphs_do_the_same(
             for graphs in (False, False, True)
         )
     noise, found = difference(again, first), difference(replayed, first)
-    expect(found <= 10 * noise + 1e-6, f"they differ by {found:.1e}, two runs by {noise:.1e}")
+    expect(
+        found <= 10 * noise + 1e-6, f"results differ by {found:.1e}, those of two equal runs by {noise:.1e}"
+    )
     return {"difference": found, "of two runs": noise}
 
 
 def train_stage1(bench: Bench, compute: Compute) -> list[Tensor]:
-    """Weights, statistics and metrics of stage 1 after a few steps."""
+    """Metrics, weights and buffers of stage 1 after a few steps."""
     torch.compiler.reset()
     trainer = stage1_trainer(bench.demo, compute, bench.windows(1000))
     metrics = [x.clone() for step in range(8) for x in trainer.update(step).values()]
@@ -285,7 +288,7 @@ def train_stage1(bench: Bench, compute: Compute) -> list[Tensor]:
 
 
 def train_stage2(bench: Bench, compute: Compute) -> list[Tensor]:
-    """Weights and losses of stage 2 after a few steps."""
+    """Losses and weights of stage 2 after a few steps."""
     torch.compiler.reset()
     windows = bench.windows(1000)
     seed_everything(0)
@@ -297,24 +300,24 @@ def train_stage2(bench: Bench, compute: Compute) -> list[Tensor]:
 
 
 def play(bench: Bench, compute: Compute) -> list[Tensor]:
-    """Two updates of online mode: rollouts, weights and the decoder's pairs."""
+    """Rollouts, weights and the decoder's pairs of two updates of online mode."""
     torch.compiler.reset()
     seed_everything(0)
     with contextlib.closing(workloads.TimedEnv.of(bench.demo)) as env:
         trainer = workloads.online_trainer(bench.demo, compute, env)
-        played = []
+        rollouts = []
         for update in range(1, 3):
             trainer.improve(1024 * update, trainer.collect())  # at env steps where no learning rate is 0
             trainer.decoder.infer_latents(trainer.rollout)
             rollout = trainer.rollout
-            seen = rollout.actions, rollout.logprobs, rollout.values, rollout.frames
-            played += [x.float().clone() for x in seen]
-        learnt = [p.detach() for p in trainer.policy.parameters()]
-        return [*played, *learnt, *trainer.decoder.la, *(x.float() for x in trainer.decoder.ta)]
+            stored = rollout.actions, rollout.logprobs, rollout.values, rollout.frames
+            rollouts += [x.float().clone() for x in stored]
+        weights = [p.detach() for p in trainer.policy.parameters()]
+        return [*rollouts, *weights, *trainer.decoder.la, *(x.float() for x in trainer.decoder.ta)]
 
 
 def collectives(bench: Bench) -> str:
-    """Two processes of torchrun join, reduce numbers on the CPU, and end."""
+    """Two processes of torchrun form a process group, all-reduce numbers on the CPU, and exit."""
     code = "from lapo.runs.ranks import all_max, distributed, shard\n"
     code += "with distributed():\n    assert all_max(shard().rank, 7) == (1, 7)\n"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
@@ -323,7 +326,7 @@ def collectives(bench: Bench) -> str:
 
 
 def run(words: list[str], stop_at: Path | None = None) -> str:
-    """The output of a Python command, which is stopped by SIGTERM once the file `stop_at` exists."""
+    """Run a Python command and return its output. SIGTERM stops it once the file `stop_at` exists."""
     process = subprocess.Popen(
         [sys.executable, *words],
         cwd=ROOT,
@@ -338,13 +341,13 @@ def run(words: list[str], stop_at: Path | None = None) -> str:
         process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=300)
     lines = [line for line in errors.splitlines() if "rror" in line]
-    wanted = 128 + signal.SIGTERM if stop_at else 0
-    expect(process.returncode == wanted, "; ".join(lines)[-400:] or (out + errors)[-400:])
+    expected = 128 + signal.SIGTERM if stop_at else 0
+    expect(process.returncode == expected, "; ".join(lines)[-400:] or (out + errors)[-400:])
     return out
 
 
 def real_run(bench: Bench) -> dict[str, Any]:
-    """A short run: recording, the three stages (stage 1 is stopped and resumed), evaluation."""
+    """A short run: recording, the three stages, evaluation. Stage 1 is stopped and resumed."""
     with TemporaryDirectory() as folder:
         data = ["--data-dir", f"{folder}/data"]
         options = [
@@ -366,11 +369,11 @@ def real_run(bench: Bench) -> dict[str, Any]:
         run(["lapo/record_expert.py", *record, "--frames", str(train), "--test-frames", str(test)])
         recorded = time.perf_counter()
         first = ["lapo/stage1.py", *options, "--stage1.steps", str(steps), "--stage1.log-every", "5"]
-        # Without compiling, which takes a minute, until it is stopped.
+        # The part before the stop is not compiled, which would take a minute.
         stopped_at = Path(folder) / "demo/jumper/seed0/stage1/metrics.jsonl"
         run([*first, "--compile", "off"], stop_at=stopped_at)
         printed = run(first)
-        expect("continues from step" in printed, f"stage 1 began anew: {printed}")
+        expect("continues from step" in printed, f"stage 1 was not resumed: {printed}")
         run(["lapo/stage2.py", *options, "--stage2.steps", str(steps)])
         printed = run(
             ["lapo/stage3.py", *options, "--stage3.mode", "online", "--stage3.steps", str(env_steps)]
@@ -386,16 +389,16 @@ def real_run(bench: Bench) -> dict[str, Any]:
 CHECKS: dict[str, Callable[[Bench], Any]] = {
     "environment": environment,
     "two processes": collectives,
-    "frames beyond 2**31 bytes": gather_far,
+    "frames beyond 2**31 bytes": gather_large,
     "the same as on the CPU": same_as_cpu,
-    "a continued optimiser": continued,
+    "a continued optimiser": resumed,
     "chunks take turns while training": rolling,
-    "graphs in stage 1, eager": partial(graphs_do_the_same, train=train_stage1, compiled=False),
-    "graphs in stage 2, eager": partial(graphs_do_the_same, train=train_stage2, compiled=False),
-    "graphs in stage 3, eager": partial(graphs_do_the_same, train=play, compiled=False),
-    "graphs in stage 1, compiled": partial(graphs_do_the_same, train=train_stage1, compiled=True),
-    "graphs in stage 2, compiled": partial(graphs_do_the_same, train=train_stage2, compiled=True),
-    "graphs in stage 3, compiled": partial(graphs_do_the_same, train=play, compiled=True),
+    "graphs in stage 1, eager": partial(graphs_equal_eager, train=train_stage1, compiled=False),
+    "graphs in stage 2, eager": partial(graphs_equal_eager, train=train_stage2, compiled=False),
+    "graphs in stage 3, eager": partial(graphs_equal_eager, train=play, compiled=False),
+    "graphs in stage 1, compiled": partial(graphs_equal_eager, train=train_stage1, compiled=True),
+    "graphs in stage 2, compiled": partial(graphs_equal_eager, train=train_stage2, compiled=True),
+    "graphs in stage 3, compiled": partial(graphs_equal_eager, train=play, compiled=True),
     "stage 3, compiled": partial(stage3_speed, graphs=False),
     "stage 3, graphs": partial(stage3_speed, graphs=True),
     "latents inferred": inference_speed,

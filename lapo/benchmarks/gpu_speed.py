@@ -1,4 +1,4 @@
-"""Speed of the stages' steps on a CUDA device, and the settings of the checks in gpu.py."""
+"""Speed of training steps on a CUDA device, and the settings of the checks in gpu.py."""
 
 import contextlib
 import gc
@@ -34,30 +34,30 @@ class Bench:
 
     @classmethod
     def make(cls, dry: bool) -> "Bench":
-        """On the first CUDA device or, `dry`, on the CPU. Raises `UserError` if there is none."""
+        """Use the first CUDA device or, if `dry`, the CPU. Raises `UserError` if there is no CUDA device."""
         if not (dry or torch.cuda.is_available()):
-            raise UserError("PyTorch finds no CUDA device that it can use; --dry tries the checks on the CPU")
+            raise UserError("PyTorch finds no CUDA device that it can use; --dry tests the checks on the CPU")
         demo = ["--preset", "demo", "--env", "jumper"]
         if dry:
             return cls(dry, CPU, load_config([*demo, *DRY.split()]), load_config([*demo, *DRY.split()]))
         return cls(dry, torch.device("cuda:0"), load_config(demo), load_config(["--env", "jumper"]))
 
     def compute(self, *, bf16: bool = True, compiled: bool = True, graphs: bool = False) -> Compute:
-        """The `Compute` of a check; in a dry run nothing is compiled, and there are no CUDA graphs."""
+        """The `Compute` of a check. A dry run is neither compiled nor uses CUDA graphs."""
         return Compute(self.device, bf16, compiled and not self.dry, graphs and not self.dry)
 
     def windows(self, frames: int, dry_frames: int = 64) -> Windows:
         """Windows of random frames on the device."""
         return workloads.random_windows(dry_frames if self.dry else frames, self.device)
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Synchronise with the device."""
         if not self.dry:
             torch.cuda.synchronize()
 
     @contextlib.contextmanager
-    def no_waiting(self) -> Iterator[None]:
-        """Operations that synchronise with the device raise RuntimeError."""
+    def no_sync(self) -> Iterator[None]:
+        """Raise RuntimeError in operations that synchronise with the device."""
         if self.dry:
             yield
             return
@@ -92,15 +92,15 @@ def stage2_speed(bench: Bench, **options: bool) -> dict[str, Any]:
 
 
 def inference_speed(bench: Bench) -> dict[str, int]:
-    """Rate at which the IDM infers latent actions."""
+    """Windows per second whose latents the IDM infers."""
     windows, compute = bench.windows(20_000), bench.compute(compiled=False)
     idm = compute.place(make_idm(bench.full)).eval()
     ids = windows.all()
     infer_latents(idm, windows.iter_frames(ids[:512]), compute)
-    bench.wait()
+    bench.synchronize()
     start = time.perf_counter()
     infer_latents(idm, windows.iter_frames(ids), compute)
-    bench.wait()
+    bench.synchronize()
     return {"windows/s": round(len(windows) / (time.perf_counter() - start))}
 
 
@@ -112,9 +112,10 @@ def speed(
     graphs: bool = False,
     benchmark: bool = False,
 ) -> dict[str, Any]:
-    """Milliseconds per step and of the host, over many steps between two waits; memory and kernels.
+    """Time per step (`ms`) and the host's time to launch it (`host ms`); peak memory; kernels of a step.
 
-    Raises RuntimeError if a step waits for the device, or is recompiled after the first five.
+    Many steps are timed between two synchronisations. Raises RuntimeError if a step synchronises, or is
+    recompiled after the first five.
     """
     count = 2 if bench.dry else 100
     gc.collect()
@@ -126,20 +127,20 @@ def speed(
     try:
         start = time.perf_counter()
         trainer = make(bench.compute(compiled=compiled, graphs=graphs))
-        for step in range(5):  # a graph is recorded in the fourth
+        for step in range(5):  # the fourth one captures the graph
             trainer.update(step)
-        bench.wait()
+        bench.synchronize()
         first = time.perf_counter() - start
-        with bench.no_waiting():
-            for step in range(5, 8):  # the epoch's permutation is on the device by now
+        with bench.no_sync():
+            for step in range(5, 8):  # the epoch's permutation is on the device already
                 trainer.update(step)
         torch._dynamo.config.error_on_recompile = compiled
-        bench.wait()
+        bench.synchronize()
         start = time.perf_counter()
         for step in range(8, 8 + count):
             trainer.update(step)
         host = time.perf_counter() - start
-        bench.wait()
+        bench.synchronize()
         seconds = time.perf_counter() - start
         return {
             "ms": round(1e3 * seconds / count, 3),
@@ -154,19 +155,19 @@ def speed(
 
 
 def kernels(bench: Bench, step: Callable[[], Any]) -> dict[str, float]:
-    """Number of kernels of a step, and the device's time for them (in a dry run: operators of the CPU)."""
+    """Number of kernels of a step, and their time on the device (in a dry run: CPU operators)."""
     activities = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activities.CPU if bench.dry else activities.CUDA]) as profile:
         step()
-        bench.wait()
+        bench.synchronize()
     kind = torch.autograd.DeviceType.CPU if bench.dry else torch.autograd.DeviceType.CUDA
-    rows = [row for row in profile.key_averages() if row.device_type == kind]  # without calls of the runtime
+    rows = [row for row in profile.key_averages() if row.device_type == kind]  # leaves out CUDA runtime calls
     busy = sum(row.self_cpu_time_total if bench.dry else row.self_device_time_total for row in rows)
     return {"kernels": sum(row.count for row in rows), "device busy ms": round(busy / 1e3, 3)}
 
 
 def stage3_speed(bench: Bench, graphs: bool) -> dict[str, float]:
-    """Milliseconds of the parts of an update of stage 3's online mode: the last one of four."""
+    """Milliseconds of each part of an update of online mode: the fourth one, after warm-up."""
     torch.compiler.reset()
     cfg = bench.full
     with contextlib.closing(workloads.TimedEnv.of(cfg)) as env:
@@ -174,22 +175,22 @@ def stage3_speed(bench: Bench, graphs: bool) -> dict[str, float]:
         steps = cfg.ppo.rollout_steps
         for update in range(1, 5):
             env.take_waited()
-            bench.wait()
+            bench.synchronize()
             begun = time.perf_counter()
             value = trainer.collect()
-            bench.wait()
+            bench.synchronize()
             played = time.perf_counter()
-            with bench.no_waiting() if update == 4 else contextlib.nullcontext():  # the first one compiles
+            with bench.no_sync() if update == 4 else contextlib.nullcontext():  # the first one compiles
                 trainer.improve(update * steps * cfg.ppo.num_envs, value)
             host = time.perf_counter() - played
-            bench.wait()
+            bench.synchronize()
             learnt = time.perf_counter()
         waited = env.take_waited()
         trainer.decoder.infer_latents(trainer.rollout)
-        bench.wait()
+        bench.synchronize()
         inferred_at = time.perf_counter()
         trainer.decoder.train()
-        bench.wait()
+        bench.synchronize()
         decoded = time.perf_counter()
         deciding = kernels(bench, lambda: trainer.decide(trainer.collector.frames))
         ids = torch.arange(steps * cfg.ppo.num_envs // cfg.ppo.minibatches, device=bench.device)
@@ -208,7 +209,7 @@ def stage3_speed(bench: Bench, graphs: bool) -> dict[str, float]:
 
 
 def minutes_per_game(cfg: Config, results: dict[str, Any], path: str) -> dict[str, float]:
-    """Minutes per game at the measured rates of `path`, without loading."""
+    """Minutes per game at the measured rates of `path` (`compiled` or `graphs`), without loading."""
     first, second, third = (results[f"stage {number}, {path}"]["found"] for number in (1, 2, 3))
     inferred = workloads.published_frames(cfg) / results["latents inferred"]["found"]["windows/s"]
     seconds = {

@@ -11,7 +11,7 @@ from lapo.config import Config, to_dict
 from lapo.errors import UserError
 from lapo.games.table import GAMES, relative_return
 from lapo.modes import MODES
-from lapo.runs.checkpoints import load_checkpoint, saved_config, stale, weights_checksum
+from lapo.runs.checkpoints import changed_inputs, load_checkpoint, saved_config, weights_checksum
 from lapo.runs.files import reading
 
 STAGES = ("stage1", "stage2", *(f"stage3_{mode}" for mode in MODES))
@@ -50,7 +50,7 @@ def stages(outputs: dict[str, "StageOutput"]) -> dict[str, dict | None]:
     """Progress of every stage, see `StageOutput.progress`, and which of the stages below it are `stale`."""
     weights = {stage: weights_checksum(outputs[stage].checkpoint) for stage in STAGES[:2] if stage in outputs}
     return {
-        stage: output.progress() | {"stale": stale(output.checkpoint, weights)}
+        stage: output.progress() | {"stale": changed_inputs(output.checkpoint, weights)}
         if (output := outputs.get(stage))
         else None
         for stage in STAGES

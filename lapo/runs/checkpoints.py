@@ -1,4 +1,4 @@
-"""Checkpoints: reading, verifying and comparing them. They hold tensors, numbers and strings only."""
+"""Reading, verifying and comparing checkpoints, which hold only tensors, numbers and strings."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ FIELDS = (
     *("stage", "config", "step", "finished", "metrics", "state", "sums", "count", "logged", "rng"),
     *("wandb_id", "provenance"),
 )
-"""Fields of a checkpoint of any version, beside `format`; newer ones also have `built_on` and `checksum`."""
+"""Fields of every checkpoint, beside `format`. Newer ones also have `built_on`, `seconds` and `checksum`."""
 STAGE3_GROUPS = "stage3", "ppo", "decoder", "offline", "eval"
 """Groups of the config that stages 1 and 2 do not read."""
 NETWORKS = "idm", "world_model", "policy"
@@ -34,8 +34,8 @@ NETWORKS = "idm", "world_model", "policy"
 def load_checkpoint(path: Path, command: str | None = None) -> dict:
     """Read a checkpoint: `stage`, `config`, `step`, `finished`, `metrics`, `state`, `provenance`.
 
-    `command` produces the checkpoint and is named when it is missing. Raises `UserError` if the checkpoint is
-    missing, damaged, of another format or not readable.
+    Raises `UserError` if it is missing, damaged, unreadable or of another format. For a missing one, the
+    error names `command`, which produces it.
     """
     with reading(path):
         missing = not path.is_file()
@@ -43,7 +43,7 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
         raise UserError(
             f"the checkpoint {path} does not exist" + (f"; make it with `{command}`" if command else "")
         )
-    damaged = UserError(f"the checkpoint {path} cannot be read: damaged, or not one of ours; delete it")
+    damaged = UserError(f"the checkpoint {path} is damaged, or was not written by lapo; delete it")
     try:
         with reading(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -68,7 +68,7 @@ def load_checkpoint(path: Path, command: str | None = None) -> dict:
 def checksum(values: Any) -> str:
     """Checksum (16 hex digits) of nested dicts, lists and tuples of tensors, numbers and strings.
 
-    It covers keys, dtypes and shapes too: a bit flip in the file's directory can make torch return
+    It also covers keys, dtypes and shapes: after a bit flip in the file's directory torch may return
     uninitialised memory, and weights of another dtype would be converted silently.
     """
     digest = hashlib.blake2b(digest_size=8)
@@ -83,7 +83,7 @@ def checksum(values: Any) -> str:
 
 
 def iter_leaves(values: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    """The leaves of nested dicts, lists and tuples (empty ones are leaves) with the path of keys to each."""
+    """Yield (path of keys, leaf) of nested dicts, lists and tuples; empty ones are leaves."""
     if isinstance(values, dict | list | tuple) and values:
         for key, value in values.items() if isinstance(values, dict) else enumerate(values):
             yield from iter_leaves(value, (*path, key))
@@ -97,16 +97,16 @@ def iter_leaves(values: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
 def load_stages(cfg: Config, *stages: str) -> dict[str, dict]:
     """The finished checkpoints of earlier stages of the same experiment, game and seed, by stage.
 
-    Raises `UserError` as `load_stage` does, and if one of them was trained on other weights of another.
+    Raises `UserError` as `load_stage` does, and if the stages were not trained on one another.
     """
     checkpoints = {stage: load_stage(cfg, stage, f"{stage}.py") for stage in stages}
     weights = {stage: weights_checksum(checkpoint) for stage, checkpoint in checkpoints.items()}
     for stage, checkpoint in checkpoints.items():
-        if others := stale(checkpoint, weights):
+        if others := changed_inputs(checkpoint, weights):
             folder = cfg.stage_dir(stage)
             raise UserError(
-                f"{folder} was built on another {others[0]} than {cfg.stage_dir(others[0])} holds now;"
-                f" delete {folder} and run {stage}.py again, or put the old {others[0]} back"
+                f"{folder} was trained on another {others[0]} than {cfg.stage_dir(others[0])} holds now;"
+                f" delete {folder} and run {stage}.py again, or restore the old {others[0]}"
             )
     return checkpoints
 
@@ -114,14 +114,14 @@ def load_stages(cfg: Config, *stages: str) -> dict[str, dict]:
 def load_stage(cfg: Config, stage: str, script: str) -> dict:
     """The finished checkpoint of one earlier stage.
 
-    Raises `UserError` if it is missing or unfinished, naming the command that produces it: `script` with this
-    process's options, as all stages take the same ones. Also if it was trained on another game or visuals.
+    Raises `UserError` if it is missing or unfinished, or was trained on another game or visuals. The error
+    names the command that produces it: `script` with the options of this process, which all stages share.
     """
-    words, reads = ["python", script], True
+    words, shared = ["python", script], True
     for word in sys.argv[1:]:
         if word.startswith("--"):
-            reads = word[2:].split(".")[0] not in STAGE3_GROUPS
-        words += [word] * reads
+            shared = word[2:].split(".")[0] not in STAGE3_GROUPS
+        words += [word] * shared
     command = shlex.join(words)
     path = cfg.stage_dir(stage) / "checkpoint.pt"
     with reading(path):
@@ -144,13 +144,13 @@ def load_stage(cfg: Config, stage: str, script: str) -> dict:
     return checkpoint
 
 
-def stale(checkpoint: dict, weights: dict[str, str]) -> list[str]:
-    """The names in `weights` whose checksums differ from those that a checkpoint was built on.
+def changed_inputs(checkpoint: dict, checksums: dict[str, str]) -> list[str]:
+    """Names of inputs (stages, frames) that have changed since a checkpoint was trained on them.
 
-    Older checkpoints do not say; they count as equal.
+    `checksums` are the inputs' present ones, by name. Older checkpoints store none, and count as unchanged.
     """
     built_on = checkpoint.get("built_on", {})
-    return [name for name, found in weights.items() if built_on.get(name, found) != found]
+    return [name for name, found in checksums.items() if built_on.get(name, found) != found]
 
 
 def weights_checksum(checkpoint: dict) -> str:
@@ -161,24 +161,23 @@ def weights_checksum(checkpoint: dict) -> str:
 def saved_config(checkpoint: dict) -> Config:
     """The config that a checkpoint was trained with.
 
-    Keys that did not exist then get today's defaults, and keys that no longer exist are dropped, so that
-    checkpoints stay usable when keys change.
+    Newer keys get today's defaults and removed keys are dropped, so checkpoints stay usable when keys change.
     """
-    values = _lay_over(to_dict(load_config([])), checkpoint["config"])
+    values = _overlay(to_dict(load_config([])), checkpoint["config"])
     return validate(values, source="the checkpoint's config")
 
 
-def _lay_over(values: dict, saved: dict) -> dict:
-    """`values`, overwritten by those of its keys that `saved` has, group by group."""
+def _overlay(values: dict, saved: dict) -> dict:
+    """`values`, overwritten with `saved` key by key and group by group. Other keys of `saved` are dropped."""
     merged = {}
     for key, value in values.items():
         groups = isinstance(value, dict) and isinstance(saved.get(key), dict)
-        merged[key] = _lay_over(value, saved[key]) if groups else saved.get(key, value)
+        merged[key] = _overlay(value, saved[key]) if groups else saved.get(key, value)
     return merged
 
 
 def inherit(cfg: Config, checkpoint: dict, model_keys: tuple[str, ...]) -> Config:
-    """`cfg` with the bottleneck and the named model sizes of an earlier stage's checkpoint; prints them."""
+    """`cfg` with the quantiser and the named model sizes of an earlier stage's checkpoint; prints them."""
     saved = saved_config(checkpoint)
     model = replace(cfg.model, **{key: getattr(saved.model, key) for key in model_keys})
     inherited = replace(cfg, model=model, vq=saved.vq)
@@ -189,7 +188,7 @@ def inherit(cfg: Config, checkpoint: dict, model_keys: tuple[str, ...]) -> Confi
 
 @functools.cache
 def provenance() -> dict[str, str]:
-    """Revision and versions that write a checkpoint. Cached: code that is committed later did not run."""
+    """Revision of the code, versions of Python and torch. Cached: a later commit is not what runs."""
     revision = "unknown"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]

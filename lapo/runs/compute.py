@@ -34,16 +34,17 @@ class Compute:
     """Launch training steps and env steps as CUDA graphs."""
 
     def __post_init__(self) -> None:
-        # fp32 means fp32: by default PyTorch rounds inputs of convolutions to TF32.
+        # fp32 means fp32: by default PyTorch computes convolutions in TF32.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     @classmethod
     def from_config(cls, cfg: Config) -> "Compute":
-        """Choose device, precision and compilation.
+        """Resolve device, precision and compilation.
 
-        On a CPU the process keeps freed memory from now on, see `keep_freed_memory`. Several processes on a
-        machine take the GPUs of their local ranks. If a compiler is missing, a line on stderr says so. Raises
-        `UserError` for a missing device, and if `auto` finds a GPU that PyTorch cannot use.
+        Each process of a machine takes the GPU of its local rank. If a compiler is missing, steps are not
+        compiled and a line on stderr says so. On a CPU, the process keeps freed memory from now on, see
+        `keep_freed_memory`. Raises `UserError` for a missing device, and if `auto` finds a GPU that PyTorch
+        cannot use.
         """
         name = cfg.device
         if name == "auto":
@@ -55,12 +56,14 @@ class Compute:
                 )
         if num_processes() > 1 and name.startswith("cuda"):
             if name != "cuda":
-                raise UserError(f"device {name} cannot serve {num_processes()} processes; use cuda, one each")
+                raise UserError(
+                    f"device {name} cannot serve {num_processes()} processes; use cuda, one GPU each"
+                )
             name = f"cuda:{local_rank()}"
-        there = torch.cuda.device_count()
+        num_gpus = torch.cuda.device_count()
         # Compared as strings: torch.device raises an error of its own for numbers above 127.
-        if name.startswith("cuda") and (name.partition(":")[2] or "0") not in map(str, range(there)):
-            raise UserError(f"device {name} is not there: {there} CUDA devices; use cpu")
+        if name.startswith("cuda") and (name.partition(":")[2] or "0") not in map(str, range(num_gpus)):
+            raise UserError(f"device {name} does not exist: {num_gpus} CUDA devices; use cpu")
         device = torch.device(name)
         if device.type == "cpu":
             keep_freed_memory()
@@ -73,15 +76,15 @@ class Compute:
                 f"compile is graphs, which needs a CUDA device, not {device}; choose auto, on or off"
             )
         wanted = cfg.compile in ("on", "graphs") or (cfg.compile == "auto" and gpu)
-        lacking = _compiling_lacks(device) if wanted else None
-        if lacking:
-            say(f"training steps are not compiled, and slower for it: {lacking} is missing")
-        # With several processes, collectives come between the kernels of a step.
+        missing = _missing_for_compile(device) if wanted else None
+        if missing:
+            say(f"training steps are not compiled, and therefore slower: {missing} is missing")
+        # With several processes a step contains collectives, which are not captured.
         graphs = gpu and cfg.compile in ("auto", "graphs") and num_processes() == 1
-        return cls(device, bf16, wanted and not lacking, graphs)
+        return cls(device, bf16, wanted and not missing, graphs)
 
     def autocast(self) -> AbstractContextManager:
-        """The context in which networks run."""
+        """Autocast context for forward passes."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def place(self, module: nn.Module) -> nn.Module:
@@ -89,11 +92,11 @@ class Compute:
         return module.to(self.device, memory_format=torch.channels_last)
 
     def compiled(self, function: Callable) -> Callable:
-        """`function`, compiled if the config says so."""
+        """`function`, compiled if so configured."""
         return torch.compile(function) if self.compile else function
 
     def replayed(self, function: Callable) -> Callable:
-        """A function of tensors, launched as a CUDA graph if the config says so, see `graphs.Replayed`."""
+        """A function of tensors, replayed as a CUDA graph if so configured, see `graphs.Replayed`."""
         return Replayed(function) if self.graphs else function
 
     def __str__(self) -> str:
@@ -113,12 +116,12 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _has_unusable_gpu() -> bool:
-    """Whether PyTorch was built for CUDA and a GPU is there that it cannot use (nor was told not to)."""
+    """Whether PyTorch was built for CUDA but cannot use the GPU, although CUDA_VISIBLE_DEVICES allows it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return torch.version.cuda is not None and not hidden and Path("/dev/nvidia0").exists()
 
 
-def _compiling_lacks(device: torch.device) -> str | None:
+def _missing_for_compile(device: torch.device) -> str | None:
     """What `torch.compile` needs for `device` and is missing; None if nothing is."""
     variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
     if not (os.environ.get(variable) or any(map(shutil.which, names))):
@@ -127,56 +130,58 @@ def _compiling_lacks(device: torch.device) -> str | None:
     return None if header.exists() else f"{header} (of Python's development files)"
 
 
-class HostLink:
-    """Copies arrays of one shape and dtype to a device and back, through buffers allocated once.
+class TransferBuffer:
+    """Copies arrays of one shape and dtype to a device or back, through buffers that are allocated once.
 
-    For CUDA the host buffer is pinned, so that copies are asynchronous. On a CPU, arrays and tensors share
-    memory.
+    For CUDA the host buffer is pinned, so copies are asynchronous. On a CPU, arrays and tensors share memory.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.host: Tensor | None = None
-        self.there: Tensor | None = None
+        self.on_host: Tensor | None = None
+        self.on_device: Tensor | None = None
 
-    def up(self, array: np.ndarray) -> Tensor:
-        """The array on the device, valid until the next call; the device must have copied it by then."""
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Copy an array to the device. The tensor is valid until the next call.
+
+        The device must have finished the copy before the next call.
+        """
         x = torch.from_numpy(array)
         if self.device.type != "cuda":
             return x.to(self.device)
-        if self.there is None:
-            self.host, self.there = (
+        if self.on_device is None:
+            self.on_host, self.on_device = (
                 torch.empty_like(x, pin_memory=True),
                 torch.empty_like(x, device=self.device),
             )
-        self.host.copy_(x)
-        return self.there.copy_(self.host, non_blocking=True)
+        self.on_host.copy_(x)
+        return self.on_device.copy_(self.on_host, non_blocking=True)
 
-    def down(self, x: Tensor) -> np.ndarray:
-        """The tensor as an array on the host, valid until the next call; waits for the device."""
+    def to_host(self, x: Tensor) -> np.ndarray:
+        """Copy a tensor to the host and synchronise. The array is valid until the next call."""
         if self.device.type != "cuda":
             return x.cpu().numpy()
-        if self.host is None:
-            self.host = torch.empty_like(x, device="cpu", pin_memory=True)
-        self.host.copy_(x, non_blocking=True)
+        if self.on_host is None:
+            self.on_host = torch.empty_like(x, device="cpu", pin_memory=True)
+        self.on_host.copy_(x, non_blocking=True)
         torch.cuda.current_stream(self.device).synchronize()
-        return self.host.numpy()
+        return self.on_host.numpy()
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of malloc.h."""
+"""Constants of malloc.h."""
 
 
 def keep_freed_memory(keep: bool = True) -> None:
     """Let large CPU tensors reuse the memory of freed ones; `keep=False` returns it and restores the default.
 
     By default glibc returns freed blocks above 32 MB to the system at once. Every large activation then lies
-    on new pages, and their page faults take longer than most operations on them. Up to 2 GB are kept; blocks
-    as large as a published chunk of frames (400 MB) are still returned. Other C libraries are left alone.
+    on new pages, and page faults take longer than most operations on it. Up to 2 GB are kept. Blocks as large
+    as a published chunk of frames (400 MB) are still returned. Other C libraries are not affected.
     """
     with contextlib.suppress(AttributeError, OSError):  # no such function
         libc = ctypes.CDLL(None)
-        # Older versions refuse more than 32 MB, the limit of their default, dynamic threshold.
+        # Older versions refuse more than 32 MB, the maximum of their dynamic threshold.
         if not keep or not libc.mallopt(M_MMAP_THRESHOLD, 300 << 20):
             libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 64 << 20)
@@ -192,13 +197,13 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state(device: torch.device) -> dict:
-    """States of PyTorch's global generators, as tensors: the CPU's and, if `device` is a GPU, its own."""
+    """States of PyTorch's global generators as tensors: the CPU's and, for a GPU, that of `device`."""
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
-    """Restore what `rng_state` returned, on a GPU of any index."""
+    """Restore a `rng_state`, also one that another GPU returned."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and state["cuda"]:
         # Older checkpoints hold the states of all GPUs of the machine.
@@ -207,7 +212,7 @@ def set_rng_state(state: dict, device: torch.device) -> None:
 
 
 def to_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:
-    """Scalar tensors as numbers, in one transfer from the device."""
+    """Convert scalar tensors to numbers, in one transfer from the device."""
     tensors = {key: value for key, value in metrics.items() if isinstance(value, Tensor)}
     if not tensors:
         return dict(metrics)
@@ -216,7 +221,7 @@ def to_floats(metrics: dict[str, Tensor | float]) -> dict[str, float]:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free bytes on `device` for this process; None if the system does not say."""
+    """Free bytes on `device` for this process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -1,10 +1,10 @@
-"""Several processes that train one model: `torchrun --nproc-per-node N stage1_idm_wm.py …`.
+"""Data-parallel training of one model: `torchrun --nproc-per-node N stage1_idm_wm.py …`.
 
 Dimensions: W processes ("ranks"), one per GPU.
 
-Every rank reads its own shard of the training chunks and computes 1/W of each batch. In every step gradients,
-metrics and BatchNorm's running statistics are averaged over the ranks, and the quantiser's EMA statistics are
-all-reduced (see models.py), so all ranks hold the same weights and codebook. Only rank 0 writes and prints.
+Each rank reads its own shard of the training chunks and computes 1/W of each batch. In every step, gradients,
+metrics and BatchNorm's running statistics are averaged over ranks, and the quantiser's EMA statistics are
+all-reduced (see models.py). So all ranks hold the same weights and codebook. Only rank 0 writes and prints.
 In a single process these functions do nothing.
 """
 
@@ -25,12 +25,12 @@ from lapo.errors import UserError
 
 T = TypeVar("T")
 NOTICE_AFTER, JOIN_TIMEOUT, LEAVE_TIMEOUT = 10.0, 600.0, 30.0
-"""Seconds until a waiting process says so, until it gives up, and for destroying the process group."""
+"""Seconds until a waiting process prints a notice, until it gives up, and for `_destroy_process_group`."""
 NOT_TORCHRUN = "if torchrun did not start this process, unset TORCHELASTIC_RUN_ID"
 
 
 class Shard(NamedTuple):
-    """The chunks that a process reads: every `world_size`-th, from number `rank` on."""
+    """The chunks that a process reads: every `world_size`-th one, beginning with number `rank`."""
 
     rank: int = 0
     world_size: int = 1
@@ -42,32 +42,32 @@ def shard() -> Shard:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the process that writes."""
+    """Whether this process is rank 0, which writes and prints."""
     return shard().rank == 0
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun has started this process."""
+    """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def num_processes() -> int:
-    """Processes that torchrun started, 1 without it. Raises `UserError` if its variables are missing."""
+    """Number of processes, 1 without torchrun. Raises `UserError` if torchrun's variables are incomplete."""
     return _variable("WORLD_SIZE") if under_torchrun() else 1
 
 
 def local_rank() -> int:
-    """This process's rank on its machine: the index of its GPU."""
+    """Rank of this process on its machine: the index of its GPU."""
     return _variable("LOCAL_RANK") if num_processes() > 1 else 0
 
 
 def num_local_processes() -> int:
-    """Processes on this machine, which share its memory."""
+    """Number of processes on this machine, which share its memory."""
     return _variable("LOCAL_WORLD_SIZE") if num_processes() > 1 else 1
 
 
 def _variable(name: str) -> int:
-    """An integer environment variable of torchrun."""
+    """An integer environment variable of torchrun. Raises `UserError` if it is missing or no number."""
     value = os.environ.get(name, "")
     if not value.isdecimal():
         found = f"is {value!r}" if value else "is missing"
@@ -87,7 +87,7 @@ def require_single_process(script: str) -> None:
 def distributed() -> Iterator[None]:
     """Initialise the process group of torchrun's processes, and destroy it at the end.
 
-    Only rank 0 prints on stdout. A `UserError` that several ranks raise is reported once. Raises `UserError`
+    Only rank 0 prints on stdout. A `UserError` that several ranks raise is printed once. Raises `UserError`
     if the other processes do not join, or if one of them ends early.
     """
     if num_processes() == 1:
@@ -98,11 +98,11 @@ def distributed() -> Iterator[None]:
     rank = dist.get_rank()
     try:
         with (
-            open(os.devnull, "w", encoding="utf-8") as nowhere,
-            contextlib.redirect_stdout(nowhere if rank else sys.stdout),
+            open(os.devnull, "w", encoding="utf-8") as devnull,
+            contextlib.redirect_stdout(devnull if rank else sys.stdout),
         ):
             yield
-    except SystemExit:  # all ranks stop together, see `Run.loop`
+    except SystemExit:  # all ranks exit at the same step, see `Run.loop`
         _destroy_process_group()
         raise
     except UserError as error:
@@ -119,30 +119,30 @@ def distributed() -> Iterator[None]:
 
 
 def _destroy_process_group() -> None:
-    """Destroy the process group. All ranks must call this: after an error of one alone, NCCL would hang."""
+    """Destroy the process group. All ranks must call this; NCCL would hang if only some did."""
     with contextlib.suppress(RuntimeError, TimeoutError):
         _in_thread(dist.destroy_process_group).result(LEAVE_TIMEOUT)
 
 
 def _set_gpu() -> None:
-    """Make the GPU of this process the current device of this thread."""
+    """Make this process's GPU the current device of this thread."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
 
 
 def _init_process_group() -> dist.Store:
-    """Join the other processes; returns their common store. Raises `UserError` if they do not join."""
+    """Initialise the process group; returns its store. Raises `UserError` if other processes do not join."""
 
     def join() -> dist.Store:
         store, rank, of = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT)))
-        # `all_max` reduces CPU tensors; by default NCCL would be the only backend.
+        # `all_max` reduces CPU tensors. The default with GPUs would be NCCL alone, which reduces none.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=of)
         return store
 
     rank, of = _variable("RANK"), num_processes()
-    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    others = f"at {place} for the others of {of} processes"
+    address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    others = f"at {address} for the others of {of} processes"
     joining = _in_thread(join)
     try:
         with contextlib.suppress(TimeoutError):
@@ -153,13 +153,13 @@ def _init_process_group() -> dist.Store:
         what = f"has waited {JOIN_TIMEOUT / 60:.0f} minutes {others}"
     except (RuntimeError, ValueError) as error:
         what = f"could not wait {others} ({str(error).strip().splitlines()[0]})"
-    raise UserError(f"process {rank} {what}; see why they do not come or, {NOT_TORCHRUN}")
+    raise UserError(f"process {rank} {what}; check why they did not start or, {NOT_TORCHRUN}")
 
 
 def _in_thread(function: Callable[[], T]) -> Future[T]:
     """Call `function` in a daemon thread.
 
-    A call that blocks in C++ cannot be interrupted by SIGTERM or Ctrl-C; waiting for the thread can.
+    SIGTERM and Ctrl-C cannot interrupt a call that blocks in C++, but they interrupt waiting for a thread.
     """
     future: Future[T] = Future()
 
@@ -175,11 +175,11 @@ def _in_thread(function: Callable[[], T]) -> Future[T]:
 
 
 def per_rank_batch(batch_size: int) -> int:
-    """Windows of a batch that each rank computes. Raises `UserError` if they cannot be divided evenly."""
+    """Batch size of each rank. Raises `UserError` if the whole batch cannot be divided evenly."""
     size, rest = divmod(batch_size, shard().world_size)
     if rest:
         raise UserError(
-            f"a batch of {batch_size} windows cannot be shared by {shard().world_size} processes;"
+            f"a batch of {batch_size} windows cannot be divided among {shard().world_size} processes;"
             " choose a batch size that is a multiple of their number"
         )
     return size
@@ -187,7 +187,7 @@ def per_rank_batch(batch_size: int) -> int:
 
 @torch.no_grad()
 def average(tensors: Sequence[Tensor]) -> None:
-    """Replace fp32 `tensors` on one device by their means over the ranks, in place, in one collective."""
+    """Average fp32 `tensors` on one device over ranks, in place, by one all-reduce."""
     if shard().world_size == 1:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -200,7 +200,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def all_max(*values: int) -> tuple[int, ...]:
-    """The maximum of each value over the ranks; a barrier for all of them."""
+    """Maximum of each value over ranks. Also a barrier."""
     if shard().world_size == 1:
         return values
     tensor = torch.tensor(values)
@@ -209,7 +209,7 @@ def all_max(*values: int) -> tuple[int, ...]:
 
 
 def check_equal(value: int, what: str) -> None:
-    """Raise `UserError`, which begins with `what`, unless `value` is the same on all ranks."""
+    """Raise `UserError`, a message that begins with `what`, unless `value` is the same on all ranks."""
     high, low = all_max(value, -value)
     if high != -low:
         raise UserError(f"{what} ({-low} for one, {high} for another)")

@@ -5,9 +5,9 @@ A run lives in `<results_dir>/<exp>/<env>/seed<k>/<stage>/`:
     config.yaml      the resolved config
     checkpoint.pt    tensors, numbers and strings, see `load_checkpoint`
     metrics.jsonl    one line per log interval, `step` first
-    lock             held by the process that trains the run, until it is finished
+    lock             held by the process that trains the run, removed when the run is finished
 
-The same command again resumes from the checkpoint, and does nothing once the run is finished.
+The same command resumes from the checkpoint. For a finished run it does nothing.
 """
 
 import contextlib
@@ -30,38 +30,41 @@ from lapo.config import Config, diff, to_dict
 from lapo.errors import STOP_SIGNALS, UserError, handle_signals, say
 from lapo.runs.checkpoints import (
     FORMAT,
+    changed_inputs,
     checksum,
     iter_leaves,
     load_checkpoint,
     provenance,
     saved_config,
-    stale,
 )
 from lapo.runs.compute import Compute, rng_state, set_rng_state, to_floats
 from lapo.runs.files import atomic_write, lock, reading, writing
 from lapo.runs.ranks import all_max, check_equal, is_main, under_torchrun
 from lapo.runs.tracking import NoTracking, start_wandb
 
-NEUTRAL = "log_every", "save_every"
-"""Keys of the config's groups that change no result."""
+FREE_KEYS = "log_every", "save_every"
+"""Keys of the config's groups on which no result depends: a resumed run may change them."""
 MAX_LOSS = 1e6
-"""No healthy loss or gradient norm comes near this. Frames lie in ±0.5 and rewards are normalised, so losses
-are of order one, or of order ten while codes that the published quantiser's start threw far away return."""
+"""A run with a greater loss or gradient norm has diverged. Frames lie in ±0.5 and rewards are normalised, so
+losses are of order 1. The published initialisation of the codebook raises them to order 10 at first."""
 
 
 class Run:
     """One run of a stage, new or resumed.
 
-    `config_keys` are the config keys and groups that the results depend on: a resumed or finished run must
-    have the same values. `built_on` holds checksums, by name, of the other inputs: earlier stages (see
-    `checkpoints.weights_checksum`) and frames. Paths and `device` may change. `precision` is saved as
-    resolved: a run that began in bf16 does not go on in fp32 because `auto` means that on another machine.
+    `config_keys` are the config keys and groups that the results depend on. A resumed or finished run must
+    have the same values. `built_on` holds the checksums of its other inputs by name: earlier stages (see
+    `checkpoints.weights_checksum`) and frames. They must be the same, too. Paths and `device` may change.
+    `precision` is saved as resolved, so a bf16 run does not resume in fp32 where `auto` means fp32.
+
+    Raises `UserError` if the run exists with other settings or inputs, if another process trains it, or if
+    its folder cannot be written.
 
     Attributes
-        step      steps done (of whatever the stage counts)
+        step      steps done: training steps or, in PPO, updates
         finished  whether training and evaluation are done
-        metrics   the latest value of every metric logged so far
-        state     the state that `loop` saved last; None in a new run
+        metrics   latest value of every metric logged so far
+        state     the stage's state in the checkpoint; None in a new run
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Run:
         self._rng: dict | None = None
         self._sums: dict[str, Tensor | float] = {}
         self._count = 0
-        self._logged = -1  # `step` of the last line of metrics (env steps in stage 3)
+        self._logged = -1  # `step` of the last logged line (env steps in stage 3)
         self._started = self._saved = time.monotonic()
         print(f"{stage} of {cfg.env}, seed {cfg.seed}, on {compute}\n{self.dir}")
         with reading(self.checkpoint_path):
@@ -108,13 +111,13 @@ class Run:
             )
             self._trim_metrics()
             self._wandb = start_wandb(self.cfg, stage, self.dir, self._wandb_id)
-            self._wandb_id = self._wandb.id or self._wandb_id  # kept if the run is resumed without wandb
+            self._wandb_id = self._wandb.id or self._wandb_id  # kept while the run is resumed without wandb
 
     def _acquire_lock(self) -> None:
-        """Hold the run's lock while this process lives. Raises `UserError` if another process has it."""
+        """Lock the run while this process lives. Raises `UserError` if another process holds the lock."""
         self._lock = lock(
             self.dir / "lock",
-            f"another process is at work on {self.dir}; wait for it, or choose another --exp",
+            f"another process trains {self.dir}; wait for it, or choose another --exp",
         )
 
     def _resume(self) -> None:
@@ -125,19 +128,19 @@ class Run:
         changes = diff(self._relevant(saved), self._relevant(self.cfg))
         if changes:
             raise UserError(
-                f"{self.dir} was made with other settings ({'; '.join(changes)});"
+                f"{self.dir} was trained with other settings ({'; '.join(changes)});"
                 f" choose another --exp, or delete {self.dir}"
             )
-        if others := stale(checkpoint, self.built_on):
+        if changed := changed_inputs(checkpoint, self.built_on):
             raise UserError(
-                f"{self.dir} was built on other {' and '.join(others)} than are there now;"
-                f" put the old ones back, choose another --exp, or delete {self.dir} to make it anew"
+                f"{self.dir} was trained before {' and '.join(changed)} changed;"
+                f" restore the old ones, choose another --exp, or delete {self.dir} to train it again"
             )
         self.step, self.finished = checkpoint["step"], checkpoint["finished"]
         self.metrics, self.state = checkpoint["metrics"], checkpoint["state"]
         self._sums, self._count, self._logged = (checkpoint[key] for key in ("sums", "count", "logged"))
         self._wandb_id = checkpoint["wandb_id"]
-        self._started -= checkpoint.get("seconds", 0.0)  # earlier sessions; older checkpoints lack it
+        self._started -= checkpoint.get("seconds", 0.0)  # of earlier processes; older checkpoints lack it
         if self.finished:
             print(f"finished already, at step {self.step:,}")
         else:
@@ -145,15 +148,15 @@ class Run:
             print(f"continues from step {self.step:,}")
 
     def _relevant(self, cfg: Config) -> dict:
-        """The part of a config that the results depend on."""
+        """The part of a config that must not change."""
         values = {key: value for key, value in to_dict(cfg).items() if key in self._config_keys}
         for group in values.values():
-            for key in NEUTRAL if isinstance(group, dict) else ():
+            for key in FREE_KEYS if isinstance(group, dict) else ():
                 group.pop(key, None)
         return values
 
     def _trim_metrics(self) -> None:
-        """Drop lines that a killed run logged after its last checkpoint: they will be logged again."""
+        """Drop the lines that a killed run logged after its last checkpoint; they will be logged again."""
         if not self.metrics_path.exists():
             return
         with reading(self.metrics_path):
@@ -168,12 +171,12 @@ class Run:
     def loop(
         self, total: int, state: Callable[[], dict], *, save_every: int, unit: str, scale: int = 1
     ) -> Iterator[int]:
-        """Yield the remaining steps; show progress, write checkpoints, stop cleanly on a signal.
+        """Yield the remaining steps; show progress, write checkpoints, save and exit on a signal.
 
-        Signals are those of `STOP_SIGNALS` and Ctrl-C, in the main thread only. `state` returns what resuming
-        needs, without random states, which are added. Progress is shown in `unit`s, `scale` per step. The
-        last step is followed by a checkpoint too, as evaluation may take long. After a signal, the state is
-        saved and SystemExit raised with 128 + its number.
+        `state` returns what a resumed run needs; random states are added. A checkpoint is written every
+        `save_every` steps, every `save_minutes`, and after the last step, as evaluation may take long.
+        Progress is shown in `unit`s, `scale` per step. After a signal (`STOP_SIGNALS` or Ctrl-C, in the main
+        thread only), the step is completed, the state saved and SystemExit raised with 128 + the signal.
         """
         handlers = handle_signals((*STOP_SIGNALS, signal.SIGINT), self._on_signal)
         bar = tqdm(
@@ -181,7 +184,7 @@ class Run:
             initial=self.step * scale,
             unit=unit,
             desc=self.stage,
-            mininterval=1 if sys.stderr.isatty() else 60,  # a log file needs no line every second
+            mininterval=1 if sys.stderr.isatty() else 60,  # fewer lines in log files
             unit_scale=True,
             disable=not is_main(),
         )
@@ -207,16 +210,16 @@ class Run:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        # A second Ctrl-C does not wait for the step. Schedulers repeat SIGTERM, and torchrun any signal.
+        # A second Ctrl-C exits at once. Repeated signals of schedulers and of torchrun are ignored.
         if number == self._stop_signal == signal.SIGINT and not under_torchrun():
             sys.exit(128 + number)
         self._stop_signal = number
 
     def save(self, state: dict) -> None:
-        """Write the checkpoint of the current step; the previous one is kept until this one was verified.
+        """Write the checkpoint of the current step. It replaces the previous one once it has been verified.
 
-        Rank 0 writes, the other ranks wait for it. Raises `UserError` if the state is not finite, a metric
-        has diverged or the disk refuses.
+        Rank 0 writes, the other ranks wait. Raises `UserError` if the state is not finite, a metric has
+        diverged or the file cannot be written.
         """
         tensors = (
             (path, x) for path, x in iter_leaves(state) if isinstance(x, Tensor) and x.is_floating_point()
@@ -224,7 +227,7 @@ class Run:
         bad = next((path for path, x in tensors if not x.isfinite().all()), None)
         if bad:
             raise self._diverged(f"{'.'.join(map(str, bad))} holds values that are not finite", self.step)
-        self._means(self.step)  # raises if the run has diverged: the last good checkpoint must be kept
+        self._means(self.step)  # raises if the run has diverged, and so keeps the last good checkpoint
         if is_main():
             self._write(state)
         all_max()
@@ -249,12 +252,15 @@ class Run:
             "built_on": self.built_on,
         }
         checkpoint["checksum"] = checksum(checkpoint)
-        with writing(self.metrics_path, self._kept()), self.metrics_path.open("a", encoding="utf-8") as file:
+        with (
+            writing(self.metrics_path, self._remaining()),
+            self.metrics_path.open("a", encoding="utf-8") as file,
+        ):
             os.fsync(file.fileno())
         atomic_write(self.checkpoint_path, lambda path: torch.save(checkpoint, path), verify=load_checkpoint)
 
     def finish(self, state: dict, result: dict[str, float] | None = None) -> None:
-        """Write the final checkpoint, with `result` added to its metrics, and print it."""
+        """Write the final checkpoint, with `result` added to its metrics, and print the metrics."""
         self.finished = True
         self.metrics |= result or {}
         self.save(state)
@@ -270,26 +276,26 @@ class Run:
         print(f"{self.stage} done: {self.checkpoint_path}")
 
     def track(self, metrics: dict[str, Tensor | float]) -> None:
-        """Add a step's scalars to the averages that `log` writes next, without waiting for the device."""
+        """Add a step's scalars to the averages that `log` writes next. This never waits for the device."""
         for key, value in metrics.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
         self._count += 1
 
     def log(self, step: int, extra: dict[str, Any] | None = None) -> None:
-        """Log `step`: the averages of what was tracked since the last line, and `extra` metrics.
+        """Log one line for `step`: averages of the scalars tracked since the last line, and `extra` metrics.
 
-        Raises `UserError` if a metric is not finite, a loss or gradient norm exceeds `MAX_LOSS`, or the disk
-        refuses.
+        Raises `UserError` if a metric is not finite, a loss or gradient norm exceeds `MAX_LOSS`, or the file
+        cannot be written.
         """
         values = self._means(step) | to_floats(extra or {})
         self._sums, self._count = {}, 0
         bad = {key: value for key, value in values.items() if not math.isfinite(value)}
         if bad:
-            raise self._diverged(_listed(bad), step)
+            raise self._diverged(_format(bad), step)
         line = {"step": step, **values, "seconds": round(time.monotonic() - self._started, 1)}
         if is_main():
             with (
-                writing(self.metrics_path, self._kept()),
+                writing(self.metrics_path, self._remaining()),
                 self.metrics_path.open("a", encoding="utf-8") as file,
             ):
                 file.write(json.dumps(line) + "\n")
@@ -298,26 +304,28 @@ class Run:
         self._logged = step
 
     def _means(self, step: int) -> dict[str, float]:
-        """Averages of what was tracked since the last line.
+        """Averages of the scalars tracked since the last line.
 
         Raises `UserError` if a loss or gradient norm exceeds `MAX_LOSS`.
         """
         means = {key: value / self._count for key, value in to_floats(self._sums).items()}
-        # Other metrics may be huge in a healthy run: the explained variance before the first reward, say.
+        # Other metrics may be huge in a healthy run, such as explained variance before the first reward.
         watched = {key: value for key, value in means.items() if key.endswith(("loss", "grad_norm"))}
         bad = {key: value for key, value in watched.items() if not abs(value) < MAX_LOSS}
         if bad:
-            raise self._diverged(_listed(bad), step)
+            raise self._diverged(_format(bad), step)
         return means
 
     def _diverged(self, what: str, step: int) -> UserError:
-        return UserError(f"{self.stage}: {what} at step {step:,}; {self._kept()}; try a lower learning rate")
+        return UserError(
+            f"{self.stage}: {what} at step {step:,}; {self._remaining()}; try a lower learning rate"
+        )
 
-    def _kept(self) -> str:
+    def _remaining(self) -> str:
         if not self.checkpoint_path.exists():
             return "nothing was saved yet"
         return f"the last good checkpoint, {self.checkpoint_path}, is kept"
 
 
-def _listed(metrics: dict[str, float]) -> str:
+def _format(metrics: dict[str, float]) -> str:
     return " and ".join(f"{key} is {value:.3g}" for key, value in metrics.items())

@@ -1,4 +1,4 @@
-"""Weights & Biases, or nothing in its place."""
+"""Logging to Weights & Biases, or to nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from lapo.errors import UserError
 
 
 class NoTracking:
-    """A run that discards metrics, in place of a wandb run."""
+    """Stands in for a wandb run and discards all metrics."""
 
     id = None
 
@@ -20,10 +20,10 @@ class NoTracking:
 
 
 def start_wandb(cfg: Config, stage: str, folder: Path, run_id: str | None) -> Any:
-    """A wandb run in project lapo_stage1..3 or lapo_expert, resumed if `run_id` is given; or `NoTracking`.
+    """Start, or with `run_id` resume, a wandb run in project lapo_stage1..3 or lapo_expert; or `NoTracking`.
 
-    Without an account or a connection, metrics are kept offline, with a notice and without a prompt. Raises
-    `UserError` if wandb cannot do even that.
+    Without an account or a connection, metrics are kept offline: with a notice, without a prompt. Raises
+    `UserError` if wandb cannot start at all.
     """
     if cfg.wandb == "disabled":
         return NoTracking()
@@ -49,12 +49,12 @@ def start_wandb(cfg: Config, stage: str, folder: Path, run_id: str | None) -> An
         return wandb.init(mode="offline", settings=wandb.Settings(silent=True), **options)
     except Exception as error:  # an invalid server address, for instance
         raise UserError(
-            f"wandb cannot start ({_flat(error)}); mend that, or choose --wandb disabled"
+            f"wandb cannot start ({_flat(error)}); fix that, or choose --wandb disabled"
         ) from None
 
 
 def _has_account() -> bool:
-    """Whether wandb has a key for its host, without a prompt or a connection. Prints a notice if not."""
+    """Whether wandb has an API key for its server; prints a notice if not. Neither prompts nor connects."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True, mode="online"))  # as --wandb says, whatever WANDB_MODE

@@ -50,7 +50,7 @@ def test_without_a_cuda_device_there_is_nothing_to_check(call_main, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, out, err = call_main(gpu.main)
     assert (status, out) == (2, "")
-    assert err == "error: PyTorch finds no CUDA device that it can use; --dry tries the checks on the CPU\n"
+    assert err == "error: PyTorch finds no CUDA device that it can use; --dry tests the checks on the CPU\n"
 
 
 def test_a_check_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
@@ -68,11 +68,11 @@ def test_a_check_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("check", "kind"), [(gpu.gather_far, gpu.CountedWindows), (gpu.rolling, gpu.RollingWindows)]
+    ("check", "kind"), [(gpu.gather_large, gpu.CountedWindows), (gpu.rolling, gpu.RollingWindows)]
 )
 def test_wrong_frames_are_noticed(monkeypatch, check, kind):
     monkeypatch.setattr(kind, "gather", lambda self, ids: gpu.Windows.gather(self, ids.roll(1)))
-    with pytest.raises(gpu.CheckError, match="other frames"):
+    with pytest.raises(gpu.CheckError, match="wrong frames"):
         check(Bench.make(dry=True))
 
 
@@ -98,7 +98,7 @@ def test_a_learning_rate_that_moved_is_noticed(monkeypatch):
 
     monkeypatch.setattr(stage1_idm_wm.Trainer, "load_state_dict", forgets_the_optimiser)
     with pytest.raises(gpu.CheckError, match="the weights differ"):
-        gpu.continued(Bench.make(dry=True))
+        gpu.resumed(Bench.make(dry=True))
 
 
 def test_graphs_that_compute_something_else_are_noticed():
@@ -107,5 +107,7 @@ def test_graphs_that_compute_something_else_are_noticed():
         return [torch.ones(3) + 1e-3 * (len(calls) == 3)]  # the third one has graphs
 
     calls = []
-    with pytest.raises(gpu.CheckError, match=r"they differ by 1\.0e-03, two runs by 0\.0e\+00"):
-        gpu.graphs_do_the_same(Bench.make(dry=True), train, compiled=False)
+    with pytest.raises(
+        gpu.CheckError, match=r"results differ by 1\.0e-03, those of two equal runs by 0\.0e\+00"
+    ):
+        gpu.graphs_equal_eager(Bench.make(dry=True), train, compiled=False)

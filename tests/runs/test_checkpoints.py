@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return run.checkpoint_path
 
 
-def test_a_missing_checkpoint_names_the_command_that_makes_it(workplace, monkeypatch):
+def test_a_missing_checkpoint_names_the_command_that_produces_it(workplace, monkeypatch):
     monkeypatch.setattr(
         sys,
         "argv",
@@ -69,7 +69,7 @@ def test_what_keeps_a_checkpoint_from_being_read_is_not_called_damage(checkpoint
     assert "delete" not in str(refusal.value)
 
 
-def test_an_earlier_stage_that_saw_the_game_otherwise_is_refused(workplace):
+def test_an_earlier_stage_with_other_visuals_is_refused(workplace):
     run = tiny_run(workplace)
     run.finish({})
     load_stage(run.cfg, "stage1", "stage1.py")
@@ -77,7 +77,7 @@ def test_an_earlier_stage_that_saw_the_game_otherwise_is_refused(workplace):
         load_stage(workplace.config("--visuals", "plain"), "stage1", "stage1.py")
 
 
-def test_an_unfinished_stage_names_the_command_that_continues_it(workplace):
+def test_an_unfinished_stage_names_the_command_that_resumes_it(workplace):
     run = tiny_run(workplace)
     run.step = 3
     run.save({})
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
 def test_code_in_a_checkpoint_is_not_executed(tmp_path, save):
     path = tmp_path / "checkpoint.pt"
     save(Trap(tmp_path / "executed"), path)
-    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read: damaged, or not one of ours"):
+    with pytest.raises(UserError, match=r"checkpoint.pt is damaged, or was not written by lapo"):
         load_checkpoint(path)
     assert not (tmp_path / "executed").exists()
 
@@ -142,7 +142,7 @@ def as_pickled(number: int) -> bytes:
 @pytest.mark.slow
 @settings(max_examples=200)
 @given(data=st.data())
-def test_a_checkpoint_that_lies_is_refused_or_read_correctly(checkpoint, tmp_path_factory, data):
+def test_a_forged_checkpoint_is_refused_or_read_correctly(checkpoint, tmp_path_factory, data):
     """Objects, missing fields, wrong types and huge tensors in an intact file; nothing is executed."""
     folder = tmp_path_factory.getbasetemp() / "lies"
     folder.mkdir(exist_ok=True)

@@ -73,7 +73,7 @@ def test_auto_chooses_the_device_precision_and_compilation_that_are_there(monkey
     assert gpu == Compute(torch.device("cuda"), bf16=True, compile=True, graphs=True)
 
 
-def test_what_is_configured_is_what_is_chosen(monkeypatch):
+def test_configured_values_override_auto(monkeypatch):
     fp32 = compute(monkeypatch, "--precision", "fp32", "--device", "cpu", native_bf16=True, cuda=True)
     assert fp32 == Compute(torch.device("cpu"), bf16=False, compile=False)
     bf16 = compute(monkeypatch, "--precision", "bf16", "--compile", "on")
@@ -82,13 +82,13 @@ def test_what_is_configured_is_what_is_chosen(monkeypatch):
     assert eager == Compute(torch.device("cuda:0"), bf16=False, compile=False)
 
 
-def test_a_device_that_is_not_there_is_named(monkeypatch):
-    with pytest.raises(UserError, match="device cuda is not there: 0 CUDA devices; use cpu"):
+def test_a_missing_device_is_named(monkeypatch):
+    with pytest.raises(UserError, match="device cuda does not exist: 0 CUDA devices; use cpu"):
         compute(monkeypatch, "--device", "cuda")
-    with pytest.raises(UserError, match="device cuda:1 is not there: 1 CUDA devices"):
+    with pytest.raises(UserError, match="device cuda:1 does not exist: 1 CUDA devices"):
         compute(monkeypatch, "--device", "cuda:1", cuda=True)
     for number in ("128", "200", "99999999999999999999", "9" * 5000, "00"):
-        with pytest.raises(UserError, match=f"^device cuda:{number} is not there: 1 CUDA devices; use cpu"):
+        with pytest.raises(UserError, match=f"^device cuda:{number} does not exist: 1 CUDA devices; use cpu"):
             compute(monkeypatch, "--device", f"cuda:{number}", cuda=True)
     with pytest.raises(UserError, match="'device' is 'cuda:٣'"):
         compute(monkeypatch, "--device", "cuda:٣", cuda=True)
@@ -181,7 +181,7 @@ def test_one_step_of_stage_1_in_bf16_is_close_to_fp32():
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 def test_a_run_on_a_cpu_reuses_the_memory_of_freed_tensors():
-    """Fresh pages are made at the first touch, which the system counts; in a process of its own."""
+    """Counts page faults, in a separate process: new pages fault at the first access."""
     script = f'''
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})

@@ -1,4 +1,4 @@
-"""CUDA graphs, as far as a CPU can tell: what becomes of inputs and outputs, and what graphs forbid.
+"""CUDA graphs, tested on a CPU: reuse of inputs and outputs, and operations that graphs forbid.
 
 That a recorded step computes what the step computes is checked on a card, by `make gpu`.
 """
@@ -48,7 +48,7 @@ TINY = (
 
 
 class FixedMemory:
-    """Calls a function, its inputs and outputs in the same memory at every call, as those of a graph."""
+    """Calls a function with its inputs and outputs in the same memory at every call, as a graph does."""
 
     def __init__(self, function: Callable[..., Any]):
         self.function, self.inputs, self.outputs = function, {}, {}
@@ -112,7 +112,7 @@ def train_online(cfg: Config, compute: Compute) -> list[Any]:
 
 
 @pytest.mark.parametrize("make", [stage1, stage2])
-def test_training_survives_that_its_steps_overwrite_their_results(cfg, make):
+def test_training_allows_steps_that_overwrite_their_results(cfg, make):
     plain, fixed = make(cfg, CPU), make(cfg, Fixed(CPU.device, False, False))
     for step in range(4):
         torch.testing.assert_close(fixed.update(step), plain.update(step), rtol=0, atol=0)
@@ -120,7 +120,7 @@ def test_training_survives_that_its_steps_overwrite_their_results(cfg, make):
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
-def test_playing_survives_that_decisions_overwrite_each_other(cfg):
+def test_rollouts_allow_decisions_that_overwrite_each_other(cfg):
     """Decoder and PPO learn from the actions that were taken, not from the last ones."""
     found, expected = train_online(cfg, Fixed(CPU.device, False, False)), train_online(cfg, CPU)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -129,8 +129,8 @@ def test_playing_survives_that_decisions_overwrite_each_other(cfg):
 # ---------------------------------------------------------------- no waiting
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses operators that would wait for a device: their results decide on the host what comes next.
+class NoSync(TorchDispatchMode):
+    """Refuses operators that synchronise with the device, because the host needs their results.
 
     `allowed` names those that may, once each: the function in lapo/ that calls it, and the operator.
     """
@@ -165,17 +165,17 @@ class NoWaiting(TorchDispatchMode):
         lambda x: torch.equal(x, x + 1),
     ],
 )
-def test_what_waits_is_noticed(wait):
-    with pytest.raises(AssertionError, match=r"^\('', '\w+'\)"), NoWaiting():
+def test_a_synchronisation_is_noticed(wait):
+    with pytest.raises(AssertionError, match=r"^\('', '\w+'\)"), NoSync():
         wait(torch.randn(5))
 
 
-def test_a_named_place_may_wait_once():
+def test_an_allowed_synchronisation_may_happen_once():
     la, ta = torch.randn(8, 4), torch.arange(8) % 3
     cfg = load_config([]).probe
-    with NoWaiting(*WAITS_OF_THE_PROBE):
+    with NoSync(*WAITS_OF_THE_PROBE):
         train_probe(la, ta, cfg, seed=0)
-    with NoWaiting(*WAITS_OF_THE_PROBE):
+    with NoSync(*WAITS_OF_THE_PROBE):
         train_probe(la, ta, cfg, seed=0)
         with pytest.raises(AssertionError, match="train_probe"):
             train_probe(la, ta, cfg, seed=0)
@@ -187,70 +187,70 @@ def one_hot_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("make", [stage1, stage2])
-def test_steps_of_training_do_not_wait(cfg, make, monkeypatch):
+def test_training_steps_do_not_synchronise(cfg, make, monkeypatch):
     one_hot_without_a_look(monkeypatch)
     trainer = make(cfg, CPU)
     trainer.update(0)  # the epoch's order is drawn on the host
-    with NoWaiting():
+    with NoSync():
         trainer.update(1)
 
 
-def test_decisions_and_updates_of_ppo_do_not_wait(cfg):
+def test_decisions_and_updates_of_ppo_do_not_synchronise(cfg):
     with online(cfg, CPU) as trainer:
         value = trainer.collect()
-        with NoWaiting():
+        with NoSync():
             trainer.decide(trainer.collector.frames)
             trainer.improve(1000, value)
 
 
 WAITS_OF_THE_PROBE = (("train_probe", "_local_scalar_dense"), ("train_probe", "bincount"))
-"""Once per measurement: how many actions there are, and how often the commonest one is taken."""
+"""Once per evaluation: how many actions there are, and how often the commonest one is taken."""
 WAITS_OF_A_ROLLOUT = (("infer_latents", "index"), ("infer_latents", "index"))
 """Once per rollout: which windows lie inside an episode, and their actions."""
 
 
-def test_the_decoder_learns_without_waiting_and_its_latents_wait_once_per_rollout(cfg):
+def test_the_decoder_is_trained_without_synchronising_and_its_latents_synchronise_once_per_rollout(cfg):
     with online(cfg, CPU) as trainer:
         trainer.collect()
-        with NoWaiting(*WAITS_OF_A_ROLLOUT) as log:
+        with NoSync(*WAITS_OF_A_ROLLOUT) as log:
             trainer.decoder.infer_latents(trainer.rollout)
         assert not log.allowed
-        with NoWaiting():
+        with NoSync():
             trainer.decoder.train()
 
 
-def test_measuring_waits_in_the_probe_alone(cfg, monkeypatch):
+def test_evaluation_synchronises_in_the_probe_alone(cfg, monkeypatch):
     one_hot_without_a_look(monkeypatch)
     trainer = stage1(cfg, CPU)
-    with NoWaiting(*WAITS_OF_THE_PROBE) as log:
-        trainer.measure(trainer.windows)
+    with NoSync(*WAITS_OF_THE_PROBE) as log:
+        trainer.evaluate(trainer.windows)
     assert not log.allowed
     policy = stage2(cfg, CPU)
-    with NoWaiting():
-        policy.measure(policy.windows, policy.la)
+    with NoSync():
+        policy.evaluate(policy.windows, policy.la)
 
 
-def test_latents_are_inferred_without_waiting(cfg):
+def test_latents_are_inferred_without_synchronising(cfg):
     windows, idm = random_windows(40, CPU.device), make_idm(cfg)
-    with NoWaiting():
+    with NoSync():
         infer_latents(idm, windows.iter_frames(windows.all()), CPU)
 
 
-def test_labels_are_learnt_without_waiting(cfg):
+def test_fitting_labels_does_not_synchronise(cfg):
     """What the modes offline and bc call."""
     network, ta = torch.nn.Linear(4, 15), torch.arange(32) % 15
     x = torch.randn(32, 4)
-    with NoWaiting():
+    with NoSync():
         Fit(lambda batch: network(x[batch]), network, ta, cfg.offline.lr).step(torch.arange(8))
 
 
-def test_distilling_learns_without_waiting(workplace):
+def test_dagger_trains_without_synchronising(workplace):
     cfg = workplace.config()
     policy = make_acting_policy(cfg, "bc", 15)
     with contextlib.closing(VecEnv("maze", cfg.dagger.num_envs, seed=0, num_threads=0)) as env:
         dagger = Dagger(cfg.dagger, CPU, env, lambda count: make_expert("maze", count), policy)
         dagger.collect()
-        with NoWaiting():
+        with NoSync():
             dagger.fit()
 
 
@@ -259,7 +259,7 @@ def test_distilling_learns_without_waiting(workplace):
 
 @dataclass(frozen=True)
 class OnMeta(Compute):
-    """Computes on a device that knows shapes and no numbers, and that CPU tensors do not mix with."""
+    """Computes on the meta device: shapes without numbers, which cannot be mixed with CPU tensors."""
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
@@ -268,7 +268,7 @@ class OnMeta(Compute):
 META = OnMeta(torch.device("meta"), bf16=False, compile=False)
 
 
-class OneDevice(NoWaiting):
+class OneDevice(NoSync):
     """Refuses copies between devices, too."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

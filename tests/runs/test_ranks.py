@@ -1,4 +1,4 @@
-"""Several processes train one model as one process does: two ranks on this machine, over Gloo."""
+"""Data-parallel training equals training in one process: two ranks on this machine, over Gloo."""
 
 import json
 import multiprocessing
@@ -51,21 +51,21 @@ def shards_of(folder: Path, kind: Callable[..., Windows], **options: int) -> lis
     return [kind(folder, device=CPU, shard=Shard(rank, 2), **options) for rank in range(2)]
 
 
-def test_shares_are_disjoint_and_together_everything(counted):
+def test_shards_are_a_partition_of_all_windows(counted):
     everything, shards = Windows(counted, device=CPU), shards_of(counted, Windows)
     first, second = ([int(x) for x in read_numbers(w.gather(w.all()))[:, 0]] for w in shards)
     assert sorted(first + second) == read_numbers(everything.gather(everything.all()))[:, 0].tolist()
     assert {number // 100 for number in first} == {0, 2, 4}
 
 
-def test_an_epoch_of_a_share_visits_each_of_its_windows_once(counted):
+def test_an_epoch_of_a_shard_visits_each_of_its_windows_once(counted):
     rolling = shards_of(counted, RollingWindows, pool_chunks=1)
     for windows in shards_of(counted, Windows) + rolling:
         batches = [windows.batch(step, 1, seed=3) for step in range(len(windows))]
         assert sorted(torch.cat(batches).tolist()) == list(range(len(windows)))
 
 
-def test_shares_of_equal_size_are_not_served_in_the_same_order(tmp_path):
+def test_shards_of_equal_size_have_different_orders(tmp_path):
     for k in range(2):
         write_chunk(tmp_path / f"{k}.npz", numbered_frames(np.arange(40)))
     orders = [Windows(tmp_path, device=CPU, shard=Shard(rank, 2)).batch(0, 38, seed=0) for rank in range(2)]
@@ -77,7 +77,7 @@ def test_fewer_chunks_than_processes_are_refused(counted):
         Windows(counted, device=CPU, limit=3, shard=Shard(0, 4))
 
 
-def test_a_run_does_not_go_on_with_another_number_of_processes(counted):
+def test_a_run_does_not_resume_with_another_number_of_processes(counted):
     alone, shared = Windows(counted, device=CPU), Windows(counted, device=CPU, shard=Shard(0, 2))
     with pytest.raises(UserError, match=r"chunks: 3 → 5; processes: 2 → 1"):
         alone.check_data_order(shared.data_order)
@@ -85,13 +85,13 @@ def test_a_run_does_not_go_on_with_another_number_of_processes(counted):
 
 @pytest.mark.parametrize(
     ("resident", "room", "rolling"),
-    # The largest share has 85 frames, all chunks 125.
+    # The largest shard has 85 frames, all chunks 125.
     [("auto", 1000, False), ("always", 1000, False), ("always", 130, True), ("never", 1000, True)],
 )
-def test_without_held_out_frames_every_process_measures_the_shares_of_all(
+def test_without_held_out_frames_every_process_evaluates_on_all_shards(
     counted, monkeypatch, capsys, resident, room, rolling
 ):
-    """The very windows that a single process measures; if they do not fit beside a share, they take turns."""
+    """On the windows of a single process; if they do not fit beside the shard, they are loaded in turns."""
     monkeypatch.setattr(data_loader, "free_bytes", lambda device: room * 64 * 64 * 3)
     place, game = counted.parent.parent, counted.parent.name
     cfg = load_config(["--env", game, "--data_dir", str(place), "--resident", resident])
@@ -143,7 +143,7 @@ def as_rank(rank: int, port: int, function: Callable[..., Any], file: Path, argu
 
 
 def start_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[BaseProcess]:
-    """Two processes that meet, call `function` and leave what it returns in `<rank>.pt`."""
+    """Start two ranks; each calls `function` and saves what it returns as `<rank>.pt`."""
     port = free_port()
     fork = multiprocessing.get_context("fork")  # for they have everything imported
     ranks = [
@@ -156,7 +156,7 @@ def start_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) -> 
 
 
 def on_two_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
-    """What `function` returns in each of two processes that have met."""
+    """What `function` returns on each of two ranks."""
     ranks = start_ranks(function, folder, *arguments)
     for process in ranks:
         process.join(PATIENCE)
@@ -198,7 +198,7 @@ def part_of(batch: Tensor) -> Tensor:
     return batch[shard().rank :: shard().world_size]
 
 
-def test_ranks_move_the_same_codebook_as_one_process(tmp_path):
+def test_the_ema_update_on_two_ranks_equals_that_of_one_process(tmp_path):
     batches = torch.randn(6, 32, 16, generator=torch.Generator().manual_seed(1))
     alone = quantise("published", batches)
     for result in on_two_ranks(quantise, tmp_path, "published", batches):
@@ -230,8 +230,8 @@ def random_windows(*shape: int) -> Tensor:
     return torch.randint(256, (*shape, 64, 64, 3), generator=generator, dtype=torch.uint8)
 
 
-def test_stage_1_on_two_ranks_is_stage_1_on_one(workplace, tmp_path):
-    """All weights, the codebook and the metrics, where BatchNorm does not look at the batch."""
+def test_stage_1_on_two_ranks_equals_stage_1_on_one(workplace, tmp_path):
+    """All weights, the codebook and the metrics, with BatchNorm that does not depend on the batch."""
     cfg, batches = workplace.config("--stage1.batch_size", "8"), random_windows(3, 8, 3)
     alone = train_stage1(cfg, batches, True)
     for result in on_two_ranks(train_stage1, tmp_path, cfg, batches, True):
@@ -260,7 +260,7 @@ def train_stage2(cfg: Config, batches: Tensor, la: Tensor) -> dict[str, Any]:
     return {"policy": trainer.policy.state_dict(), "metrics": metrics}
 
 
-def test_stage_2_on_two_ranks_is_stage_2_on_one(workplace, tmp_path):
+def test_stage_2_on_two_ranks_equals_stage_2_on_one(workplace, tmp_path):
     cfg, batches = workplace.config("--stage2.batch_size", "8"), random_windows(3, 8)
     la = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(3))
     alone = train_stage2(cfg, batches, la)
@@ -275,25 +275,25 @@ def refuse_batch() -> str:
         return str(error)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
     assert per_rank_batch(9) == 9
     for message in on_two_ranks(refuse_batch, tmp_path):
-        assert message.startswith("a batch of 9 windows cannot be shared by 2 processes")
+        assert message.startswith("a batch of 9 windows cannot be divided among 2 processes")
 
 
-# ---------------------------------------------------------------- ranks that do not come, or go
+# ---------------------------------------------------------------- ranks that never join, or fail
 
 
 def alone(environment: dict[str, str]) -> BaseProcess:
     """A script's process of which torchrun's variables say that there is another one."""
 
-    def meet() -> None:
+    def join() -> None:
         with distributed():
-            raise AssertionError("there is nobody to meet")
+            raise AssertionError("there is no other process")
 
     def run() -> None:
         os.environ.update(environment)
-        run_main(meet)
+        run_main(join)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -302,7 +302,9 @@ def alone(environment: dict[str, str]) -> BaseProcess:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_who_waits_for_a_rank_that_never_comes_says_so_and_obeys(monkeypatch, capfd, rank, number, code):
+def test_waiting_for_a_missing_rank_prints_a_notice_and_can_be_interrupted(
+    monkeypatch, capfd, rank, number, code
+):
     monkeypatch.setattr(ranks, "NOTICE_AFTER", 0.1)
     environment = variables(rank, free_port())
     process, said = alone(environment), ""
@@ -320,7 +322,7 @@ def test_who_waits_for_a_rank_that_never_comes_says_so_and_obeys(monkeypatch, ca
 
 
 @pytest.mark.parametrize("rendezvous", [dist.rendezvous, lambda *place, timeout: time.sleep(3600)])
-def test_who_waits_for_a_rank_that_never_comes_gives_up(monkeypatch, capfd, rendezvous):
+def test_waiting_for_a_missing_rank_times_out(monkeypatch, capfd, rendezvous):
     monkeypatch.setattr(dist, "rendezvous", rendezvous)
     monkeypatch.setattr(ranks, "NOTICE_AFTER", 0.1)
     monkeypatch.setattr(ranks, "JOIN_TIMEOUT", 0.3)
@@ -330,7 +332,7 @@ def test_who_waits_for_a_rank_that_never_comes_gives_up(monkeypatch, capfd, rend
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("error: process 1 ")
     assert last.endswith(
-        "why they do not come or, if torchrun did not start this process, unset TORCHELASTIC_RUN_ID"
+        "why they did not start or, if torchrun did not start this process, unset TORCHELASTIC_RUN_ID"
     )
 
 
@@ -468,7 +470,7 @@ def test_torchrun_trains_and_prints_once(trained):
 def test_a_mistake_is_reported_once(workplace):
     process = torchrun(workplace, "stage1_idm_wm.py", "--stage1.batch_size", "5")
     assert process.returncode != 0
-    assert process.stderr.count("error: a batch of 5 windows cannot be shared by 2 processes") == 1
+    assert process.stderr.count("error: a batch of 5 windows cannot be divided among 2 processes") == 1
 
 
 def test_stage_3_is_for_one_process(monkeypatch):

@@ -1,4 +1,4 @@
-"""A stopped run continues as if nothing had happened, a finished one stays as it is."""
+"""A resumed run equals an uninterrupted one; a finished run is left as it is."""
 
 import contextlib
 import multiprocessing
@@ -53,7 +53,7 @@ def test_a_run_with_other_settings_is_refused_with_the_difference_and_two_ways_o
     folder = trained.run_dir(stage)
     with pytest.raises(UserError) as error:
         STAGES[stage][0].train(trained.config(*change))
-    message = f"{folder} was made with other settings ({line}); choose another --exp, or delete {folder}"
+    message = f"{folder} was trained with other settings ({line}); choose another --exp, or delete {folder}"
     assert str(error.value) == message
     assert contents(trained.results) == before
 

@@ -71,7 +71,7 @@ def test_a_place_for_results_that_is_none_is_named(workplace):
         ),
     ],
 )
-def test_a_run_on_a_full_disk_ends_as_any_other_once_there_is_room(trained, monkeypatch, method, message):
+def test_a_run_on_a_full_disk_can_be_resumed_once_there_is_room(trained, monkeypatch, method, message):
     """The disk is full as the line, or the checkpoint, of step 6 is written; that of step 3 stays."""
     exp = f"full-{method}"
     folder = trained.run_dir("stage1", exp)
@@ -124,7 +124,7 @@ def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(work
 
 
 @pytest.mark.parametrize("key", ["wm_loss", "grad_norm"])
-def test_what_explodes_stops_the_run_and_keeps_the_checkpoint(workplace, key):
+def test_a_diverged_metric_stops_the_run_and_keeps_the_checkpoint(workplace, key):
     run = tiny_run(workplace)
     run.track({key: torch.tensor(0.9 * MAX_LOSS), "explained_variance": 1e9})
     run.log(6)
@@ -141,7 +141,7 @@ def test_what_explodes_stops_the_run_and_keeps_the_checkpoint(workplace, key):
     assert run.checkpoint_path.read_bytes() == before
 
 
-def test_training_that_explodes_stops_at_the_next_line(workplace):
+def test_diverged_training_stops_at_the_next_line(workplace):
     schedule = ["--stage1.lr", "1", "--stage1.log_every", "1", "--stage1.save_every", "1"]
     with pytest.raises(
         UserError,
@@ -151,14 +151,14 @@ def test_training_that_explodes_stops_at_the_next_line(workplace):
     assert all(abs(line.get("loss", 0)) < MAX_LOSS for line in logged(workplace.run_dir("stage1")))
 
 
-def test_all_terms_that_are_no_good_are_named(workplace):
+def test_all_diverged_metrics_are_named(workplace):
     run = tiny_run(workplace)
     run.track({"loss": torch.tensor(2e7), "wm_loss": 0.1, "vq_loss": 2e7})
     with pytest.raises(UserError, match=r"^stage1: loss is 2e\+07 and vq_loss is 2e\+07 at step 7;"):
         run.log(7)
 
 
-def test_a_continued_run_is_the_same_run_to_wandb(workplace, monkeypatch):
+def test_a_resumed_run_is_the_same_run_to_wandb(workplace, monkeypatch):
     """Also where it was continued without wandb in between."""
     asked, tracking = [], NoTracking()
     monkeypatch.setattr(
@@ -212,7 +212,7 @@ def test_a_run_is_for_one_process_at_a_time(workplace):
     other = multiprocessing.get_context("fork").Process(target=work)
     other.start()
     assert ours.recv() == "started"
-    with pytest.raises(UserError, match=r"another process is at work on .*stage1; wait for it"):
+    with pytest.raises(UserError, match=r"another process trains .*stage1; wait for it"):
         tiny_run(workplace)
     ours.send("go on")
     other.join(30)
@@ -261,8 +261,8 @@ def test_a_run_that_may_not_be_read_is_one_sentence(workplace, monkeypatch):
                 Run(run.cfg, "stage1", ("model", "stage1"), CPU)
 
 
-def test_seconds_are_those_of_all_sessions(workplace, monkeypatch):
-    """What a killed session did after its last checkpoint is done again, and so not counted."""
+def test_seconds_are_those_of_all_processes(workplace, monkeypatch):
+    """Work of a killed process after its last checkpoint is repeated, so it is not counted."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(lapo.runs.run, "time", clock)
     sessions = [(100, {1: 10, 2: 12}, 13), (1000, {3: 15}, 15), (3000, {4: 9}, None), (50, {4: 1}, 2)]
@@ -280,7 +280,7 @@ def test_seconds_are_those_of_all_sessions(workplace, monkeypatch):
     assert StageOutput.read(run.dir).progress()["seconds"] == 29
 
 
-def test_a_checkpoint_that_does_not_know_its_seconds_is_continued(workplace):
+def test_a_checkpoint_without_seconds_is_resumed(workplace):
     run = tiny_run(workplace)
     run.save({})
     checkpoint = load_checkpoint(run.checkpoint_path)
@@ -314,7 +314,7 @@ def test_a_hangup_that_is_ignored_stays_so(workplace):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_run_may_go_on_in_a_thread(workplace):
+def test_a_run_may_train_in_a_thread(workplace):
     """As in notebooks and Ray; signals are the main thread's affair there."""
     handlers = [signal.getsignal(number) for number in STOPPED_BY]
     run, seen = tiny_run(workplace), []
@@ -370,7 +370,7 @@ def test_a_run_whose_terminal_has_gone_saves_and_exits(workplace, monkeypatch):
     assert load_checkpoint(run.checkpoint_path)["step"] == 2
 
 
-def test_sigterm_again_leaves_the_step_its_time_and_ctrl_c_again_does_not(workplace):
+def test_a_second_sigterm_is_ignored_and_a_second_ctrl_c_exits_at_once(workplace):
     for number, finished in ((signal.SIGTERM, True), (signal.SIGINT, False)):
         run = tiny_run(workplace, "--exp", number.name)
         steps = run.loop(9, dict, save_every=100, unit="step")

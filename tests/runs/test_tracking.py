@@ -1,4 +1,4 @@
-"""Whether wandb's own knowledge of who is logged in decides, and for which of its servers."""
+"""wandb goes online exactly if its own settings hold an API key for the server in use."""
 
 import os
 import subprocess
@@ -72,7 +72,7 @@ def test_metrics_go_online_where_somebody_is_logged_in_at_the_server_in_force(ho
 
 
 @pytest.mark.slow
-def test_a_key_that_is_none_is_named_and_an_address_that_is_none_is_refused(homes):
+def test_an_invalid_key_is_named_and_an_invalid_address_is_refused(homes):
     done = python(homes["usual"], "-c", START, WANDB_API_KEY="abc")
     assert done.stdout.startswith("wandb: WANDB_API_KEY invalid: ")
     assert done.stdout.endswith("kept offline; `wandb login`, then `wandb sync`\nmode offline\n")
@@ -82,4 +82,4 @@ def test_a_key_that_is_none_is_named_and_an_address_that_is_none_is_refused(home
     assert line.startswith(
         "error: wandb cannot start (1 validation error for Settings base_url Input should be"
     )
-    assert line.endswith("; mend that, or choose --wandb disabled")
+    assert line.endswith("; fix that, or choose --wandb disabled")
