@@ -28,7 +28,7 @@ from tqdm import tqdm
 from lapo.command_line import Parser
 from lapo.config import ROOT, load_config
 from lapo.data.chunks import CHUNK_FRAMES, write_chunk
-from lapo.data.clips import SIZE, Clip, checksum, cropped, probe, shrink, versions
+from lapo.data.clips import SIZE, Clip, checksum, cropped, open_clip, shrink, versions
 from lapo.data.pictures import find_files
 from lapo.errors import UserError, run_main
 from lapo.games.table import GAMES
@@ -177,7 +177,7 @@ def import_clips(args: argparse.Namespace, folder: Path) -> dict:
     Prints what is to be known of single clips. Raises UserError for a bad clip: before anything else is read
     if its very first frame shows it.
     """
-    clips = [probe(path, args.crop) for path in args.sources]
+    clips = [open_clip(path, args.crop) for path in args.sources]
     splits = {name: Split(folder / name, size) for name, size in CHUNK_FRAMES.items()}
     decoded, notes = [], []
     with tqdm(

@@ -93,9 +93,9 @@ def find_policy(args: argparse.Namespace) -> PolicyFile | None:
         return None
     from lapo.experts import learned
 
-    provenance = learned.describe_policy(path)
+    description = learned.describe_policy(path)
     for key, wanted in (("game", args.env), ("visuals", args.visuals)):
-        found = provenance[key]
+        found = description[key]
         if found != wanted:
             if key == "visuals" and not args.expert:
                 return None
@@ -104,7 +104,7 @@ def find_policy(args: argparse.Namespace) -> PolicyFile | None:
                 f"{path} is a policy for {key} {found}, not {wanted};"
                 f" choose {option} {found} or another --expert"
             )
-    return PolicyFile(path, learned.fingerprint(path), provenance, learned.versions())
+    return PolicyFile(path, learned.fingerprint(path), description, learned.versions())
 
 
 def plan_chunks(args: argparse.Namespace, policy: PolicyFile | None = None) -> list[Chunk]:

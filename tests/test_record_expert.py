@@ -418,7 +418,7 @@ def test_an_interrupted_recording_of_a_policy_is_completed_byte_for_byte(
 
     record = json.loads((folder / "maze/dataset.json").read_text())
     assert record["expert"] == f"checkpoint.pt, sha256 {policy.fingerprint[:12]}"
-    assert record["policy"] == json.loads(json.dumps(policy.provenance))
+    assert record["policy"] == json.loads(json.dumps(policy.description))
     assert record["policy"]["made"]["method"] == "stage 3, mode bc"
     assert record["policy"]["return_mean"] == 4.5
     assert record["versions"].keys() == {"procgen", "torch", "models.py"}

@@ -54,7 +54,7 @@ class Clip:
         return [f"{self.path} {note}" for note in notes]
 
 
-def probe(path: Path, crop: Crop | None) -> Clip:
+def open_clip(path: Path, crop: Crop | None) -> Clip:
     """Look at a clip without decoding more than its first frame.
 
     Raises UserError if that cannot be had, or cropped.

@@ -35,7 +35,7 @@ class PolicyFile:
 
     path: Path
     fingerprint: str
-    provenance: dict = field(compare=False)
+    description: dict = field(compare=False)
     """See `learned.describe_policy`."""
     versions: dict[str, str] = field(compare=False)
     """See `learned.versions`."""
@@ -174,7 +174,7 @@ class Dataset:
             "visuals": visuals,
             "levels": {split: list(levels) for split, levels in LEVELS.items()},
         }
-        self.provenance = policy.provenance if policy else None
+        self.policy = policy.description if policy else None
         code = policy.versions if policy else {"experts": experts.source_hash()}
         self.versions = {"procgen": simulator_version(), **code}
         self.way_out = f"delete {folder} or choose another --data-dir"
@@ -239,7 +239,7 @@ class Dataset:
             **self.settings,
             "versions": self.versions,
             **{split: self.summary(split) for split in LEVELS},
-            **({"policy": self.provenance} if self.provenance else {}),
+            **({"policy": self.policy} if self.policy else {}),
             "chunks": {name: self.chunks[name] for name in in_order},
         }
         write_json(self.file, record)

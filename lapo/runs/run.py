@@ -139,6 +139,8 @@ class Run:
         self.step, self.finished = checkpoint["step"], checkpoint["finished"]
         self.metrics, self.state = checkpoint["metrics"], checkpoint["state"]
         self._sums, self._count, self._logged = (checkpoint[key] for key in ("sums", "count", "logged"))
+        if "unexplained_variance" in self._sums:  # what older versions tracked
+            self._sums["explained_variance"] = self._count - self._sums.pop("unexplained_variance")
         self._wandb_id = checkpoint["wandb_id"]
         self._started -= checkpoint.get("seconds", 0.0)  # of earlier processes; older checkpoints lack it
         if self.finished:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lapo.data.clips import probe
+from lapo.data.clips import open_clip
 from lapo.data.pictures import find_files
 from lapo.errors import UserError
 
@@ -23,7 +23,7 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def read(path: Path) -> list[np.ndarray]:
-    clip = probe(path, None)
+    clip = open_clip(path, None)
     pictures = list(clip.read())
     assert len(pictures) == clip.frames
     assert clip.notes(len(pictures)) == []
@@ -187,7 +187,7 @@ def test_a_file_of_several_pictures_is_a_clip_but_not_part_of_one(tmp_path, name
     for one, another in zip(found, pictures, strict=True):
         np.testing.assert_array_equal(one, another)
     with pytest.raises(UserError, match=rf"{name} holds several pictures; move it out of the folder"):
-        list(probe(folder, None).read())
+        list(open_clip(folder, None).read())
 
 
 @pytest.mark.parametrize("name", ["0.webp", "0.tif", "0.png", "0.jpg", "0.bmp"])
@@ -202,7 +202,7 @@ def test_a_cut_off_picture_is_refused(tmp_path, name):
 def test_pictures_between_those_kept_are_not_converted(tmp_path):
     for number in range(7):
         Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
-    found = list(probe(tmp_path, None).read(3))
+    found = list(open_clip(tmp_path, None).read(3))
     assert [None if picture is None else picture[0, 0, 0] for picture in found] == [
         0,
         None,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
-from lapo.data.clips import probe
+from lapo.data.clips import open_clip
 from lapo.data.video import turn
 from lapo.errors import UserError
 
@@ -69,7 +69,7 @@ def shortened(source: Path, share: float, unit: int = 1) -> Path:
 
 def read(path: Path) -> tuple[Frames, list[str]]:
     """A film's frames, and what the user is told about it."""
-    clip = probe(path, None)
+    clip = open_clip(path, None)
     frames = list(clip.read())
     return frames, clip.notes(len(frames))
 
@@ -106,7 +106,10 @@ def test_frames_that_need_what_was_cut_off_are_left_out_and_counted(
     path = cut(whole, tmp_path / name, first)
     frames, notes = read(path)
     assert_ends_alike(frames, expected, left)
-    assert probe(path, None).frames - left in (0, 2)  # AVI does not say which are shown before the keyframe
+    assert open_clip(path, None).frames - left in (
+        0,
+        2,
+    )  # AVI does not say which are shown before the keyframe
     shown = 100 - first - left
     if shown > 0:
         (note,) = notes
@@ -160,7 +163,7 @@ def test_a_film_that_ends_early_gives_what_is_there_and_says_so(tmp_path, name, 
     frames, (note,) = read(shortened(whole, 0.6))
     assert 20 < len(frames) < 80
     if codec != "libx264":  # none is shown later than it is decoded
-        assert len(frames) == probe(whole.with_stem("short"), None).frames
+        assert len(frames) == open_clip(whole.with_stem("short"), None).frames
     for one, another in zip(frames, expected, strict=False):
         np.testing.assert_array_equal(one, another)
     assert "ends early: it may be cut short, and only what is there was taken (" in note
@@ -193,7 +196,7 @@ def test_lost_packets_amid_a_film_are_refused(tmp_path):
     with av.open(str(whole)) as container:
         assert any(packet.is_corrupt for packet in container.demux(video=0))
     with pytest.raises(UserError, match=r"film\.ts is damaged: data are missing at frame [0-9]+ \(1 packets"):
-        probe(whole, None)
+        open_clip(whole, None)
 
 
 def test_an_edit_list_is_obeyed_and_counted(tmp_path):
@@ -210,7 +213,7 @@ def test_an_edit_list_is_obeyed_and_counted(tmp_path):
             if packet.size:
                 packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
                 out.mux(packet)
-    assert probe(path, None).frames == 35
+    assert open_clip(path, None).frames == 35
     frames, notes = read(path)
     assert_ends_alike(frames, expected, 35)
     assert notes == []
@@ -260,7 +263,7 @@ def test_a_cover_is_no_film(tmp_path):
         stream.disposition = Disposition.attached_pic
         out.mux(packets)
     with pytest.raises(UserError, match=r"film\.mp4 holds no video"):
-        probe(path, None)
+        open_clip(path, None)
 
 
 # ---------------------------------------------------------------- which way up
@@ -314,7 +317,7 @@ def test_films_are_mirrored_and_turned_as_they_say(tmp_path, matrix, shape, whit
 def test_odd_angles_and_slants_are_refused(tmp_path, matrix):
     path = with_matrix(tmp_path / "film.mp4", *matrix)
     with pytest.raises(UserError, match=r"film.mp4 is to be shown turned by an odd angle .*; encode it anew"):
-        probe(path, None)
+        open_clip(path, None)
 
 
 def test_a_matrix_moves_pixels_as_it_says():
@@ -357,7 +360,7 @@ def test_transparency_that_the_decoder_does_not_see_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"film.webm is transparent .*: ffmpeg -c:v libvpx-vp9 -i \S+ -c:v ffv1"
     ):
-        probe(path, None)
+        open_clip(path, None)
 
 
 def test_colours_that_cannot_be_converted_name_the_film_and_a_remedy_that_works(tmp_path):
@@ -372,7 +375,7 @@ def test_colours_that_cannot_be_converted_name_the_film_and_a_remedy_that_works(
         out.mux(stream.encode(frame))
         out.mux(stream.encode())
     with pytest.raises(UserError) as error:
-        probe(path, None)
+        open_clip(path, None)
     assert f"{path}: its colours cannot be converted to RGB (Operation not supported: " in str(error.value)
     assert "yuv444p, colour space 8)" in str(error.value)
     words = str(error.value).split(" encode it anew: ")[1].split()

@@ -106,6 +106,19 @@ def test_metrics_are_averages_since_the_last_line(workplace):
     assert run.metrics == {"loss": 5.0, "plain": 3.0, "extra": 7.0}
 
 
+def test_a_run_of_an_older_version_goes_on_with_the_explained_variance(workplace):
+    """It tracked one minus that."""
+    run = tiny_run(workplace)
+    for value in (0.25, 0.5):
+        run.track({"unexplained_variance": value})
+    run.save({})
+    run._lock.close()
+    resumed = tiny_run(workplace)
+    resumed.track({"explained_variance": 0.5})
+    resumed.log(3)
+    assert logged(run.dir) == [{"step": 3, "explained_variance": pytest.approx((0.75 + 0.5 + 0.5) / 3)}]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(workplace, value):
     run = tiny_run(workplace)
