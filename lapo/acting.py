@@ -16,6 +16,7 @@ import torch
 from lapo.config import Config, EvalConfig
 from lapo.games.table import ACTIONS, GAMES, Visuals, relative_return
 from lapo.games.vec_env import HELD_OUT_LEVELS, EpisodeTracker, VecEnv
+from lapo.modes import MODES
 from lapo.policies import restore_policy, sample
 from lapo.runs.compute import Compute
 
@@ -49,7 +50,7 @@ def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:
 def steps_played(checkpoint: dict) -> int | None:
     """Environment steps of a policy's training so far; None if it was trained on recorded frames."""
     saved = checkpoint["config"]
-    if saved["stage3"]["mode"] in ("online", "scratch"):
+    if MODES[saved["stage3"]["mode"]].plays:
         group = saved["ppo"]
     elif checkpoint["stage"] == "expert":
         group = saved["dagger"]

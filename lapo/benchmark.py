@@ -9,14 +9,18 @@ stage 2 latents inferred at every visit, with gradients into the IDM; in stage 3
 backwards in every epoch of PPO, and latents inferred at every step.
 
 Work that is not part of every step is spread over the steps, for data of the published size: in stage 1 the
-probe, in stage 2 the latents, in stage 3 latents and decoder. On a CPU every part of a step is timed, and a
-step is the median of `--repeats`. On a GPU stages 1 and 2 are timed over 100 steps between two waits, and the
-host's time to issue a step is shown beside; parts are timed with a wait after each. In stage 3 the host waits
-for the actions of every env step anyway.
+probe, in stage 2 the latents, in stage 3 latents and decoder. Every part of a step is timed. The times shown
+are those of the median of `--repeats` steps.
 
-FLOPs are those of convolutions and matrix products, two for a multiplication and an addition. `of matmul` is
-their rate relative to that of a large matrix product in the same precision. `cores` is how many the process
-kept busy: on a CPU, fewer than its threads means that other work took the rest, and the numbers mean little.
+On a GPU, a wait after every part would distort the time of a step. Stages 1 and 2 are therefore also timed as
+they train, 100 steps between two waits, and the rates count these. `device ms` is the time per step until the
+device has finished all of them, `host ms` the time until the calls of a step have returned from an idle
+device; where both are equal, the host limits the speed. Stage 3 waits for the actions of every env step, as
+the stage does; PPO's minibatches follow each other without a wait.
+
+FLOPs are those of convolutions and matrix products; a multiplication and an addition are two. `of matmul` is
+their rate as a fraction of the device's rate for large matrix products in the same precision. `cores` is how
+many cores were busy. On a CPU, fewer than its threads means that other work took the rest: measure again.
 """
 
 import argparse
@@ -29,13 +33,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lapo.benchmarks.workloads import Lap, Make, check_reference_load, prepared
+from lapo.benchmarks.workloads import TRAINING, Part, Workload, check_reference_load, prepared
 from lapo.command_line import Parser
 from lapo.config import Config, parse_with_config, to_dict
 from lapo.data.chunks import WINDOW
@@ -50,8 +55,6 @@ from lapo.runs.graphs import EAGER_CALLS
 STAGES = ("1", "2", "3", "load")
 STEPS = 100
 """Training steps between two waits for a GPU."""
-EVERY_STEP = ("load", "forward/backward", "update")
-"""The parts of stages 1 and 2 that make up `Workload.update`."""
 
 
 def main() -> None:
@@ -93,7 +96,9 @@ def benchmark(args: argparse.Namespace, cfg: Config) -> dict:
     """Measure, print tables and write the numbers where asked; returns them as plain data."""
     made_by = provenance()  # now: what is committed meanwhile has not run
     optimised = Compute.from_config(cfg)
-    reference = Compute(optimised.device, bf16=False, compile=False)
+    computes = {"optimised": optimised}
+    if args.compare:
+        computes["reference"] = Compute(optimised.device, bf16=False, compile=False)
     stages = [args.stage] if args.stage else STAGES
     if {"3", "load"} & set(stages):
         check_game(cfg.env)
@@ -102,16 +107,14 @@ def benchmark(args: argparse.Namespace, cfg: Config) -> dict:
     results = []
     for stage in stages:
         print(f"stage {stage}" if stage in "123" else stage, f"on {optimised}", flush=True)
-        with prepared(stage, cfg, args.frames, optimised.device) as (make, make_reference):
-            keep = optimised.device.type == "cpu"  # as `Compute` decides
-            result = {"stage": stage, "path": "optimised"}
-            result |= measure(make, optimised, args.repeats, cfg.seed, keep)
-            results.append(result)
-            if args.compare:
-                other = {"stage": stage, "path": "reference"}
-                other |= measure(make_reference, reference, args.repeats, cfg.seed)
-                result["speed_up"] = other["seconds_per_step"] / result["seconds_per_step"]
-                results.append(other)
+        with prepared(stage, cfg, args.frames, optimised.device) as make:
+            for path, compute in computes.items():
+                keep = path == "optimised" and compute.device.type == "cpu"  # as `Compute` decides
+                measured = measure(partial(make, path), compute, args.repeats, cfg.seed, keep)
+                results.append({"stage": stage, "path": path} | measured)
+        if args.compare:
+            mine, reference = results[-2:]
+            mine["speed_up"] = reference["seconds_per_step"] / mine["seconds_per_step"]
     report = {"config": to_dict(cfg), "provenance": made_by, "results": results}
     if args.json:  # first, for nobody may be reading any more what is printed
         write_json(args.json, report)
@@ -124,11 +127,13 @@ def benchmark(args: argparse.Namespace, cfg: Config) -> dict:
 # ---------------------------------------------------------------- measuring
 
 
-def measure(make: Make, compute: Compute, repeats: int, seed: int, keep_memory: bool = False) -> dict:
+def measure(
+    make: Callable[[Compute], Workload], compute: Compute, repeats: int, seed: int, keep_memory: bool = False
+) -> dict:
     """Rates, FLOPs, memory and the times of the parts of what `make` makes, as plain data.
 
     `keep_memory`: the process keeps freed memory meanwhile, as it does in the stages on a CPU.
-    Steps that compile or fill caches come before the timed ones.
+    Steps that compile, record CUDA graphs or fill caches come before the timed ones.
     """
     device = compute.device
     seed_everything(seed)
@@ -137,85 +142,105 @@ def measure(make: Make, compute: Compute, repeats: int, seed: int, keep_memory: 
     reset_peaks(device)
     keep_freed_memory(keep_memory)
     workload = make(compute)
-    for number in range(3 if compute.compile else 1):
-        lap_seconds(workload.step(number), device)
+    warm_up = EAGER_CALLS + 2 if compute.graphs else 3 if compute.compile else 1
+    host = training = None
+    if workload.update and asynchronous(device):
+        host, training = training_seconds(workload.update, device, warm_up)
+    for number in range(warm_up):
+        part_seconds(workload.step(number), device)
+    # Read now, as the matrix products below also need memory.
+    device_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     steps, rates = [], []
     started, worked = time.perf_counter(), time.process_time()
     for number in range(repeats):
-        steps.append(lap_seconds(workload.step(number + 3), device))
+        steps.append(part_seconds(workload.step(number + 3), device))
         if any(gflop.values()):
             rates.append(matmul_gflop_per_s(compute))  # now and then: other work on the machine slows both
     cores = (time.process_time() - worked) / (time.perf_counter() - started)
     parts = sorted(steps, key=lambda step: sum(step.values()))[repeats // 2]
-    seconds, host = sum(parts.values()), None
-    if device.type == "cuda" and workload.update:
-        for number in range(EAGER_CALLS + 2):  # a CUDA graph is recorded after the eager ones
-            workload.update(number)
-        whole, host = seconds_between_waits(workload.update, device)
-        seconds += whole - sum(parts[name] for name in EVERY_STEP)
+    seconds = sum(parts.values())
+    if training is not None:
+        seconds += training - sum(parts[name] for name in TRAINING)
     result = {
         "device": str(compute),
         "samples_per_step": workload.samples,
         "seconds_per_step": seconds,
         "host_seconds_per_step": host,
+        "device_seconds_per_step": training,
         "steps_per_s": 1 / seconds,
         "samples_per_s": workload.samples / seconds,
         "seconds": parts,
         "gflop": gflop,
         "cores": cores,
         "host_bytes": peak_host_bytes(),
-        "device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "device_bytes": device_bytes,
     }
     if rates:
         result["gflop_per_s"] = sum(gflop.values()) / seconds
         result["matmul_gflop_per_s"] = statistics.median(rates)
-        result["matmul_share"] = result["gflop_per_s"] / result["matmul_gflop_per_s"]
+        result["matmul_fraction"] = result["gflop_per_s"] / result["matmul_gflop_per_s"]
     return result
 
 
-def seconds_between_waits(update: Callable[[int], Any], device: torch.device) -> tuple[float, float]:
-    """Seconds of a training step, and of them until its calls have returned, over `STEPS` without a wait."""
+def training_seconds(update: Callable[[int], Any], device: torch.device, warm_up: int) -> tuple[float, float]:
+    """Seconds until the calls of a training step have returned, and per step until the device has finished.
+
+    The first is the median of steps given to an idle device, as calls wait for a device with much to do; the
+    second is the mean of `STEPS` steps between two waits. `warm_up` steps come before.
+    """
+    for number in range(warm_up):
+        update(number)
+    host = []
+    for number in range(10):
+        start = now(device)
+        update(number)
+        host.append(time.perf_counter() - start)
     start = now(device)
     for number in range(STEPS):
         update(number)
-    host = time.perf_counter() - start
-    return (now(device) - start) / STEPS, host / STEPS
+    return statistics.median(host), (now(device) - start) / STEPS
+
+
+def asynchronous(device: torch.device) -> bool:
+    """Whether calls return before `device` has done their work."""
+    return device.type == "cuda"
 
 
 def now(device: torch.device) -> float:
     """Seconds of a steady clock, once `device` has done all it was given."""
-    if device.type == "cuda":
+    if asynchronous(device):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def lap_seconds(laps: Iterable[Lap], device: torch.device) -> dict[str, float]:
-    """Seconds of a step by the name of its parts; `env` is the waiting for the environment."""
+def part_seconds(step: Iterable[Part], device: torch.device) -> dict[str, float]:
+    """Seconds of a step by the name of its parts."""
     seconds: dict[str, float] = defaultdict(float)
     start = now(device)
-    for lap in laps:
-        seconds[lap.name] += lap.per_step * (now(device) - start - lap.env_seconds)
-        if lap.env_seconds:
-            seconds["env"] += lap.env_per_step * lap.env_seconds
-        start = now(device)
+    for part in step:
+        elapsed = now(device) - start if part.seconds is None else part.seconds
+        seconds[part.name] += part.per_step * elapsed
+        start += elapsed
     return dict(seconds)
 
 
-def count_gflop(laps: Iterable[Lap]) -> dict[str, float]:
+def count_gflop(step: Iterable[Part]) -> dict[str, float]:
     """10⁹ FLOPs of a step by the name of its parts: convolutions and matrix products, backward ones too."""
     gflop: dict[str, float] = defaultdict(float)
     counter, before = FlopCounterMode(display=False), 0
     with counter:
-        for lap in laps:
+        for part in step:
+            if part.seconds is not None:
+                continue  # time spent outside the networks
             total = counter.get_total_flops()
-            gflop[lap.name] += lap.per_step * (total - before) / 1e9
+            gflop[part.name] += part.per_step * (total - before) / 1e9
             before = total
     return dict(gflop)
 
 
 def matmul_gflop_per_s(compute: Compute) -> float:
     """10⁹ FLOP/s of large square matrix products in the precision of `compute`."""
-    size, count = (8192, 10) if compute.device.type == "cuda" else (2048, 1)
+    size, count = (8192, 10) if asynchronous(compute.device) else (2048, 1)
     dtype = torch.bfloat16 if compute.bf16 else torch.float32
     a, b = (torch.randn(size, size, device=compute.device).to(dtype) for _ in range(2))
     a @ b  # the first one also finds its memory
@@ -245,41 +270,34 @@ def peak_host_bytes() -> int:
 
 
 def rates_table(results: list[dict]) -> str:
-    """A row for each stage and path."""
-    head = [
-        "stage",
-        "path",
-        "steps/s",
-        "samples/s",
-        "MB/s",
-        "GFLOP/s",
-        "of matmul",
-        "host ms",
-        "cores",
-        "host GB",
-        "device GB",
-    ]
+    """A row for each stage and path, without the columns that are empty in all of them."""
     rows = []
     for result in results:
         decoded = result["samples_per_s"] * 64 * 64 * 3 / 1e6
-        flops = "gflop_per_s" in result
         rows.append(
-            [
-                result["stage"],
-                result["path"],
-                f"{result['steps_per_s']:.3g}",
-                f"{result['samples_per_s']:,.0f}",
-                f"{decoded:,.0f}" if result["stage"] == "load" else "",
-                f"{result['gflop_per_s']:,.0f}" if flops else "",
-                f"{result['matmul_share']:.0%}" if flops else "",
-                f"{1e3 * result['host_seconds_per_step']:.2f}" if result["host_seconds_per_step"] else "",
-                f"{result['cores']:.1f}",
-                f"{result['host_bytes'] / 1e9:.2f}",
-                f"{result['device_bytes'] / 1e9:.2f}" if result["device_bytes"] else "",
-                f"{result['speed_up']:.1f}×" if "speed_up" in result else "",
-            ]
+            {
+                "stage": result["stage"],
+                "path": result["path"],
+                "steps/s": f"{result['steps_per_s']:.3g}",
+                "samples/s": f"{result['samples_per_s']:,.0f}",
+                "MB/s": f"{decoded:,.0f}" if result["stage"] == "load" else "",
+                "GFLOP/s": shown(result.get("gflop_per_s"), ",.0f"),
+                "of matmul": shown(result.get("matmul_fraction"), ".0%"),
+                "host ms": shown(result["host_seconds_per_step"], ".2f", 1e3),
+                "device ms": shown(result["device_seconds_per_step"], ".2f", 1e3),
+                "cores": f"{result['cores']:.1f}",
+                "host GB": shown(result["host_bytes"], ".2f", 1e-9),
+                "device GB": shown(result["device_bytes"], ".2f", 1e-9),
+                "speed-up": shown(result.get("speed_up"), ".1f") + "×" * ("speed_up" in result),
+            }
         )
-    return table([*head, "speed-up"], rows)
+    head = [column for column in rows[0] if any(row[column] for row in rows)]
+    return table(head, [[row[column] for column in head] for row in rows])
+
+
+def shown(value: float | None, form: str, scale: float = 1) -> str:
+    """`value`, times `scale`, in the given format; empty for None."""
+    return "" if value is None else format(scale * value, form)
 
 
 def parts_table(results: list[dict]) -> str:

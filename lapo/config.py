@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 
 from lapo.command_line import Parser
 from lapo.errors import UserError
+from lapo.modes import MODES
 from lapo.sources import explanations, leaves, merge, nested, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,7 +144,7 @@ class Stage3Config:
     """Stage 3: the acting policy."""
 
     __pydantic_config__ = STRICT
-    mode: Literal["online", "offline", "scratch", "bc"]
+    mode: Literal[tuple(MODES)]
     steps: Count
     log_every: Count
     save_every: Count
@@ -268,6 +269,7 @@ class Config:
     __pydantic_config__ = STRICT
     env: Name
     exp: Name
+    stages_from: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")]
     seed: Annotated[Int, Field(ge=0, lt=2**31)]
     visuals: Literal["full", "plain"]
     data_dir: str
@@ -296,6 +298,13 @@ class Config:
     def run_dir(self) -> Path:
         """Folder of all stages of this experiment, game and seed."""
         return resolve(self.results_dir) / self.exp / self.env / f"seed{self.seed}"
+
+    def stage_dir(self, stage: str) -> Path:
+        """Folder of an earlier stage: the run's own or, if it has none, that of experiment `stages_from`."""
+        own = self.run_dir / stage
+        if own.exists() or not self.stages_from:
+            return own
+        return resolve(self.results_dir) / self.stages_from / self.env / f"seed{self.seed}" / stage
 
     @property
     def game_data(self) -> Path:
@@ -418,7 +427,7 @@ def _add_config_options(parser: Parser, values: dict) -> dict[str, argparse.Acti
 
 def _shown(value: Any) -> str | tuple[str, str]:
     """A value as `--help` shows it; a list in the two forms that `argparse` wants."""
-    return (",".join(map(str, value)), "N") if isinstance(value, list) else str(value).lower()
+    return (",".join(map(str, value)), "N") if isinstance(value, list) else str(value).lower() or '""'
 
 
 def _check_schedules(cfg: Config) -> None:

@@ -1,4 +1,4 @@
-"""Training of decoders latent → true action: `fit`, and `OnlineDecoder` for the steps of a PPO agent.
+"""Training of decoders latent → true action: `Fit`, and `OnlineDecoder` for the steps of a PPO agent.
 
 Dimensions: S rollout steps · N environments · M pairs · T frames of a window (3) · H, W, C frame · A actions
 """
@@ -30,30 +30,47 @@ class Steps(Protocol):
     """(S, N) bool: whether the action ended the episode."""
 
 
-def fit(
-    predict: Callable[[Tensor], Tensor],
-    network: nn.Module,
-    ta: Tensor,
-    batches: Iterable[Tensor],
-    *,
-    lr: float,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Train `network` with Adam to predict true actions `ta` (M,); returns the mean loss, a scalar tensor.
+class Fit:
+    """Trains `network` with Adam to predict true actions `ta` (M,), a `step` per batch.
 
-    `predict` maps indices (B,) of examples to logits (B, A); `batches` yields the indices of each step.
+    `predict` maps indices (B,) of examples to logits (B, A).
     """
-    optimizer = make_optimizer(
-        torch.optim.Adam, [{"params": list(network.parameters()), "lr": lr}], [network]
-    )
-    total, count = torch.zeros((), device=ta.device), 0
-    for ids in batches:
-        loss = F.cross_entropy(predict(ids).float(), ta[ids], label_smoothing=label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor], Tensor],
+        network: nn.Module,
+        ta: Tensor,
+        lr: float,
+        label_smoothing: float = 0.0,
+    ):
+        self.predict, self.ta, self.label_smoothing = predict, ta, label_smoothing
+        groups = [{"params": list(network.parameters()), "lr": lr}]
+        self.optimizer = make_optimizer(torch.optim.Adam, groups, [network])
+        self.total, self.count = torch.zeros((), device=ta.device), 0
+
+    def step(self, ids: Tensor) -> None:
+        """Do an optimisation step on the examples `ids` (B,)."""
+        logits = self.predict(ids).float()
+        loss = F.cross_entropy(logits, self.ta[ids], label_smoothing=self.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
-        total, count = total + loss.detach(), count + 1
-    return total / count
+        self.optimizer.step()
+        self.total, self.count = self.total + loss.detach(), self.count + 1
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of all steps, a scalar."""
+        return self.total / self.count
+
+    def state_dict(self) -> dict:
+        """Everything that changes, except the network."""
+        return {"optimizer": self.optimizer.state_dict(), "total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore `state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.total, self.count = state["total"].to(self.total.device), state["count"]
 
 
 def epochs(size: int, count: int, batch_size: int, device: torch.device) -> Iterable[Tensor]:
@@ -133,13 +150,13 @@ class OnlineDecoder:
             return {}
         cfg = self.cfg
         fresh = Decoder(la.shape[1], self.decoder[-1].out_features, tuple(cfg.hidden)).to(la.device)
-        batches = epochs(len(ta), cfg.epochs, cfg.batch_size, la.device)
-        options = {"lr": cfg.lr, "label_smoothing": cfg.label_smoothing}
-        loss = fit(lambda ids: fresh(la[ids]), fresh, ta, batches, **options)
+        fit = Fit(lambda ids: fresh(la[ids]), fresh, ta, cfg.lr, cfg.label_smoothing)
+        for ids in epochs(len(ta), cfg.epochs, cfg.batch_size, la.device):
+            fit.step(ids)
         self.decoder.load_state_dict(fresh.state_dict())
         with torch.no_grad():
             accuracy = (fresh(la).argmax(-1) == ta).float().mean()
-        return {"decoder_loss": loss, "decoder_acc": accuracy, "decoder_pairs": float(len(ta))}
+        return {"decoder_loss": fit.loss, "decoder_acc": accuracy, "decoder_pairs": float(len(ta))}
 
     def state_dict(self) -> dict:
         """Everything that changes."""

@@ -27,6 +27,7 @@ from lapo.errors import UserError, run_main
 from lapo.experts.expert import Expert
 from lapo.experts.registry import expert_name, make_expert
 from lapo.games.table import GAMES, Visuals, check_game, relative_return
+from lapo.modes import MODES
 from lapo.policies import load_policy_checkpoint
 from lapo.runs.checkpoints import saved_config
 from lapo.runs.compute import Compute, seed_everything
@@ -47,7 +48,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--env", help="game; without it, the checkpoint's own, or that of config.yaml")
     parser.add_argument(
         "--policy",
-        choices=("online", "offline", "scratch", "bc", "random", "planner"),
+        choices=(*MODES, "random", "planner"),
         help="a mode of the experiment's stage 3 (online), uniform random actions, or the game's planner",
     )
     parser.add_argument("--exp", default=defaults.exp, help=f"experiment of that policy ({defaults.exp})")

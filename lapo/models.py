@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lapo.bottleneck import Bottleneck, Quantized, make_bottleneck
 from lapo.config import Config
+from lapo.modes import MODES
 from lapo.runs.compute import Compute
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
@@ -396,13 +397,14 @@ def make_acting_policy(
 
     `latent_policy` holds the initial weights of the latent policy, in the modes that use one.
     """
-    if mode == "bc":
+    kind = MODES[mode].network
+    if kind == "policy":
         return Policy(num_actions, cfg.model.policy_scale)
-    if mode == "scratch":
+    if kind == "actor-critic":
         return ActorCritic(num_actions, cfg.model.policy_scale)
     policy, decoder = make_latent_policy(cfg), make_decoder(cfg, num_actions)
     if latent_policy:
         policy.load_state_dict(latent_policy)
     return (
-        DecodedPolicy(policy, decoder) if mode == "offline" else TwoPathPolicy(policy, decoder, num_actions)
+        DecodedPolicy(policy, decoder) if kind == "decoded" else TwoPathPolicy(policy, decoder, num_actions)
     )

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from lapo.config import Config, load_config
 from lapo.data.checks import check_data, check_frames
 from lapo.errors import UserError, run_main
+from lapo.modes import MODES
 from lapo.reporting import figures
 from lapo.reporting.inspection import Inspection
 from lapo.reporting.summary import StageOutput, read_outputs, summarize
@@ -32,10 +33,7 @@ from lapo.runs.ranks import require_single_process
 
 NAMES = {
     "random": "random",
-    "bc": "behaviour cloning",
-    "scratch": "PPO from scratch",
-    "offline": "LAPO offline",
-    "online": "LAPO online",
+    **{mode: MODES[mode].title for mode in MODES},
     "expert": "expert",
 }
 """Names of the policies, in the order in which they are shown."""
@@ -161,7 +159,7 @@ def draw(cfg: Config, outputs: dict[str, StageOutput], summary: dict) -> dict[st
         ]
         title = f"{cfg.env}: mean return on held-out levels, with its standard error"
         drawn["returns.png"] = figures.returns(bars, title)
-    stages = {mode: outputs.get(f"stage3_{mode}") for mode in ("online", "scratch")}
+    stages = {mode: outputs.get(f"stage3_{mode}") for mode in reversed(MODES) if MODES[mode].plays}
     curves = {mode: output.lines for mode, output in stages.items() if output}
     if any("train_return" in line for lines in curves.values() for line in lines):
         levels = {policy: rows[policy]["return_mean"] for policy in ("random", "expert") if rows}

@@ -14,15 +14,13 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from lapo.benchmarks.workloads import reference_stage1_networks, stage1_networks
+from lapo.benchmarks.workloads import Networks, reference_stage1_networks, stage1_networks
 from lapo.command_line import Parser
 from lapo.config import Config, diff, parse_with_config, to_dict
 from lapo.data.checks import check_data, check_frames
@@ -43,7 +41,6 @@ METRICS = "wm_loss", "wm_loss_test", "probe_acc_test"
 OLD_PATHS = {"plain": "reference", "fast": "optimised"}
 """What files of older versions call the paths."""
 
-Networks = Callable[[Config, Compute], tuple[nn.Module, nn.Module]]
 NETWORKS: dict[str, Networks] = {"reference": reference_stage1_networks, "optimised": stage1_networks}
 
 

@@ -9,7 +9,6 @@ Modes (`--stage3.mode`)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,12 @@ from lapo.config import PUBLISHED_STEPS, Config, load_config
 from lapo.data.checks import check_data, check_frames
 from lapo.data.chunks import KEYS, data_checksums, num_chunks_for
 from lapo.data_loader import INFERENCE_BATCH, Windows
-from lapo.decoding import OnlineDecoder, fit, training_updates
+from lapo.decoding import Fit, OnlineDecoder, training_updates
 from lapo.errors import UserError, run_main
 from lapo.games.table import ACTIONS, GAMES
 from lapo.games.vec_env import VecEnv
 from lapo.models import infer_latents, make_acting_policy, make_idm, restore
+from lapo.modes import MODES
 from lapo.ppo import PPOTrainer, make_env, num_updates, train_from_scratch, train_ppo
 from lapo.runs.checkpoints import inherit, load_stages, weights_checksum
 from lapo.runs.compute import Compute, seed_everything
@@ -45,7 +45,7 @@ def train(cfg: Config) -> None:
     """Train the acting policy of `cfg.stage3.mode`; the result is the run's checkpoint."""
     mode = MODES[cfg.stage3.mode]
     compute = Compute.from_config(cfg)
-    mode.check(cfg)
+    check_mode(cfg)
     earlier = {}
     if mode.needs_latents:
         earlier = load_stages(cfg, "stage1", "stage2")
@@ -59,7 +59,9 @@ def train(cfg: Config) -> None:
     if run.finished:
         run.print_result()
         return
-    policy = mode.train(cfg, compute, run, {stage: saved["state"] for stage, saved in earlier.items()})
+    policy = TRAIN[cfg.stage3.mode](
+        cfg, compute, run, {stage: saved["state"] for stage, saved in earlier.items()}
+    )
     run.finish({"policy": policy.state_dict()}, evaluate_policy(policy, cfg, compute))
 
 
@@ -115,9 +117,8 @@ def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
     idm = restore(make_idm(cfg), earlier["stage1"]["idm"], compute)
     la = infer_latents(idm, windows.iter_frames(ids), compute)
     policy = compute.place(make_acting_policy(cfg, "offline", len(ACTIONS), earlier["stage2"]["policy"]))
-    loss = fit_labels(lambda batch: policy.decoder(la[batch]), policy.decoder, ta, cfg)
-    run.step = cfg.offline.steps
-    run.log(run.step, {"loss": loss} | accuracy(policy, cfg, compute))
+    fit = Fit(lambda batch: policy.decoder(la[batch]), policy.decoder, ta, cfg.offline.lr)
+    train_on_labels(cfg, compute, run, policy, fit)
     return policy
 
 
@@ -130,9 +131,7 @@ def bc(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
         with compute.autocast():
             return policy.logits(windows.current_frames(ids[batch]))
 
-    loss = fit_labels(predict, policy, ta, cfg)
-    run.step = cfg.offline.steps
-    run.log(run.step, {"loss": loss} | accuracy(policy, cfg, compute))
+    train_on_labels(cfg, compute, run, policy, Fit(predict, policy, ta, cfg.offline.lr))
     return policy
 
 
@@ -166,11 +165,19 @@ def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
     return windows, ids, windows.actions(ids)
 
 
-def fit_labels(predict: Callable[[Tensor], Tensor], network: nn.Module, ta: Tensor, cfg: Config) -> Tensor:
-    """Train `network` on the labels `ta` (N,) for `cfg.offline.steps` steps; returns the mean loss."""
-    size = min(cfg.offline.batch_size, len(ta))
-    batches = (torch.randperm(len(ta), device=ta.device)[:size] for _ in range(cfg.offline.steps))
-    return fit(predict, network, ta, batches, lr=cfg.offline.lr)
+def train_on_labels(cfg: Config, compute: Compute, run: Run, policy: nn.Module, fit: Fit) -> None:
+    """Train `policy`, or a part of it, by `fit` for `cfg.offline.steps` steps, and log loss and accuracy."""
+    if run.state:
+        policy.load_state_dict(run.state["policy"])
+        fit.load_state_dict(run.state["fit"])
+    size, steps = min(cfg.offline.batch_size, len(fit.ta)), cfg.offline.steps
+
+    def state() -> dict:
+        return {"policy": policy.state_dict(), "fit": fit.state_dict()}
+
+    for _ in run.loop(steps, state, save_every=steps, unit="step"):
+        fit.step(torch.randperm(len(fit.ta), device=fit.ta.device)[:size])
+    run.log(steps, {"loss": fit.loss} | accuracy(policy, cfg, compute))
 
 
 def accuracy(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, Tensor]:
@@ -196,38 +203,26 @@ def accuracy(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, Tens
 
 # ---------------------------------------------------------------- the modes
 
-
-@dataclass(frozen=True)
-class Mode:
-    """How a mode is trained, and what its results depend on."""
-
-    train: Callable[[Config, Compute, Run, dict], nn.Module]
-    """(config, compute, run, states of stages 1 and 2) → acting policy."""
-    config_keys: tuple[str, ...]
-    """Groups of the config that it reads."""
-    needs_latents: bool
-    """Whether it uses stages 1 and 2."""
-    plays: bool
-    """Whether it is trained in the game."""
-
-    def check(self, cfg: Config) -> None:
-        """Raise `UserError` if the configured game or data set cannot be used in this mode."""
-        if not self.plays:
-            check_data(cfg.env, cfg.game_data)
-        elif cfg.env not in GAMES:
-            raise UserError(
-                f"mode {cfg.stage3.mode} learns by playing, and '{cfg.env}' is not a Procgen game; frames of"
-                " your own can be decoded with --stage3.mode offline, if they come with true actions `ta`"
-                f" (the games are {', '.join(GAMES)})"
-            )
-
-
-MODES = {
-    "online": Mode(online, ("ppo", "vq", "decoder", "eval"), needs_latents=True, plays=True),
-    "offline": Mode(offline, ("data", "offline", "vq", "decoder", "eval"), needs_latents=True, plays=False),
-    "scratch": Mode(scratch, ("ppo", "eval"), needs_latents=False, plays=True),
-    "bc": Mode(bc, ("data", "offline", "eval"), needs_latents=False, plays=False),
+TRAIN: dict[str, Callable[[Config, Compute, Run, dict], nn.Module]] = {
+    "bc": bc,
+    "scratch": scratch,
+    "offline": offline,
+    "online": online,
 }
+"""(config, compute, run, states of stages 1 and 2) → acting policy, by mode. The rest stands in modes.py."""
+
+
+def check_mode(cfg: Config) -> None:
+    """Raise `UserError` if the configured game or data set cannot be used in the mode."""
+    if not MODES[cfg.stage3.mode].plays:
+        check_data(cfg.env, cfg.game_data)
+    elif cfg.env not in GAMES:
+        raise UserError(
+            f"mode {cfg.stage3.mode} learns by playing, and '{cfg.env}' is not a Procgen game; frames of your"
+            " own can be decoded with --stage3.mode offline, if they come with true actions `ta` (the games"
+            f" are {', '.join(GAMES)})"
+        )
+
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,30 +1,28 @@
 """benchmark.py, same_learning.py: command lines, what is counted, and that both paths compute the same."""
 
-import itertools
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from lapo import benchmark, same_learning, stage1_idm_wm
-from lapo.benchmark import count_gflop, lap_seconds
+from lapo import benchmark, same_learning, stage1_idm_wm, stage2_bc
+from lapo.benchmark import count_gflop, part_seconds
 from lapo.benchmarks import workloads
 from lapo.benchmarks.workloads import (
-    Lap,
+    Part,
     ReferencePolicy,
     TimedEnv,
-    Workload,
     contiguous,
     load,
     random_windows,
     record_random_play,
     reference_stage1_networks,
+    short_update,
     stage1_networks,
 )
 from lapo.data import chunks
@@ -78,7 +76,8 @@ def test_the_command_line_measures_every_stage_and_the_reference_path(measured):
         assert result["gflop"].keys() == PARTS[stage, path] - {"env"}
         assert result["host_bytes"] > 1e8
         assert 0 < result["cores"] < 2
-        assert result["device_bytes"] is None
+        for key in ("device_bytes", "host_seconds_per_step", "device_seconds_per_step"):
+            assert result[key] is None
 
 
 def test_numbers_agree_with_each_other(measured):
@@ -88,11 +87,11 @@ def test_numbers_agree_with_each_other(measured):
         assert result["samples_per_s"] == pytest.approx(result["steps_per_s"] * SAMPLES[stage])
         assert all(seconds > 0 for seconds in result["seconds"].values())
         assert sum(result["seconds"].values()) == pytest.approx(1 / result["steps_per_s"])
-        assert ("matmul_share" in result) == (stage != "load")
+        assert ("matmul_fraction" in result) == (stage != "load")
         if stage != "load":
             rate = sum(result["gflop"].values()) * result["steps_per_s"]
             assert result["gflop_per_s"] == pytest.approx(rate)
-            assert result["matmul_share"] == pytest.approx(rate / result["matmul_gflop_per_s"])
+            assert result["matmul_fraction"] == pytest.approx(rate / result["matmul_gflop_per_s"])
         if path == "optimised":
             reference = results[stage, "reference"]["seconds_per_step"]
             assert result["speed_up"] == pytest.approx(reference / result["seconds_per_step"])
@@ -139,79 +138,154 @@ def test_flops_of_small_layers_equal_arithmetic():
     conv, linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(7, 11)
     image, x = torch.randn(2, 3, 8, 8), torch.randn(4, 7, requires_grad=True)
 
-    def laps():
+    def step():
         y = conv(image)
-        yield Lap("forward")
+        yield Part("forward")
         y.sum().backward()
-        yield Lap("backward")
+        yield Part("backward")
         linear(x).sum().backward()
-        yield Lap("linear", per_step=0.5)
+        yield Part("env", 2, 1.0)
+        yield Part("linear", 0.5)
 
-    gflop = count_gflop(laps())
+    gflop = count_gflop(step())
+    assert gflop.keys() == {"forward", "backward", "linear"}
     forward = 2 * (2 * 8 * 8) * 5 * (3 * 3 * 3) / 1e9
     assert gflop["forward"] == pytest.approx(forward)
     assert gflop["backward"] == pytest.approx(forward)  # by the weights alone: the image wants no gradient
     assert gflop["linear"] == pytest.approx(0.5 * 3 * 2 * 4 * 7 * 11 / 1e9)
 
 
-def test_seconds_add_up_by_part_and_share(monkeypatch):
-    """A clock that is asked at the start, and at the end and the new start of every part."""
-    times = iter([0, 10, 10, 14, 20, 21, 21])
+def test_seconds_add_up_by_part(monkeypatch):
+    """A clock that is asked at the start and after every part that does not bring its own time."""
+    times = iter([0, 10, 14, 21])
     monkeypatch.setattr(benchmark, "now", lambda device: next(times))
-    laps = [
-        Lap("policy", env_seconds=3, env_per_step=4),
-        Lap("label", per_step=0.5),
-        Lap("policy", per_step=2),
-    ]
-    assert lap_seconds(laps, CPU) == {"policy": 7 + 2, "env": 12, "label": 2}
+    step = [Part("env", 4, 3.0), Part("policy"), Part("label", 0.5), Part("policy", 2)]
+    assert part_seconds(step, CPU) == {"env": 12, "policy": 7 + 14, "label": 2}
 
 
 def test_on_a_gpu_the_host_waits_twice_in_a_hundred_steps(monkeypatch):
     """Here a clock stands for the GPU: every wait takes it 50 seconds further, every step issued 0.1."""
-    clock = {"time": 0.0, "waits": 0}
+    clock = {"time": 0.0}
+    events = []
 
     def update(number: int) -> None:
         clock["time"] += 0.1
-        assert number == updates.pop(0)
+        events.append(number)
 
     def wait(device: torch.device) -> float:
         clock["time"] += 50
-        clock["waits"] += 1
+        events.append("wait")
         return clock["time"]
 
     monkeypatch.setattr(benchmark, "now", wait)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock["time"])
-    updates = list(range(100))
-    seconds, host = benchmark.seconds_between_waits(update, CPU)
-    assert (updates, clock["waits"]) == ([], 2)
-    assert (seconds, host) == (pytest.approx(0.6), pytest.approx(0.1))
+    host, device = benchmark.training_seconds(update, CPU, 5)
+    issued = [event for number in range(10) for event in ("wait", number)]
+    assert events == [*range(5), *issued, "wait", *range(100), "wait"]
+    assert (host, device) == (pytest.approx(0.1), pytest.approx(0.6))
 
 
-@pytest.mark.parametrize("kind", ["cuda", "cpu"])
-def test_a_step_of_a_gpu_is_the_stage_s_own_and_what_comes_beside_it(monkeypatch, kind):
-    """The parts of every step are replaced by the whole one, here a second; a probe's part is added."""
-    compute = SimpleNamespace(device=SimpleNamespace(type=kind), compile=False)
-    whole = []
-    laps = [Lap(name) for name in benchmark.EVERY_STEP] + [Lap("probe", per_step=0.5)]
-    workload = Workload(lambda number: iter(laps), 4, whole.append)
-    monkeypatch.setattr(benchmark, "replace", lambda compute, **_: compute)
-    monkeypatch.setattr(benchmark, "reset_peaks", lambda device: None)
-    clock = itertools.count()
-    monkeypatch.setattr(benchmark, "now", lambda device: next(clock))
-    monkeypatch.setattr(benchmark, "seconds_between_waits", lambda update, device: (1.0, 0.25))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    result = benchmark.measure(lambda compute: workload, compute, 1, 0)
-    parts = {"load": 1, "forward/backward": 1, "update": 1, "probe": 0.5}
-    assert result["seconds"] == parts
-    gpu = kind == "cuda"
-    assert (result["seconds_per_step"], result["host_seconds_per_step"]) == (
-        (1.5, 0.25) if gpu else (3.5, None)
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_on_a_gpu_the_steps_of_the_stage_itself_are_timed(workplace, monkeypatch, capsys, stage):
+    """A CPU is taken for a GPU: waits, graphs launched and weights updated are written down in order."""
+    events, cudnn = [], torch.backends.cudnn
+    trainer = {"1": stage1_idm_wm, "2": stage2_bc}[stage].Trainer
+
+    def note(event: str, function: Callable) -> Callable:
+        return watching(function, lambda *_: events.append(event))
+
+    def trained(*_) -> None:
+        assert not cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        events.append("trained")
+
+    def replayed(compute: Compute, function: Callable) -> Callable:
+        return note("graph", function) if compute.graphs else function
+
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    monkeypatch.setattr(benchmark, "asynchronous", lambda device: True)
+    monkeypatch.setattr(benchmark, "matmul_gflop_per_s", lambda compute: 1000.0)
+    monkeypatch.setattr(benchmark, "STEPS", 20)
+    monkeypatch.setattr(workloads, "train_probe", lambda *_: None)  # it has an AdamW of its own
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("wait"))
+    monkeypatch.setattr(torch.optim.AdamW, "step", watching(torch.optim.AdamW.step, trained))
+    monkeypatch.setattr(trainer, "update", note("update", trainer.update))
+    monkeypatch.setattr(Compute, "replayed", replayed)
+    computed = Compute(CPU, bf16=False, compile=False, graphs=True)
+    monkeypatch.setattr(Compute, "from_config", lambda cfg: computed)
+    options = ["--stage", stage, "--compare", "reference", "--repeats", "1", "--frames", "64"]
+    json_file = workplace.folder / "out.json"
+    benchmark.benchmark(
+        *benchmark.parse([*options, "--json", str(json_file), "--config", str(workplace.config_file)])
     )
-    assert len(whole) == (5 if gpu else 0)  # a graph is recorded in the fourth call
+
+    between_waits = [0]
+    for event in events:
+        if event == "wait":
+            between_waits.append(0)
+        between_waits[-1] += event == "trained"
+    # One step to count FLOPs and some to warm up, ten given to an idle device, twenty, then part by part.
+    ones = [1] * 10
+    assert [count for count in between_waits if count] == [6, *ones, 20, *ones[:6], 2, *ones, 20, *ones[:2]]
+    # All but the first and those in parts are `Trainer.update`; stage 2 of the reference has no such trainer.
+    assert events.count("graph") == 35
+    assert events.count("update") == 35 + (31 if stage == "1" else 0)
+    for result in json.loads(json_file.read_text())["results"]:
+        host, device = result["host_seconds_per_step"], result["device_seconds_per_step"]
+        assert host > 0
+        beside = sum(result["seconds"][name] for name in result["seconds"].keys() - set(workloads.TRAINING))
+        assert result["seconds_per_step"] == pytest.approx(device + beside)
+    assert "| host ms | device ms |" in capsys.readouterr().out
+
+
+def test_on_a_gpu_whole_updates_of_ppo_are_timed(workplace):
+    cfg = workplace.config()
+    assert short_update(cfg, torch.device("cuda")) == (cfg, 1.0)
+    short, rollouts = short_update(cfg, CPU)
+    assert short.ppo.rollout_steps * rollouts == cfg.ppo.rollout_steps
+    assert (short.ppo.minibatches, short.ppo.epochs) == (1, 1)
+
+
+@pytest.mark.parametrize(("gpu", "size", "count"), [(True, 8192, 10), (False, 2048, 1)])
+def test_the_limit_is_the_rate_of_products_between_two_waits(monkeypatch, gpu, size, count):
+    """Here a product takes a second, on a clock that the waits read."""
+    events = []
+
+    class Matrix:
+        def to(self, dtype: torch.dtype) -> "Matrix":
+            events.append(dtype)
+            return self
+
+        def __matmul__(self, other: "Matrix") -> None:
+            events.append("product")
+
+    def wait(device: torch.device) -> int:
+        events.append("wait")
+        return events.count("product")
+
+    def randn(*shape: int, device: torch.device) -> Matrix:
+        assert shape == (size, size)
+        return Matrix()
+
+    monkeypatch.setattr(benchmark, "asynchronous", lambda device: gpu)
+    monkeypatch.setattr(benchmark, "now", wait)
+    monkeypatch.setattr(torch, "randn", randn)
+    rate = benchmark.matmul_gflop_per_s(Compute(CPU, bf16=True, compile=False))
+    assert events == [torch.bfloat16] * 2 + ["product", "wait", *["product"] * count, "wait"]
+    assert rate == pytest.approx(2 * size**3 / 1e9)
+
+
+def test_steps_stay_in_an_epoch(workplace):
+    """Batches of 4 of 11 windows: the third one would reach into the next epoch."""
+    served = []
+    update = workloads.within_epoch(served.append, range(11), 4)
+    for number in range(5):
+        update(number)
+    assert served == [0, 1, 0, 1, 0]
 
 
 def test_the_reference_computes_in_fp32_without_tf32(workplace):
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     Compute(CPU, bf16=False, compile=False)
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
@@ -263,8 +337,8 @@ def test_loading_brings_every_frame_to_the_device(workplace, monkeypatch, reside
         Windows, "gather", watching(Windows.gather, lambda _, ids: served.extend(ids.tolist()))
     )
     workload = load(cfg, Compute(CPU, bf16=False, compile=False), folder, 60, resident)
-    (lap,) = workload.step(0)
-    assert (lap.name, lap.per_step, workload.samples) == ("load", 1, 60)
+    (part,) = workload.step(0)
+    assert (part.name, part.per_step, workload.samples) == ("load", 1, 60)
     assert set(read) == set(find_chunks(folder))
     assert served == ([] if resident else Windows(folder, device=CPU).all().tolist())
 

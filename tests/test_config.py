@@ -347,7 +347,7 @@ def test_files_on_the_command_line_are_looked_for_in_the_working_directory(monke
         ("--model.wm_width 3", "'model.wm_width' is '3': input should be a multiple of 2"),
         ("--vq.enabled maybe", "'vq.enabled' is 'maybe': input should be a valid boolean"),
         ("--vq.start best", "'vq.start' is 'best': input should be 'published' or 'data'"),
-        ("--stage3.mode x", "'stage3.mode' is 'x': input should be 'online', 'offline', 'scratch' or 'bc'"),
+        ("--stage3.mode x", "'stage3.mode' is 'x': input should be 'bc', 'scratch', 'offline' or 'online'"),
         ("--decoder.hidden 8 0", "'decoder.hidden.1' is '0'"),
         ("--decoder.hidden 8 x", "'decoder.hidden.1' is 'x'"),
         ("--device tpu", "'device' is 'tpu'"),
@@ -445,7 +445,9 @@ def test_help_shows_every_key_with_its_comment_and_value(capsys, monkeypatch, wo
         name = key.split(".")[-1]
         comments = [line.partition("#")[2].strip() for line in lines if line.strip().startswith(f"{name}:")]
         assert all(comments), key
-        shown = f"{','.join(map(str, value))} [N ...]" if isinstance(value, list) else str(value).lower()
+        shown = (
+            f"{','.join(map(str, value))} [N ...]" if isinstance(value, list) else str(value).lower() or '""'
+        )
         found = text.partition(f"--{key} {shown} ")[2]
         assert found.startswith(tuple(comments)), key
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lapo.config import DecoderConfig, load_config
-from lapo.decoding import OnlineDecoder, epochs, fit, training_updates
+from lapo.decoding import Fit, OnlineDecoder, epochs, training_updates
 from lapo.models import Decoder
 from support import CPU, image_numbers, numbered_frames
 
@@ -260,7 +260,10 @@ def test_fit_trains_the_named_network_on_the_named_examples():
     network, inputs, ta = nn.Linear(4, 3), torch.randn(10, 4), torch.randint(3, (10,))
     by_hand = copy.deepcopy(network)
     batches = [torch.tensor([0, 1, 2]), torch.tensor([3]), torch.tensor([9, 9])]
-    loss = fit(lambda ids: network(inputs[ids]), network, ta, batches, lr=0.1)
+    fit = Fit(lambda ids: network(inputs[ids]), network, ta, lr=0.1)
+    for ids in batches:
+        fit.step(ids)
+    loss = fit.loss
     optimizer = torch.optim.Adam(by_hand.parameters(), lr=0.1)
     losses = []
     for ids in batches:

@@ -88,18 +88,17 @@ def test_stage_2_teaches_each_frame_its_own_latent_action(numbered, monkeypatch)
 
 
 class Fits:
-    """Stands for `decoding.fit`: notes what networks learn from, and their weights afterwards."""
+    """Stands for `decoding.Fit`: notes what networks learn from, and their weights afterwards."""
 
     def __init__(self) -> None:
         self.pairs: list[list[tuple[int, ...]]] = []  # numbers of the inputs, and the true action
         self.idms: list[Tensor] = []  # what the latent actions tell of their IDMs
         self.batches: list[list[list[int]]] = []
-        self.weights: list[dict[str, Tensor]] = []
-        self.fit = decoding.fit
+        self.networks: list[nn.Module] = []
 
     def __call__(
-        self, predict: Callable[[Tensor], Tensor], network: nn.Module, ta: Tensor, batches, **options
-    ) -> Tensor:
+        self, predict: Callable[[Tensor], Tensor], network: nn.Module, ta: Tensor, *options: float
+    ) -> "NotingFit":
         seen = []
         hook = network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0]))
         predict(torch.arange(len(ta)))
@@ -108,11 +107,21 @@ class Fits:
         numbers = (image_numbers(seen[0]) if images else seen[0][:, :3]).long().tolist()
         self.pairs.append(sorted((*row, action) for row, action in zip(numbers, ta.tolist(), strict=True)))
         self.idms.append(seen[0][:, 3:])
-        batches = list(batches)
-        self.batches.append([ids.tolist() for ids in batches])
-        loss = self.fit(predict, network, ta, batches, **options)
-        self.weights.append({key: value.clone() for key, value in network.state_dict().items()})
-        return loss
+        self.batches.append([])
+        self.networks.append(network)
+        fit = NotingFit(predict, network, ta, *options)
+        fit.noted = self.batches[-1]
+        return fit
+
+
+class NotingFit(decoding.Fit):
+    """Notes its batches."""
+
+    noted: list[list[int]]
+
+    def step(self, ids: Tensor) -> None:
+        self.noted.append(ids.tolist())
+        super().step(ids)
 
 
 @pytest.fixture
@@ -120,8 +129,8 @@ def fits(numbered: Workplace, monkeypatch: pytest.MonkeyPatch) -> Fits:
     """What is fitted after stages 1 and 2, with an IDM that sees; nobody plays in the end."""
     stage2_bc.train(numbered.config("--stage2.steps", "1"))
     fits = Fits()
-    monkeypatch.setattr(decoding, "fit", fits)
-    monkeypatch.setattr(stage3_decode, "fit", fits)
+    monkeypatch.setattr(decoding, "Fit", fits)
+    monkeypatch.setattr(stage3_decode, "Fit", fits)
     monkeypatch.setattr(stage3_decode, "evaluate_policy", lambda *arguments: {})
     monkeypatch.setattr(IDM, "infer_latents", seeing_idm)
     return fits
@@ -151,7 +160,9 @@ def test_labels_are_learnt_with_the_frames_that_they_belong_to(numbered, fits, m
 def test_offline_mode_acts_with_the_decoder_of_stage_1s_latent_actions(numbered, fits):
     stage3_decode.train(numbered.config("--stage3.mode", "offline"))
     assert (fits.idms[0] == weights(numbered, "stage1", "idm")["head.bias"][3:]).all()
-    torch.testing.assert_close(decoder_of(numbered, "stage3_offline"), fits.weights[0], rtol=0, atol=0)
+    torch.testing.assert_close(
+        decoder_of(numbered, "stage3_offline"), fits.networks[0].state_dict(), rtol=0, atol=0
+    )
 
 
 def test_online_mode_pairs_latent_actions_with_what_the_agent_did_at_their_frames(
@@ -180,4 +191,6 @@ def test_online_mode_pairs_latent_actions_with_what_the_agent_did_at_their_frame
     lines = logged(numbered.run_dir("stage3_online"))
     assert [line["step"] // 32 for line in lines if "decoder_loss" in line] == trained_after
     # The policy acts with the latest decoder.
-    torch.testing.assert_close(decoder_of(numbered, "stage3_online"), fits.weights[-1], rtol=0, atol=0)
+    torch.testing.assert_close(
+        decoder_of(numbered, "stage3_online"), fits.networks[-1].state_dict(), rtol=0, atol=0
+    )

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -16,13 +17,16 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from lapo import stage1_idm_wm, stage2_bc, stage3_decode
+from lapo import decoding, stage1_idm_wm, stage2_bc, stage3_decode
+from lapo.config import load_config, to_dict
 from lapo.data_loader import Windows
 from lapo.errors import UserError
 from lapo.games.table import GAMES
 from lapo.models import make_idm, make_latent_policy, make_world_model, normalize, stack_frames
+from lapo.modes import MODES
+from lapo.report import report
 from lapo.runs.checkpoints import load_checkpoint
-from support import CPU, LAPO, PATIENCE, Workplace, numbered_frames, write_chunk
+from support import CPU, LAPO, PATIENCE, Workplace, numbered_frames, result, write_chunk
 
 TRAIN = {"stage1": stage1_idm_wm.train, "stage2": stage2_bc.train, "stage3": stage3_decode.train}
 
@@ -169,7 +173,8 @@ def test_a_missing_earlier_stage_names_the_command_that_makes_it(workplace):
     message = refused(workplace, "stage2.py", "--seed", "0")
     assert message == (
         f"the checkpoint {path} does not exist; make it with"
-        f" `python stage1.py --config {workplace.config_file} --seed 0`"
+        f" `python stage1.py --config {workplace.config_file} --seed 0`, or take that of another experiment"
+        " with --stages_from EXP"
     )
 
 
@@ -357,7 +362,7 @@ def test_all_stages_in_bf16(workplace):
     bf16 = ["--precision", "bf16"]
     stage1_idm_wm.train(workplace.config(*bf16))
     stage2_bc.train(workplace.config(*bf16))
-    for mode in stage3_decode.MODES:
+    for mode in MODES:
         stage3_decode.train(workplace.config(*bf16, "--stage3.mode", mode))
         state = checkpoint(workplace, f"stage3_{mode}")["state"]["policy"]
         assert {value.dtype for value in state.values()} == {torch.float32}
@@ -543,3 +548,55 @@ def test_one_seed_gives_one_result_and_another_another(trained, workplace):
     stage1_idm_wm.train(cfg)
     other = load_checkpoint(cfg.run_dir / "stage1" / "checkpoint.pt")["state"]["idm"]
     assert not torch.equal(other["head.weight"], expected["head.weight"])
+
+
+# ---------------------------------------------------------------- modes
+
+
+def test_every_mode_of_the_table_has_a_function_and_groups_of_the_config_that_exist():
+    assert stage3_decode.TRAIN.keys() == MODES.keys()
+    groups = to_dict(load_config([])).keys()
+    for mode in MODES.values():
+        assert set(mode.config_keys) <= groups
+    assert len({mode.color for mode in MODES.values()}) == len(MODES)
+
+
+@pytest.mark.parametrize("mode", ["offline", "bc"])
+def test_modes_with_labels_resume_as_if_they_had_not_stopped(trained, monkeypatch, mode):
+    options = ("--stage3.mode", mode, "--stages_from", "main")
+    stage3_decode.train(trained.config("--exp", f"whole-{mode}", *options))
+    steps, step = [], decoding.Fit.step
+
+    def stopping(fit: decoding.Fit, ids: torch.Tensor) -> None:
+        steps.append(ids)
+        step(fit, ids)
+        if len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(decoding.Fit, "step", stopping)
+    with pytest.raises(SystemExit):
+        stage3_decode.train(trained.config("--exp", f"stopped-{mode}", *options))
+    assert len(steps) == 7
+    stage3_decode.train(trained.config("--exp", f"stopped-{mode}", *options))
+    assert len(steps) == 20
+    stage = f"stage3_{mode}"
+    assert result(trained.run_dir(stage, f"stopped-{mode}")) == result(
+        trained.run_dir(stage, f"whole-{mode}")
+    )
+
+
+def test_a_sweep_takes_the_stages_of_another_experiment(trained, capsys):
+    """Stage 3 of a new experiment, without copies; its own stages come first where it has some."""
+    options = ("--stage3.mode", "offline", "--offline.steps", "2")
+    with pytest.raises(UserError, match=r"or take that of another experiment with --stages_from EXP$"):
+        stage3_decode.train(trained.config("--exp", "sweep", *options))
+    stage3_decode.train(trained.config("--exp", "sweep", "--stages_from", "main", *options))
+    assert f"stage1: {trained.run_dir('stage1')}/checkpoint.pt" in capsys.readouterr().out
+    assert not trained.run_dir("stage1", "sweep").exists()
+    report(trained.config("--exp", "sweep", "--stages_from", "main"))
+    assert "| stage1         | 8 " in (trained.run_dir("stage1", "sweep").parent / "summary.md").read_text()
+    trained.branch("sweep", "stage2")  # of its own, say
+    cfg = trained.config("--exp", "sweep", "--stages_from", "elsewhere")
+    assert cfg.stage_dir("stage2") == trained.run_dir("stage2", "sweep")
+    with pytest.raises(UserError, match=r"elsewhere/.*stage1/checkpoint\.pt does not exist"):
+        stage3_decode.train(trained.config("--exp", "sweep", "--stages_from", "elsewhere", *options))

@@ -38,7 +38,6 @@ from lapo.benchmarks.gpu_speed import (
     Bench,
     inference_speed,
     minutes_per_game,
-    online_trainer,
     stage1_speed,
     stage1_trainer,
     stage2_speed,
@@ -302,7 +301,7 @@ def play(bench: Bench, compute: Compute) -> list[Tensor]:
     torch.compiler.reset()
     seed_everything(0)
     with contextlib.closing(workloads.TimedEnv.of(bench.demo)) as env:
-        trainer = online_trainer(bench.demo, compute, env)
+        trainer = workloads.online_trainer(bench.demo, compute, env)
         played = []
         for update in range(1, 3):
             trainer.improve(1024 * update, trainer.collect())  # at env steps where no learning rate is 0

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from lapo import stage1_idm_wm, stage2_bc, stage3_decode
+from lapo import stage1_idm_wm, stage2_bc
 from lapo.benchmarks import workloads
 from lapo.config import Config, load_config
 from lapo.data_loader import Windows
 from lapo.errors import UserError
 from lapo.models import infer_latents, make_idm, make_latent_policy
-from lapo.ppo import PPOTrainer
 from lapo.runs.compute import Compute, seed_everything
 
 CPU = torch.device("cpu")
@@ -73,15 +72,6 @@ def stage1_trainer(cfg: Config, compute: Compute, windows: Windows) -> stage1_id
     """A trainer of stage 1, with the same initial weights every time."""
     seed_everything(0)
     return stage1_idm_wm.Trainer(cfg, compute, windows, *workloads.stage1_networks(cfg, compute))
-
-
-def online_trainer(cfg: Config, compute: Compute, env: workloads.TimedEnv) -> PPOTrainer:
-    """A trainer of online mode, with random weights."""
-    states = {
-        "stage1": {"idm": make_idm(cfg).state_dict()},
-        "stage2": {"policy": make_latent_policy(cfg).state_dict()},
-    }
-    return stage3_decode.online_trainer(cfg, compute, states, env)
 
 
 def stage1_speed(bench: Bench, **options: bool) -> dict[str, Any]:
@@ -180,7 +170,7 @@ def stage3_speed(bench: Bench, graphs: bool) -> dict[str, float]:
     torch.compiler.reset()
     cfg = bench.full
     with contextlib.closing(workloads.TimedEnv.of(cfg)) as env:
-        trainer = online_trainer(cfg, bench.compute(graphs=graphs), env)
+        trainer = workloads.online_trainer(cfg, bench.compute(graphs=graphs), env)
         steps = cfg.ppo.rollout_steps
         for update in range(1, 5):
             env.take_waited()

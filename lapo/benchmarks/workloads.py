@@ -1,6 +1,7 @@
 """The workloads of benchmark.py: the steps of the stages, and those of the reference, the published code.
 
-A step consists of parts, each ended by a `Lap`. Frames and weights are random: no data, no earlier stage.
+A step is an iterator over its parts: it does the work of a part, then yields the `Part`. Frames and weights
+are random, so neither data nor an earlier stage is needed.
 """
 
 import contextlib
@@ -8,9 +9,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +24,6 @@ from lapo.acting import random_actor
 from lapo.config import Config
 from lapo.data.chunks import CHUNK_FRAMES, FRAME_SHAPE, WINDOW, find_chunks, write_chunk
 from lapo.data_loader import RollingWindows, Windows, stays_resident
-from lapo.decoding import OnlineDecoder
 from lapo.errors import UserError
 from lapo.games.table import ACTIONS
 from lapo.games.vec_env import VecEnv
@@ -45,59 +46,47 @@ PROBE_WINDOWS = 64
 """The probe is timed on so few windows: its time is proportional to their number."""
 
 
-@dataclass(frozen=True)
-class Lap:
-    """The end of a part of a step."""
+class Part(NamedTuple):
+    """A part of a step, which has just been done."""
 
     name: str
     per_step: float = 1.0
     """How often a training step does this part, on average over a run."""
-    env_seconds: float = 0.0
-    """Seconds of the part spent waiting for the environment."""
-    env_per_step: float = 1.0
-    """How often a training step waits that long."""
+    seconds: float | None = None
+    """How long it took, if the step measured that itself; None: the time since the part before."""
+
+
+TRAINING = ("load", "forward/backward", "update")
+"""The parts that `Workload.update` does."""
 
 
 @dataclass(frozen=True)
 class Workload:
     """Steps to measure."""
 
-    step: Callable[[int], Iterable[Lap]]
-    """Makes the step of the given number, part by part."""
+    step: Callable[[int], Iterable[Part]]
+    """Does the step of the given number, part by part."""
     samples: int
-    """Samples of a step: windows, environment steps or frames."""
+    """Samples of a step: windows, env steps or frames."""
     update: Callable[[int], Any] | None = None
-    """Makes the same training step in one call, as the stage does (on a GPU, by a CUDA graph)."""
-
-
-Make = Callable[[Compute], Workload]
+    """Does a training step of stage 1 or 2 in one call, as the stage does (by a CUDA graph, if on)."""
 
 
 @contextlib.contextmanager
-def prepared(stage: str, cfg: Config, frames: int, device: torch.device) -> Iterator[tuple[Make, Make]]:
-    """Constructors of the stage's workload, optimised and reference."""
+def prepared(
+    stage: str, cfg: Config, frames: int, device: torch.device
+) -> Iterator[Callable[[str, Compute], Workload]]:
+    """A function of path and compute that makes the stage's workload; all use the same frames and envs."""
     with contextlib.ExitStack() as stack:
         if stage in "12":
-            windows = random_windows(frames, device)
-            ours, reference = (stage1, reference_stage1) if stage == "1" else (stage2, reference_stage2)
-            yield (
-                (lambda compute: ours(cfg, compute, windows)),
-                (lambda compute: reference(cfg, compute, windows)),
-            )
+            given = (random_windows(frames, device),)
         elif stage == "3":
-            env = stack.enter_context(contextlib.closing(TimedEnv.of(cfg)))
-            yield (
-                (lambda compute: stage3(cfg, compute, env)),
-                (lambda compute: reference_stage3(cfg, compute, env)),
-            )
+            given = (stack.enter_context(contextlib.closing(TimedEnv.of(cfg))),)
         else:
             folder = Path(stack.enter_context(TemporaryDirectory()))
-            loaded = record_random_play(cfg, frames, folder)
-            resident = stays_resident(folder, device, None, cfg.resident)
-            yield (
-                (lambda compute: load(cfg, compute, folder, loaded, resident)),
-                (lambda compute: reference_load(folder, loaded)),
-            )
+            recorded = record_random_play(cfg, frames, folder)
+            given = (folder, recorded, stays_resident(folder, device, None, cfg.resident))
+        yield lambda path, compute: WORKLOADS[stage][path](cfg, compute, *given)
 
 
 def published_frames(cfg: Config) -> int:
@@ -115,12 +104,21 @@ def random_windows(frames: int, device: torch.device) -> Windows:
         return Windows(Path(folder), device=device)
 
 
+def within_epoch(update: Callable[[int], Any], windows: Windows, batch_size: int) -> Callable[[int], Any]:
+    """`update` on batches of the first epoch alone: copying the order of another one waits for the device."""
+    batches = max(1, len(windows) // batch_size)
+    return lambda number: update(number % batches)
+
+
 def contiguous(network: nn.Module, device: torch.device) -> nn.Module:
     """`network` on the device, its convolutions on contiguous images, as published; returns the network."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].contiguous(),))
     return network.to(device)
+
+
+Networks = Callable[[Config, Compute], tuple[nn.Module, nn.Module]]
 
 
 def stage1_networks(cfg: Config, compute: Compute) -> tuple[nn.Module, nn.Module]:
@@ -135,37 +133,32 @@ def reference_stage1_networks(cfg: Config, compute: Compute) -> tuple[nn.Module,
     return contiguous(idm, compute.device), contiguous(world_model, compute.device)
 
 
-def stage1(cfg: Config, compute: Compute, windows: Windows) -> Workload:
-    """Stage 1."""
-    return _stage1(cfg, compute, windows, *stage1_networks(cfg, compute))
-
-
-def reference_stage1(cfg: Config, compute: Compute, windows: Windows) -> Workload:
-    """Stage 1 of the reference: its networks."""
-    return _stage1(cfg, compute, windows, *reference_stage1_networks(cfg, compute))
-
-
-def _stage1(cfg: Config, compute: Compute, windows: Windows, *networks: nn.Module) -> Workload:
+def stage1(
+    cfg: Config, compute: Compute, windows: Windows, make_networks: Networks = stage1_networks
+) -> Workload:
+    """Stage 1; each step bears its part of the probe."""
     ids = windows.evenly_spaced(min(cfg.probe.windows, PROBE_WINDOWS))
     ta, probed = windows.actions(ids), min(cfg.probe.windows, cfg.data.test_chunks * CHUNK_FRAMES["test"])
     per_window = 1 / len(ids) / cfg.stage1.probe_every
+    networks = make_networks(cfg, compute)
     trainer = stage1_idm_wm.Trainer(cfg, compute, windows, *networks)
 
-    def step(number: int) -> Iterator[Lap]:
+    def step(number: int) -> Iterator[Part]:
         trainer.set_lr(number)
         frames = trainer.load(number)
-        yield Lap("load")
+        yield Part("load")
         trainer.backward(frames)
-        yield Lap("forward/backward")
+        yield Part("forward/backward")
         trainer.apply()
-        yield Lap("update")
+        yield Part("update")
         la = infer_latents(networks[0], windows.iter_frames(ids), compute)
         train_probe(la, ta, cfg.probe, cfg.seed)
-        yield Lap("probe", per_step=probed * per_window)
+        yield Part("probe", probed * per_window)
         world_model_loss(*networks, windows, ids, la, compute)
-        yield Lap("probe", per_step=len(range(probed)[wm_subset(probed)]) * per_window)
+        yield Part("probe", len(range(probed)[wm_subset(probed)]) * per_window)
 
-    return Workload(step, cfg.stage1.batch_size, trainer.update)
+    size = cfg.stage1.batch_size
+    return Workload(step, size, within_epoch(trainer.update, windows, size))
 
 
 def stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
@@ -177,38 +170,38 @@ def stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
     size, steps = cfg.stage2.batch_size, cfg.stage2.steps
     inferred = published_frames(cfg)
 
-    def step(number: int) -> Iterator[Lap]:
+    def step(number: int) -> Iterator[Part]:
         trainer.set_lr(number)
         batch = trainer.load(number)
-        yield Lap("load")
+        yield Part("load")
         infer_latents(idm, windows.iter_frames(windows.batch(number, size, cfg.seed)), compute)
         # A run shorter than an epoch is assumed to have less data, which it sees once.
-        yield Lap("infer latents", per_step=min(1.0, inferred / (size * steps)))
+        yield Part("infer latents", min(1.0, inferred / (size * steps)))
         trainer.backward(*batch)
-        yield Lap("forward/backward")
+        yield Part("forward/backward")
         trainer.apply()
-        yield Lap("update")
+        yield Part("update")
 
-    return Workload(step, size, trainer.update)
+    return Workload(step, size, within_epoch(trainer.update, windows, size))
 
 
 def reference_stage2(cfg: Config, compute: Compute, windows: Windows) -> Workload:
     """Stage 2 of the reference: latents are inferred at every visit, with gradients into the frozen IDM."""
     idm = contiguous(make_idm(cfg), compute.device).eval()
     policy = contiguous(make_latent_policy(cfg), compute.device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.stage2.lr)
+    optimizer, size = torch.optim.AdamW(policy.parameters(), lr=cfg.stage2.lr), cfg.stage2.batch_size
 
-    def step(number: int) -> Iterator[Lap]:
-        frames = windows.gather(windows.batch(number, cfg.stage2.batch_size, cfg.seed))
-        yield Lap("load")
+    def step(number: int) -> Iterator[Part]:
+        frames = windows.gather(windows.batch(number, size, cfg.seed))
+        yield Part("load")
         loss = F.mse_loss(policy(normalize(frames[:, WINDOW - 2])), idm.infer_latents(stack_frames(frames)))
         optimizer.zero_grad()
         loss.backward()
-        yield Lap("forward/backward")
+        yield Part("forward/backward")
         optimizer.step()
-        yield Lap("update")
+        yield Part("update")
 
-    return Workload(step, cfg.stage2.batch_size)
+    return Workload(step, size, within_epoch(lambda number: list(step(number)), windows, size))
 
 
 class TimedEnv(VecEnv):
@@ -238,51 +231,57 @@ class TimedEnv(VecEnv):
         return waited
 
 
-class Slice:
-    """A short PPO update to time in place of a whole one: one minibatch is collected and learnt from.
+def short_update(cfg: Config, device: torch.device) -> tuple[Config, float]:
+    """`cfg` with short PPO updates, and how many of their rollouts are as long as one of `cfg`.
 
-    `per_rollout`, `per_update` and `forwards` say how often a whole update does what the slice does once:
-    steps of the rollout, minibatches, and forward passes of the policy.
+    On a CPU a whole update takes long. A short one collects a single minibatch and trains on it once. Updates
+    stay whole on a GPU, so that minibatches follow each other without a wait.
     """
-
-    def __init__(self, cfg: Config):
-        length = max(1, cfg.ppo.rollout_steps // cfg.ppo.minibatches)
-        self.cfg = replace(cfg, ppo=replace(cfg.ppo, rollout_steps=length, minibatches=1, epochs=1))
-        self.per_rollout = cfg.ppo.rollout_steps / length
-        self.per_update = self.per_rollout * cfg.ppo.epochs
-        # The policy also sees the observation after the last step, of a slice as of a rollout.
-        self.forwards = (cfg.ppo.rollout_steps + 1) / (length + 1)
-
-    def policy(self, env: TimedEnv) -> Lap:
-        """The lap that ends with the playing."""
-        return Lap("policy", self.forwards, env.take_waited(), self.per_rollout)
+    if device.type == "cuda":
+        return cfg, 1.0
+    length = max(1, cfg.ppo.rollout_steps // cfg.ppo.minibatches)
+    short = replace(cfg.ppo, rollout_steps=length, minibatches=1, epochs=1)
+    return replace(cfg, ppo=short), cfg.ppo.rollout_steps / length
 
 
-def stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
-    """Updates of stage 3's online mode; a step is an update, extrapolated from a `Slice` of it."""
-    part = Slice(cfg)
+def online_trainer(cfg: Config, compute: Compute, env: VecEnv) -> PPOTrainer:
+    """A trainer of online mode, with random weights."""
     states = {
         "stage1": {"idm": make_idm(cfg).state_dict()},
         "stage2": {"policy": make_latent_policy(cfg).state_dict()},
     }
-    trainer = stage3_decode.online_trainer(part.cfg, compute, states, env)
-    decoder: OnlineDecoder = trainer.decoder
+    return stage3_decode.online_trainer(cfg, compute, states, env)
+
+
+def update_parts(cfg: Config, trainer: PPOTrainer, env: TimedEnv, rollouts: float) -> Iterator[Part]:
+    """Do an update of the trainer, part by part; `rollouts` of its rollouts are as long as one of `cfg`."""
+    whole, short = cfg.ppo, trainer.cfg
+    env.take_waited()
+    last_value = trainer.collect()
+    yield Part("env", rollouts, env.take_waited())
+    # The policy also sees the obs after the last step, in a short rollout as in a whole one.
+    yield Part("policy", (whole.rollout_steps + 1) / (short.rollout_steps + 1))
+    trainer.improve(whole.num_envs * whole.rollout_steps, last_value)
+    yield Part("update", rollouts * whole.epochs / short.epochs)
+
+
+def stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
+    """Updates of stage 3's online mode; on a CPU extrapolated from short ones."""
+    short, rollouts = short_update(cfg, compute.device)
+    trainer = online_trainer(short, compute, env)
+    decoder = trainer.decoder
     updates, steps_per_update = num_updates(cfg)
     trainings = stage3_decode.decoder_updates(cfg)
     # Latents are inferred until the decoder's last training, which takes the pairs of all updates so far.
     inferred, trained = max(trainings, default=0) / updates, sum(trainings) / updates
 
-    def step(number: int) -> Iterator[Lap]:
-        env.take_waited()
-        last_value = trainer.collect()
-        yield part.policy(env)
-        trainer.improve(steps_per_update, last_value)
-        yield Lap("update", per_step=part.per_update)
+    def step(number: int) -> Iterator[Part]:
+        yield from update_parts(cfg, trainer, env, rollouts)
         if trainings:
             decoder.infer_latents(trainer.rollout)
-            yield Lap("infer latents", per_step=part.per_rollout * inferred)
+            yield Part("infer latents", rollouts * inferred)
             decoder.train()
-            yield Lap("decoder", per_step=part.per_rollout * trained)
+            yield Part("decoder", rollouts * trained)
             decoder.la, decoder.ta = [], []
 
     return Workload(step, steps_per_update)
@@ -301,12 +300,12 @@ class ReferencePolicy(TwoPathPolicy):
 
 def reference_stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
     """Stage 3 of the reference: `ReferencePolicy`, and latents inferred at every step."""
-    part = Slice(cfg)
+    short, rollouts = short_update(cfg, compute.device)
     idm = contiguous(make_idm(cfg), compute.device).eval()
     policy = ReferencePolicy(make_latent_policy(cfg), make_decoder(cfg, len(ACTIONS)), len(ACTIONS))
     policy = contiguous(policy, compute.device).requires_grad_(True)
     learning = [p for name in ("policy_head", "value_head", "fc") for p in getattr(policy, name).parameters()]
-    trainer = PPOTrainer(part.cfg, compute, env, policy, torch.optim.Adam(learning, lr=0.0))
+    trainer = PPOTrainer(short, compute, env, policy, torch.optim.Adam(learning, lr=0.0))
 
     @torch.no_grad()
     def infer_rollout() -> None:
@@ -315,14 +314,10 @@ def reference_stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
             past = [frames[(t + offset) % len(frames)] for offset in range(WINDOW)]
             idm.infer_latents(stack_frames(torch.stack(past, 1)))
 
-    def step(number: int) -> Iterator[Lap]:
-        env.take_waited()
-        last_value = trainer.collect()
-        yield part.policy(env)
+    def step(number: int) -> Iterator[Part]:
+        yield from update_parts(cfg, trainer, env, rollouts)
         infer_rollout()
-        yield Lap("infer latents", per_step=part.per_rollout)
-        trainer.improve(0, last_value)
-        yield Lap("update", per_step=part.per_update)
+        yield Part("infer latents", rollouts)
 
     return Workload(step, cfg.ppo.num_envs * cfg.ppo.rollout_steps)
 
@@ -354,25 +349,25 @@ def record_random_play(cfg: Config, frames: int, folder: Path) -> int:
 def load(cfg: Config, compute: Compute, folder: Path, frames: int, resident: bool) -> Workload:
     """Bringing all frames to the device; where they cannot all be resident, gathering every window once."""
 
-    def step(number: int) -> Iterator[Lap]:
+    def step(number: int) -> Iterator[Part]:
         if resident:
             Windows(folder, device=compute.device)
         else:
             windows = RollingWindows(folder, device=compute.device, pool_chunks=cfg.data.pool_chunks)
             for part in windows.iter_batches(windows.all(), cfg.stage1.batch_size):
                 windows.gather(part)
-        yield Lap("load")
+        yield Part("load")
 
     return Workload(step, frames)
 
 
-def reference_load(folder: Path, frames: int) -> Workload:
-    """Reading all chunks into host memory, then joining them."""
+def reference_load(cfg: Config, compute: Compute, folder: Path, frames: int, resident: bool) -> Workload:
+    """Reading all chunks into host memory, then joining them, whatever fits on the device."""
 
-    def step(number: int) -> Iterator[Lap]:
+    def step(number: int) -> Iterator[Part]:
         chunks = [dict(np.load(path, allow_pickle=False)) for path in find_chunks(folder)]
         torch.from_numpy(np.concatenate([chunk["obs"] for chunk in chunks]))
-        yield Lap("load")
+        yield Part("load")
 
     return Workload(step, frames)
 
@@ -385,3 +380,11 @@ def check_reference_load(frames: int) -> None:
             f"loading {frames:,} frames as the reference does needs {needed / 1e9:.1f} GB of host memory,"
             f" {free / 1e9:.1f} GB are free; choose fewer --frames, or leave out --compare"
         )
+
+
+WORKLOADS: dict[str, dict[str, Callable[..., Workload]]] = {
+    "1": {"optimised": stage1, "reference": partial(stage1, make_networks=reference_stage1_networks)},
+    "2": {"optimised": stage2, "reference": reference_stage2},
+    "3": {"optimised": stage3, "reference": reference_stage3},
+    "load": {"optimised": load, "reference": reference_load},
+}

@@ -11,17 +11,15 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
+from lapo.modes import MODES
 from lapo.reporting.inspection import Counterfactual, LatentProjection, Predictions
 
 COLORS = {
     "random": "#9a9a9a",
-    "bc": "#e0a03c",
-    "scratch": "#c8553d",
-    "offline": "#7fb2e5",
-    "online": "#1f5fa8",
+    **{mode: MODES[mode].color for mode in MODES},
     "expert": "#3d3d3d",
 }
-"""The colour of each policy in every figure; LAPO's are blue."""
+"""The colour of each policy in every figure."""
 LAPO, BASELINE, CONTROL = COLORS["online"], COLORS["scratch"], COLORS["random"]
 WIDTH = 10.5
 """Inches, of a figure made of frames."""

@@ -10,11 +10,10 @@ from lapo.acting import evaluate_actor, random_actor
 from lapo.config import Config, to_dict
 from lapo.errors import UserError
 from lapo.games.table import GAMES, relative_return
+from lapo.modes import MODES
 from lapo.runs.checkpoints import load_checkpoint, saved_config, stale, weights_checksum
 from lapo.runs.files import reading
 
-MODES = ("bc", "scratch", "offline", "online")
-"""Modes of stage 3, in the order in which they are shown."""
 STAGES = ("stage1", "stage2", *(f"stage3_{mode}" for mode in MODES))
 
 
@@ -23,7 +22,7 @@ def read_outputs(cfg: Config) -> dict[str, "StageOutput"]:
 
     Raises `UserError` if there is none, or if one is damaged.
     """
-    outputs = {stage: StageOutput.read(cfg.run_dir / stage) for stage in STAGES}
+    outputs = {stage: StageOutput.read(cfg.stage_dir(stage)) for stage in STAGES}
     outputs = {stage: output for stage, output in outputs.items() if output}
     if not outputs:
         raise UserError(
@@ -150,12 +149,7 @@ def training_source(mode: str, output: StageOutput) -> str:
     """The data that the policy of a mode of stage 3 was trained on, in words."""
     labels = f"{output.checkpoint['config']['offline']['labels']:,} labels"
     rewards = f"{output.progress()['steps']:,} env steps"
-    return {
-        "bc": labels,
-        "scratch": rewards,
-        "offline": f"frames, {labels}",
-        "online": f"frames, {rewards}",
-    }[mode]
+    return "frames, " * MODES[mode].needs_latents + (rewards if MODES[mode].plays else labels)
 
 
 def random_return(cfg: Config) -> dict:

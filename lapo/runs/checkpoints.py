@@ -103,9 +103,9 @@ def load_stages(cfg: Config, *stages: str) -> dict[str, dict]:
     weights = {stage: weights_checksum(checkpoint) for stage, checkpoint in checkpoints.items()}
     for stage, checkpoint in checkpoints.items():
         if others := stale(checkpoint, weights):
-            folder = cfg.run_dir / stage
+            folder = cfg.stage_dir(stage)
             raise UserError(
-                f"{folder} was built on another {others[0]} than {cfg.run_dir / others[0]} holds now;"
+                f"{folder} was built on another {others[0]} than {cfg.stage_dir(others[0])} holds now;"
                 f" delete {folder} and run {stage}.py again, or put the old {others[0]} back"
             )
     return checkpoints
@@ -123,8 +123,15 @@ def load_stage(cfg: Config, stage: str, script: str) -> dict:
             reads = word[2:].split(".")[0] not in STAGE3_GROUPS
         words += [word] * reads
     command = shlex.join(words)
-    path = cfg.run_dir / stage / "checkpoint.pt"
-    checkpoint = load_checkpoint(path, command)
+    path = cfg.stage_dir(stage) / "checkpoint.pt"
+    with reading(path):
+        missing = not path.exists()
+    if missing:
+        raise UserError(
+            f"the checkpoint {path} does not exist; make it with `{command}`, or take that of another"
+            " experiment with --stages_from EXP"
+        )
+    checkpoint = load_checkpoint(path)
     if not checkpoint["finished"]:
         raise UserError(f"{path} is unfinished, at step {checkpoint['step']:,}; continue it with `{command}`")
     for key in ("env", "visuals"):

@@ -21,7 +21,7 @@ from lapo import decoding, stage1_idm_wm, stage2_bc, stage3_decode
 from lapo.benchmarks.workloads import random_windows
 from lapo.config import Config, load_config
 from lapo.data.chunks import WINDOW
-from lapo.decoding import epochs, fit
+from lapo.decoding import Fit, epochs
 from lapo.experts.dagger import Dagger
 from lapo.experts.registry import make_expert
 from lapo.games.vec_env import VecEnv
@@ -241,7 +241,7 @@ def test_labels_are_learnt_without_waiting(cfg):
     network, ta = torch.nn.Linear(4, 15), torch.arange(32) % 15
     x = torch.randn(32, 4)
     with NoWaiting():
-        stage3_decode.fit_labels(lambda batch: network(x[batch]), network, ta, cfg)
+        Fit(lambda batch: network(x[batch]), network, ta, cfg.offline.lr).step(torch.arange(8))
 
 
 def test_distilling_learns_without_waiting(workplace):
@@ -335,7 +335,8 @@ def learn_decoder(cfg: Config) -> Callable[[], Any]:
         on_meta(40, dtype=torch.long),
     )
     batches = epochs(40, 2, cfg.decoder.batch_size, META.device)
-    return lambda: fit(lambda ids: decoder(la[ids]), decoder, ta, batches, lr=0.1)
+    fit = Fit(lambda ids: decoder(la[ids]), decoder, ta, lr=0.1)
+    return lambda: [fit.step(ids) for ids in batches]
 
 
 def infer(cfg: Config) -> Callable[[], Any]:
