@@ -120,5 +120,5 @@ def test_the_stages_train_with_it_and_the_interface_reads_it(workplace, options)
     frames = torch.randint(256, (9, 64, 64, 3), dtype=torch.uint8)
     found = model.infer(frames)
     torch.testing.assert_close(model.decode(found.codes[found.valid]), found.la_q[found.valid])
-    with pytest.raises(UserError, match=r"was made with other settings \(vq\."):
+    with pytest.raises(UserError, match=r"was trained with other settings \(vq\."):
         stage1_idm_wm.train(workplace.config())

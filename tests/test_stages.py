@@ -562,9 +562,9 @@ def test_every_mode_of_the_table_has_a_function_and_groups_of_the_config_that_ex
 
 
 @pytest.mark.parametrize("mode", ["offline", "bc"])
-def test_modes_with_labels_resume_as_if_they_had_not_stopped(trained, monkeypatch, mode):
+def test_resumed_modes_with_labels_equal_uninterrupted_ones(trained, monkeypatch, mode):
     options = ("--stage3.mode", mode, "--stages_from", "main")
-    stage3_decode.train(trained.config("--exp", f"whole-{mode}", *options))
+    stage3_decode.train(trained.config("--exp", f"labels-whole-{mode}", *options))
     steps, step = [], decoding.Fit.step
 
     def stopping(fit: decoding.Fit, ids: torch.Tensor) -> None:
@@ -575,13 +575,13 @@ def test_modes_with_labels_resume_as_if_they_had_not_stopped(trained, monkeypatc
 
     monkeypatch.setattr(decoding.Fit, "step", stopping)
     with pytest.raises(SystemExit):
-        stage3_decode.train(trained.config("--exp", f"stopped-{mode}", *options))
+        stage3_decode.train(trained.config("--exp", f"labels-stopped-{mode}", *options))
     assert len(steps) == 7
-    stage3_decode.train(trained.config("--exp", f"stopped-{mode}", *options))
+    stage3_decode.train(trained.config("--exp", f"labels-stopped-{mode}", *options))
     assert len(steps) == 20
     stage = f"stage3_{mode}"
-    assert result(trained.run_dir(stage, f"stopped-{mode}")) == result(
-        trained.run_dir(stage, f"whole-{mode}")
+    assert result(trained.run_dir(stage, f"labels-stopped-{mode}")) == result(
+        trained.run_dir(stage, f"labels-whole-{mode}")
     )
 
 
