@@ -167,7 +167,7 @@ def test_failing_game_does_not_stop_the_others_and_a_rerun_continues(repo):
         (["maze", "--seeds", "1,2", "--task", "2"], "error: --task is 2, but there are 2 runs"),
         (["maze", "--task", "x"], "error: --task is 'x', but must be the number of a run"),
         (["maze", "--env", "ninja"], "error: games are named first and without --env"),
-        (["maze", "--modes", "online,ofline"], "'stage3.mode' is 'ofline': input should be 'online'"),
+        (["maze", "--modes", "online,ofline"], "'stage3.mode' is 'ofline': input should be 'bc'"),
         (["maze", "--sead", "1"], "unknown option --sead; did you mean --seed?"),
         (["maze", "--vq.num_embs", "0"], "'vq.num_embs' is '0'"),
     ],

@@ -213,5 +213,5 @@ def test_discriminate_is_the_likeliest_class():
 def test_damaged_checkpoint_is_named(cfg):
     path = cfg.run_dir / "stage2" / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"stage2.checkpoint\.pt cannot be read"):
+    with pytest.raises(UserError, match=r"stage2.checkpoint\.pt is damaged"):
         report.report(cfg)
