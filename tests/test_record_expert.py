@@ -480,3 +480,20 @@ def test_planners_are_recorded_without_pytorch() -> None:
         sys.exit("torch" in sys.modules)
     """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_shipped_experts_are_small_and_play_their_game_by_default():
+    shipped = sorted((ROOT / "expert_data" / "experts").glob("*.pt"))
+    assert {path.stem for path in shipped} >= {"maze", "leaper"}
+    for path in shipped:
+        assert path.stat().st_size < 1.5e6
+        policy = find_policy(arguments(path.stem, visuals="plain"))
+        assert (policy.path, policy.description["game"], policy.description["visuals"]) == (
+            path,
+            path.stem,
+            "plain",
+        )
+        assert policy.description["finished"]
+        assert find_policy(arguments(path.stem)) is None  # full visuals: the planner
+        arrays = play_chunk(Chunk(path.stem, 0, "test", 0, 64, visuals="plain", policy=policy))
+        assert (arrays["logprobs"] < 0).any()
