@@ -1,6 +1,6 @@
-"""Trained acting policies: reading them from checkpoints, and sampling actions from their logits.
+"""Acting policies: loading them from checkpoints, and sampling actions from logits. Needs no simulator.
 
-Does without the simulator. Dimensions: N environments · A actions
+Dimensions: N environments · A actions
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ def restore_policy(checkpoint: dict, compute: Compute) -> torch.nn.Module:
 
 
 def sample(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample actions (N,) from logits (N, A) by the Gumbel-max trick; also their log-probabilities (N,)."""
+    """Sample from logits (N, A) by the Gumbel-max trick; returns actions (N,) and their log-probs (N,)."""
     logprobs = logits.log_softmax(-1)
     action = (logprobs - torch.empty_like(logprobs).exponential_().log()).argmax(-1)
     return action, logprobs.gather(-1, action[:, None]).squeeze(-1)
