@@ -41,7 +41,7 @@ from lapo.data.chunks import (
 )
 from lapo.errors import UserError, run_main
 from lapo.runs.compute import free_bytes
-from lapo.runs.files import read_obstacle
+from lapo.runs.files import read_error_cause
 from lapo.runs.ranks import Shard, all_max, shard
 
 WHOLE = Shard()
@@ -293,7 +293,7 @@ def allocate(total: int, device: torch.device, folder: Path) -> Tensor:
     try:
         return torch.empty((total, *FRAME_SHAPE), dtype=torch.uint8, device=device)
     except RuntimeError as error:  # the process may be allowed less than is free
-        reason = read_obstacle(error)
+        reason = read_error_cause(error)
         if reason is None:
             raise
         raise UserError(

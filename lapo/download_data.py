@@ -21,7 +21,7 @@ from lapo.command_line import Parser
 from lapo.config import ROOT
 from lapo.data.chunks import list_chunks
 from lapo.errors import UserError, run_main
-from lapo.runs.files import filled_at_once, filling, is_vacant
+from lapo.runs.files import atomic_folder, folder_lock, is_absent_or_empty
 
 ARCHIVES = {
     "bigfish": "10xwWejz1ZwccxV7O4fqbDTP_260OsBU5",
@@ -83,8 +83,8 @@ def set_up(game: str, data_dir: Path) -> None:
     removed. Raises `UserError` if it cannot be had or is not what it should be, `OSError` if the disk fails.
     """
     target, archive = data_dir / game, data_dir / f"{game}.zip"
-    with filling(target, "unpacking"):
-        if not is_vacant(target):
+    with folder_lock(target, "unpacking"):
+        if not is_absent_or_empty(target):
             check_chunks(target)
             print(f"{game}: {count_chunks(target)} are already in {target}: nothing to do")
             return
@@ -147,7 +147,7 @@ def unpack(archive: Path, game: str) -> None:
                     f"{archive} unpacks to {size / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left; "
                     "make room, or choose another disk with --data-dir, and run the command again"
                 )
-            with filled_at_once(target) as partial:
+            with atomic_folder(target) as partial:
                 for chunk in tqdm(chunks, desc=f"{game}: unpacking", unit="chunk"):
                     path = partial / PurePosixPath(chunk.filename).relative_to(game)
                     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from lapo.data.clips import SIZE, Clip, checksum, cropped, open_clip, shrink, ve
 from lapo.data.pictures import find_files
 from lapo.errors import UserError, run_main
 from lapo.games.table import GAMES
-from lapo.runs.files import filled_at_once, filling, is_vacant, write_json
+from lapo.runs.files import atomic_folder, folder_lock, is_absent_or_empty, write_json
 
 MIN_SHOT = 4
 """Frames of the shortest shot: a window is three frames, none of them the last one of a shot."""
@@ -221,7 +221,7 @@ def is_cut(previous: np.ndarray | None, obs: np.ndarray, threshold: float) -> bo
 
 def is_finished(folder: Path, settings: dict) -> bool:
     """Whether `folder` holds this very import. Raises UserError if it holds anything else."""
-    if is_vacant(folder):
+    if is_absent_or_empty(folder):
         return False
     way_out = "choose another --env or --data-dir, or delete it"
     try:
@@ -249,11 +249,11 @@ def main() -> None:
         if is_finished(folder, settings):
             print(done)
             return
-        with filling(folder, "importing"):
+        with folder_lock(folder, "importing"):
             if is_finished(folder, settings):  # by whoever held the lock before
                 print(done)
                 return
-            with filled_at_once(folder) as partial:
+            with atomic_folder(folder) as partial:
                 summary = import_clips(args, partial)
                 write_json(partial / "dataset.json", {**settings, **summary, "versions": versions()})
     except OSError as error:

@@ -334,8 +334,8 @@ def test_one_import_at_a_time(tmp_path, importing):
     code = f"""
 import sys
 from pathlib import Path
-from lapo.runs.files import filling
-with filling(Path({str(data / "mygame")!r}), "importing"):
+from lapo.runs.files import folder_lock
+with folder_lock(Path({str(data / "mygame")!r}), "importing"):
     print("locked", flush=True)
     sys.stdin.read()
 """

@@ -1,8 +1,8 @@
-"""Checks of a data set: does it exist, does it show the game as configured, are its chunks intact?
+"""Checks of a data set: it exists, it was rendered as configured, and its chunks are intact.
 
-`python data_loader.py --check expert_data/bigfish` checks chunks and prints a table. More is checked than
-training reads: the checksums of all arrays, and that rewards, returns, values and log-probabilities are
-finite numbers, one per frame.
+`python data_loader.py --check expert_data/bigfish` checks chunks and prints a table. It checks more than
+training reads: the checksums of all arrays, and that rewards, returns, values and log-probabilities are one
+finite number per frame.
 """
 
 import json
@@ -30,11 +30,10 @@ from lapo.games.table import GAMES, Visuals
 from lapo.runs.files import reading
 
 FLOATS = ("rewards", "ep_returns", "values", "logprobs")
-READ_SIZE = 1 << 20
 
 
 def check_data(name: str, folder: Path) -> None:
-    """Raise UserError unless `name` is a Procgen game or, for other frames, `folder` holds its data."""
+    """Raise `UserError` unless `name` is a Procgen game or its data `folder` exists."""
     with reading(folder):
         missing = not folder.is_dir()
     if name not in GAMES and missing:
@@ -45,7 +44,7 @@ def check_data(name: str, folder: Path) -> None:
 
 
 def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
-    """Raise UserError unless `folder` holds data of `name` that show it, a Procgen game, with `visuals`."""
+    """Raise `UserError` unless `folder` holds data of `name`; those of a Procgen game must show `visuals`."""
     check_data(name, folder)
     if name not in GAMES:
         return
@@ -56,15 +55,14 @@ def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
     path = folder / "dataset.json"
     try:
         with reading(path):
-            text = (
-                path.read_text(encoding="utf-8") if path.exists() else "{}"
-            )  # downloaded: the published frames
+            # The published data have no such file.
+            text = path.read_text(encoding="utf-8") if path.exists() else "{}"
         recorded = json.loads(text).get("visuals", "full")
     except (OSError, ValueError, AttributeError):
         raise UserError(f"{path} is damaged; record the data again, or delete this file") from None
     if recorded != visuals:
         raise UserError(
-            f"{folder} shows the game with visuals {recorded}, but visuals is {visuals};"
+            f"{folder} was rendered with visuals {recorded}, but visuals is {visuals};"
             f" choose --visuals {recorded} or another --data_dir"
         )
 
@@ -73,7 +71,7 @@ def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
 
 
 @dataclass
-class Checked:
+class CheckResult:
     """Content of a chunk file; None for what is unknown or missing."""
 
     size: int
@@ -82,11 +80,11 @@ class Checked:
     cuts: int | None = None
     """Frames marked `done`."""
     actions: int | None = None
-    """Different true actions."""
+    """Number of different true actions."""
     fault: str | None = None
-    """What is wrong with it; None if nothing is."""
-    unread: str | None = None
-    """Why it could not be read; None if it could."""
+    """What is wrong with the content; None if nothing is."""
+    read_error: str | None = None
+    """Why the file could not be read; None if it could."""
 
 
 def main() -> None:
@@ -101,31 +99,32 @@ def main() -> None:
         help="folders of games (with train and test) or of chunks, as seen from here or from the repository",
     )
     folders = parser.parse_args().check
-    chunks = {folder: find(folder) for folder in folders}
-    found = [result for folder, paths in chunks.items() for result in check_folder(folder, paths)]
-    bad = sum(result.fault is not None for result in found)
-    unread = sum(result.unread is not None for result in found)
-    frames = sum(result.frames for result in found if not (result.fault or result.unread))
-    size = sum(result.size for result in found) / 1e6
-    told = [f"{bad} bad"] if bad or unread else ["all good"]
-    told += [f"{unread} could not be read"] if unread else []
-    print(f"{len(found)} chunks, {size:,.1f} MB, {frames:,} frames in good ones: {', '.join(told)}")
+    chunks = {folder: find_all_chunks(folder) for folder in folders}
+    results = [result for folder, paths in chunks.items() for result in check_folder(folder, paths)]
+    bad = sum(result.fault is not None for result in results)
+    unread = sum(result.read_error is not None for result in results)
+    frames = sum(result.frames for result in results if not (result.fault or result.read_error))
+    size = sum(result.size for result in results) / 1e6
+    verdict = f"{bad} bad" if bad or unread else "all good"
+    verdict += f", {unread} could not be read" if unread else ""
+    print(f"{len(results)} chunks, {size:,.1f} MB, {frames:,} frames in good ones: {verdict}")
     if bad or unread:
         sys.exit(2)
 
 
-def find(folder: Path) -> list[Path]:
-    """The chunks of a game's folder, training ones first, or of a folder of chunks.
+def find_all_chunks(folder: Path) -> list[Path]:
+    """The chunks of a game's folder (those of `train` first) or of a folder of chunks.
 
-    Raises `UserError` if the folder, or a split in it, is missing, cannot be read or holds none.
+    A relative `folder` is looked for in the working directory, then in the repository. Raises `UserError` if
+    it is missing or cannot be read, or if it or one of its splits holds no chunk.
     """
-    place = folder.expanduser()
+    found = folder.expanduser()
     with reading(folder):
-        if not place.is_dir():
-            place = resolve(str(folder))
-        if not place.is_dir():
+        if not found.is_dir():
+            found = resolve(str(folder))
+        if not found.is_dir():
             raise UserError(f"there is no folder {folder}, neither here nor in {resolve('.')}; name another")
-        splits = [place / split for split in ("train", "test") if (place / split).is_dir()] or [place]
+        splits = [found / split for split in ("train", "test") if (found / split).is_dir()] or [found]
     chunks = {split: list_chunks(split) for split in splits}
     for split, paths in chunks.items():
         if not paths:
@@ -135,8 +134,8 @@ def find(folder: Path) -> list[Path]:
     return [path for paths in chunks.values() for path in paths]
 
 
-def check_folder(folder: Path, paths: list[Path]) -> list[Checked]:
-    """Check the chunks of a folder, printing a line for each."""
+def check_folder(folder: Path, paths: list[Path]) -> list[CheckResult]:
+    """Check the chunks `paths` of a folder and print a line for each."""
     names = ["/".join(path.parts[-2:]) for path in paths]
     width = max(len(name) for name in names)
     print(f"{folder}\n{'file':<{width}}  {'frames':>9}  {'cuts':>7}  {'actions':>7}  {'MB':>8}")
@@ -147,7 +146,7 @@ def check_folder(folder: Path, paths: list[Path]) -> list[Checked]:
             "-" if count is None else f"{count:,}" for count in (result.frames, result.cuts, result.actions)
         )
         line = f"{name:<{width}}  {frames:>9}  {cuts:>7}  {actions:>7}  {result.size / 1e6:>8,.1f}"
-        print(f"{line}  {result.fault or result.unread or 'ok'}", flush=True)
+        print(f"{line}  {result.fault or result.read_error or 'ok'}", flush=True)
         results.append(result)
     for split in dict.fromkeys(path.parent for path in paths):
         others = describe_other_files(split)
@@ -156,9 +155,9 @@ def check_folder(folder: Path, paths: list[Path]) -> list[Checked]:
     return results
 
 
-def check_chunk(path: Path) -> Checked:
-    """Read all of a chunk file. Errors are returned as `fault` and `unread`, not raised."""
-    result = Checked(0)
+def check_chunk(path: Path) -> CheckResult:
+    """Read a whole chunk file. Errors are returned as `fault` or `read_error`, not raised."""
+    result = CheckResult(0)
     try:
         with reading(path):
             result.size = path.stat().st_size
@@ -168,29 +167,27 @@ def check_chunk(path: Path) -> Checked:
             result.cuts = int(np.count_nonzero(chunk["done"]))
         if "ta" in chunk:
             result.actions = len(np.unique(chunk["ta"]))
-        _check_others(path, result.frames)
+        _check_other_arrays(path, result.frames)
     except UserError as error:
-        told = str(error).removeprefix(str(path)).lstrip(": ")
+        message = str(error).removeprefix(str(path)).lstrip(": ")
         if isinstance(error, BadChunk):
-            result.fault = told
+            result.fault = message
         else:
-            result.unread = told
+            result.read_error = message
     return result
 
 
-def _check_others(path: Path, frames: int) -> None:
-    """Check the arrays that training ignores; of unknown ones, the checksum. Raises as `read_header`."""
+def _check_other_arrays(path: Path, frames: int) -> None:
+    """Check the arrays that training ignores; of unknown ones only the checksum. Raises as `read_header`."""
     with open_chunk(path) as archive:
         for name in archive.namelist():
             key = name.removesuffix(".npy")
             if key in FLOATS:
-                shape, dtype = read_npy_header(archive, key)
+                shape, dtype = read_npy_header(archive, key)[:2]
                 if shape != (frames,) or dtype.kind not in "fiu":
                     raise BadChunk(f"{path}: `{key}` must be numbers ({frames},), found {dtype} {shape}")
                 bad = np.count_nonzero(~np.isfinite(read_npy(archive, key)))
                 if bad:
                     raise BadChunk(f"{path}: {bad:,} of the {frames:,} `{key}` are not finite")
             elif key not in KEYS:
-                with archive.open(name) as member:
-                    while member.read(READ_SIZE):  # to the end, where the checksum is compared
-                        pass
+                archive.read(name)  # verifies the checksum and the name

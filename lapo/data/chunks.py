@@ -1,7 +1,11 @@
-"""Chunks of frames on disk: finding, checking, reading and writing them.
+"""Chunks of frames on disk: finding, validating, reading and writing them.
 
-A chunk is an npz file `<game>/<split>/<k>.npz` with `obs` (N, 64, 64, 3) uint8 and, optionally, `ta` (N,),
-`done` (N,) and the other arrays of the published chunks. NumPy only.
+A chunk is an npz file `<game>/<split>/<k>.npz` with `obs` (N, 64, 64, 3) uint8 and, optionally, `ta` (N,)
+integer true actions, `done` (N,) bool, and the other arrays of the published chunks. This module needs NumPy
+only.
+
+Dimensions
+    N frames of a chunk · M windows of a chunk
 """
 
 import hashlib
@@ -14,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,19 +29,22 @@ from lapo.runs.files import atomic_write, reading
 KEYS = ("obs", "ta", "done")
 """The arrays that training reads."""
 WINDOW = 3
-"""Frames of a window: a chunk has at least one window."""
+"""Frames per window. A chunk has at least as many."""
 FRAME_SHAPE = (64, 64, 3)
 CHUNK_FRAMES = {"train": 32_768, "test": 4_096}
 """Frames of a full chunk, as in the published data."""
 MAX_ACTIONS = 256
 MAX_READERS = 4
-"""Upper bound on threads that unpack chunks, and on decoded chunks in host memory (0.4 GB each)."""
-# Level 4 packs frames twice as fast as zlib's default, into files about a quarter larger.
+"""Threads that decompress chunks, and so the most decoded chunks in host memory (0.4 GB each)."""
+# Level 4 compresses frames twice as fast as zlib's default, into files about a quarter larger.
 COMPRESSION = 4
+READ_SIZE = 1 << 18
+NPY_HEADER = {"descr": "'([^']+)'", "fortran_order": "(True|False)", "shape": r"\(([\d, ]*)\)"}
+"""Patterns of the fields of an npy header; none of our arrays has a structured dtype."""
 
 
 class BadChunk(UserError):
-    """A damaged or malformed chunk file. Files that cannot be read for other reasons raise `UserError`."""
+    """A damaged or malformed chunk file. A file that cannot be read for another reason is a `UserError`."""
 
 
 def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
@@ -55,7 +63,7 @@ def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
     if misplaced:
         raise UserError(
             f"the data folder {folder} does not exist, but {game} itself holds {misplaced[0].name};"
-            f" move what is to be in {folder.name} there"
+            f" move the chunks of this split into {folder}"
         )
     if missing:
         raise UserError(f"the data folder {folder} does not exist; make it with {remedy}")
@@ -69,11 +77,11 @@ def find_chunks(folder: Path, limit: int | None = None) -> list[Path]:
 
 
 def print_chunk_limit(folder: Path, limit: int) -> None:
-    """Print how many chunks of a split the config leaves out, if any."""
+    """Print how many chunks of a split exceed the config's `limit` and are not used, if any."""
     total = len(find_chunks(folder))
     if total > limit:
         key = f"data.{folder.name}_chunks"
-        print(f"{folder.name}: {total - limit} of its {total} chunks are left out, as {key} is {limit}")
+        print(f"{folder.name}: {total - limit} of its {total} chunks are not used, as {key} is {limit}")
 
 
 def list_chunks(folder: Path) -> list[Path]:
@@ -86,7 +94,7 @@ def list_chunks(folder: Path) -> list[Path]:
 
 
 def describe_other_files(folder: Path) -> str:
-    """The npz files of a folder whose names are not those of chunks, with a remedy; "" if there are none."""
+    """The npz files of a folder that are not named as chunks, with a remedy; "" if there are none."""
     chunks = list_chunks(folder)
     others = sorted(
         path.name
@@ -96,7 +104,7 @@ def describe_other_files(folder: Path) -> str:
     if not others:
         return ""
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return f"{', '.join(others[:3])}{more}, which nobody reads; rename to <number>.npz what holds frames"
+    return f"{', '.join(others[:3])}{more} (ignored); rename what holds frames to <number>.npz"
 
 
 def _list(folder: Path) -> list[Path]:
@@ -106,18 +114,16 @@ def _list(folder: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> int:
-    """Number of frames of a chunk, from the headers of its arrays.
+    """Number of frames N of a chunk, after validating the headers of its arrays.
 
-    Raises `BadChunk` if the file is not a readable npz, lacks `obs`, has arrays of a wrong shape or dtype, or
-    fewer than three frames. Raises `UserError` if it cannot be read for another reason.
+    Raises `BadChunk` if the file is not a readable npz, lacks `obs`, has an array of a wrong shape or dtype,
+    or has fewer than three frames. Raises `UserError` if it cannot be read for another reason.
     """
     with open_chunk(path) as archive:
         names = archive.namelist()
         if "obs.npy" not in names:
             raise BadChunk(f"{path} holds no array `obs`, found: {', '.join(sorted(names)) or 'nothing'}")
-        for name in names:
-            archive.open(name).close()  # compares the names in the zip directory and beside the data
-        headers = {key: read_npy_header(archive, key) for key in KEYS if f"{key}.npy" in names}
+        headers = {key: read_npy_header(archive, key)[:2] for key in KEYS if f"{key}.npy" in names}
     shape, dtype = headers.pop("obs")
     if dtype != np.uint8 or len(shape) != 4 or shape[1:] != FRAME_SHAPE:
         raise BadChunk(f"{path}: `obs` must be uint8 (N, 64, 64, 3), found {dtype} {shape}")
@@ -134,9 +140,9 @@ def read_header(path: Path) -> int:
 
 
 def read_chunk(path: Path, keys: tuple[str, ...] = KEYS) -> dict[str, np.ndarray]:
-    """Those of the arrays `keys` that a chunk has, with verified checksums.
+    """The arrays `keys` of a chunk, without those that it lacks. Their checksums are verified.
 
-    Raises as `read_header`, which must have checked shapes and dtypes before.
+    Call `read_header` first: it validates shapes and dtypes. Raises the same errors.
     """
     with open_chunk(path) as archive:
         names = archive.namelist()
@@ -152,31 +158,32 @@ def read_ahead(
 ) -> Iterator[tuple[Path, Callable[[], dict[str, np.ndarray]]]]:
     """Yield each path, in order, with a function that returns its arrays or raises as `read_chunk`.
 
-    Call the function once. Unpacking dominates the loading time and releases Python's lock, so `readers`
-    threads (`MAX_READERS` by default) read ahead. At most as many chunks are decoded at a time, if the caller
-    frees each before the next.
+    Decompression dominates the loading time and releases Python's lock, so `readers` threads (default:
+    `MAX_READERS`) read ahead. Call each function once and free its arrays before the next iteration; then
+    at most `readers` chunks are decoded at a time.
     """
     readers = readers or MAX_READERS
-    with ThreadPoolExecutor(readers, "read-ahead") as pool:
-        coming: deque[tuple[Path, list[Future]]] = deque()
+    with ThreadPoolExecutor(readers, "read-ahead") as executor:
+        # Each future lies in a list of its own, from which it is popped: a future keeps its result alive.
+        pending: deque[tuple[Path, list[Future]]] = deque()
         try:
             for number, path in enumerate(paths):
                 if number >= readers:
-                    first, box = coming.popleft()
-                    yield first, lambda box=box: box.pop().result()
-                coming.append((path, [pool.submit(read_chunk, path, keys)]))
-            for path, box in coming:
-                yield path, lambda box=box: box.pop().result()
+                    first, future = pending.popleft()
+                    yield first, lambda future=future: future.pop().result()
+                pending.append((path, [executor.submit(read_chunk, path, keys)]))
+            for path, future in pending:
+                yield path, lambda future=future: future.pop().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            executor.shutdown(cancel_futures=True)
 
 
 def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -> np.ndarray:
-    """Indices of the first frames of a chunk's windows, (M,) int64.
+    """Index of the first frame of every window of a chunk, (M,) int64; `done` is (N,) bool.
 
-    With `skip_resets`, windows with any frame marked `done` are left out: data sets differ in whether the
-    mark is on the last frame of an episode or on the first of the next one. (In rollouts it always belongs to
-    the last action, see `OnlineDecoder.infer_latents`.)
+    With `skip_resets`, windows that contain a frame marked `done` are skipped, wherever in the window: some
+    data sets mark the last frame of an episode, others the first frame of the next one.
+    (In rollouts `done` always belongs to the last action, see `OnlineDecoder.infer_latents`.)
     """
     starts = np.arange(num_frames - WINDOW + 1)
     if done is None or not skip_resets:
@@ -189,7 +196,7 @@ def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -
 def open_chunk(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open a chunk's zip archive.
 
-    Whatever zipfile and NumPy raise for a damaged file becomes `BadChunk`; other read errors `UserError`.
+    Any exception that a damaged file causes becomes `BadChunk`; other read errors become `UserError`.
     """
     try:
         with reading(path), zipfile.ZipFile(path) as archive:
@@ -201,34 +208,65 @@ def open_chunk(path: Path) -> Iterator[zipfile.ZipFile]:
         raise BadChunk(f"{path} is not a readable npz file ({what}); delete it and make it again") from None
 
 
-def read_npy_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of an array of a chunk. Raises ValueError if they do not match its size in bytes."""
+class NpyHeader(NamedTuple):
+    """Header of an array in an npz file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    order: str
+    """Memory layout: "C" or "F"."""
+    size: int
+    """Bytes of the header itself."""
+
+
+def read_npy_header(archive: zipfile.ZipFile, key: str) -> NpyHeader:
+    """Header of the array `key` of a chunk.
+
+    Raises ValueError if it is malformed, of a structured dtype, or disagrees with the size in bytes.
+
+    NumPy parses headers with `ast.literal_eval`, which sometimes fails in threads before Python 3.11.8
+    (https://github.com/python/cpython/issues/106905). Intact chunks would be called bad.
+    """
     with archive.open(f"{key}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-        expected = file.tell() + math.prod(shape) * dtype.itemsize
-    member = archive.getinfo(f"{key}.npy")
-    found = member.file_size
-    if found != expected and not dtype.hasobject:  # object arrays are refused later, by their dtype
-        raise ValueError(f"`{key}` has {found} bytes instead of {expected}")
-    return shape, dtype
+        magic, version = file.read(6), file.read(2)
+        length = int.from_bytes(file.read(2 if version == b"\1\0" else 4), "little")
+        text = file.read(length).decode("latin1")
+        fields = [re.search(f"'{name}': *{pattern}", text) for name, pattern in NPY_HEADER.items()]
+        if magic != b"\x93NUMPY" or not all(fields):
+            raise ValueError(f"`{key}` has no npy header of a plain array")
+        descr, fortran, shape = (field[1] for field in fields)
+        sizes, dtype = tuple(map(int, re.findall(r"\d+", shape))), np.dtype(descr)
+        header = NpyHeader(sizes, dtype, "F" if fortran == "True" else "C", file.tell())
+    found = archive.getinfo(f"{key}.npy").file_size - header.size
+    if found != math.prod(sizes) * dtype.itemsize and not dtype.hasobject:  # refused below, by their dtype
+        raise ValueError(f"`{key}` has {found} bytes, its header says {dtype} {sizes}")
+    return header
 
 
 def read_npy(archive: zipfile.ZipFile, key: str) -> np.ndarray:
-    """An array of a chunk, with verified checksum. Raises ValueError for pickled objects."""
+    """The array `key` of a chunk, with verified checksum.
+
+    Raises ValueError as `read_npy_header`, before memory is allocated, and for Python objects: nothing is
+    unpickled.
+    """
+    header = read_npy_header(archive, key)
+    if header.dtype.hasobject:
+        raise ValueError(f"`{key}` holds Python objects")
+    array = np.empty(math.prod(header.shape), header.dtype)
+    rest = memoryview(array.view(np.uint8))
     with archive.open(f"{key}.npy") as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-        file.read(1)  # the checksum is compared at the end of the file only
-        return array
+        file.read(header.size)
+        while block := file.read(READ_SIZE):  # to the end, where zipfile compares the checksum
+            rest[: len(block)] = block
+            rest = rest[len(block) :]
+    return array.reshape(header.shape, order=header.order)
 
 
 def num_chunks_for(folder: Path, frames: int, skip_bad: bool = False) -> int:
-    """How many of the folder's first chunks together hold `frames` frames; all if they hold fewer.
+    """How many of the folder's first chunks together hold `frames` frames; all of them if they hold fewer.
 
-    With `skip_bad`, bad chunks count as empty. Chunks are then read in full, as the header may be intact.
+    With `skip_bad`, bad chunks count as empty. Chunks are then read in full, because a bad chunk may have an
+    intact header.
     """
     held, count = 0, 0
     for path in find_chunks(folder):
@@ -239,7 +277,7 @@ def num_chunks_for(folder: Path, frames: int, skip_bad: bool = False) -> int:
             size = read_header(path)
             if skip_bad:
                 read_chunk(path)
-        except BadChunk:  # reported by `Windows`
+        except BadChunk:  # `Windows` prints it
             if not skip_bad:
                 raise
         else:
@@ -248,10 +286,10 @@ def num_chunks_for(folder: Path, frames: int, skip_bad: bool = False) -> int:
 
 
 def data_checksums(cfg: Config, keys: tuple[str, ...] = ("obs", "done")) -> dict[str, str]:
-    """Checksum (16 hex digits) per split of the arrays `keys` of the configured game's chunks.
+    """Checksum (16 hex digits) of the arrays `keys` of the configured game's chunks, per split.
 
-    It is computed from the CRCs in the zip directories, without reading the arrays. Missing splits are left
-    out.
+    It is computed from the CRCs in the zip directories, without reading the arrays. A missing split has no
+    entry.
     """
     found = {}
     for split, limit in (("train", cfg.data.train_chunks), ("test", cfg.data.test_chunks)):
@@ -261,7 +299,7 @@ def data_checksums(cfg: Config, keys: tuple[str, ...] = ("obs", "done")) -> dict
             try:
                 with reading(path), zipfile.ZipFile(path) as archive:
                     members = {info.filename: (info.CRC, info.file_size) for info in archive.infolist()}
-            except zipfile.BadZipFile:  # reported by the reader
+            except zipfile.BadZipFile:  # `Windows` raises or prints it
                 members = {}
             digest.update(repr([members.get(f"{key}.npy") for key in keys]).encode())
         if paths:

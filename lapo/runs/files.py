@@ -1,4 +1,4 @@
-"""Atomic writes and locks: files are complete or absent, and used by one process at a time."""
+"""Atomic writes and locks: a file is complete or absent, and one process at a time writes it."""
 
 import contextlib
 import errno
@@ -17,9 +17,9 @@ from lapo.errors import UserError
 def atomic_write(
     path: Path, write: Callable[[Path], Any], verify: Callable[[Path], Any] | None = None
 ) -> None:
-    """Let `write` make a file beside `path`, sync it to disk, `verify` it, then rename it to `path`.
+    """Call `write` on a temporary file, sync it to disk, call `verify` on it, then rename it to `path`.
 
-    Raises `UserError` if the disk refuses; the previous file is then kept.
+    Raises `UserError` if writing or verifying fails; the previous file is then kept.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -31,9 +31,9 @@ def atomic_write(
         os.replace(part, path)
     except (OSError, RuntimeError, UserError) as error:
         reason = str(error)
-        if isinstance(error, RuntimeError):  # how torch reports a full disk, without saying so
+        if isinstance(error, RuntimeError):  # torch's error for a full disk does not name the cause
             reason += f"; {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free there"
-        raise UserError(f"cannot write {path} ({reason}); what was there before is kept") from None
+        raise UserError(f"cannot write {path} ({reason}); the previous file is kept") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -56,21 +56,21 @@ def check_json(path: Path | None) -> None:
         raise UserError(f"--json {path}: the folder {path.parent} cannot be written to; name another")
 
 
-OF_CONTENT = errno.EINVAL, errno.EISDIR
-"""System errors caused by the content: an offset before the file's start (damage), a folder."""
-OF_MEMORY = "allocate memory", "not enough memory", "Error -4 while"
-"""Messages of torch and zlib that stand for a MemoryError."""
+DAMAGE_ERRNOS = errno.EINVAL, errno.EISDIR
+"""System errors that the content causes: a damaged offset, which points before the file's start; a folder."""
+OUT_OF_MEMORY = "allocate memory", "not enough memory", "Error -4 while"
+"""Parts of the messages of torch and zlib for lack of memory."""
 
 
-def read_obstacle(error: BaseException | None) -> str | None:
-    """Why an intact file could not be read (permissions, memory, an I/O error); None if it is damaged.
+def read_error_cause(error: BaseException | None) -> str | None:
+    """What prevented reading (permissions, memory, an I/O error); None if `error` means damaged content.
 
-    zipfile wraps some system errors in its own, so the causes of `error` are examined, too.
+    zipfile hides some system errors behind its own, so the whole chain of causes is searched.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno not in (None, *OF_CONTENT):
+        if isinstance(error, OSError) and error.errno not in (None, *DAMAGE_ERRNOS):
             return os.strerror(error.errno)
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in OF_MEMORY):
+        if isinstance(error, MemoryError) or any(part in str(error) for part in OUT_OF_MEMORY):
             return "too little memory"
         error = error.__cause__ or error.__context__
     return None
@@ -78,36 +78,37 @@ def read_obstacle(error: BaseException | None) -> str | None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Errors other than a damaged `path` raise `UserError`, see `read_obstacle`; damage passes."""
+    """Turn an error in reading `path` into `UserError`, unless it means damage: see `read_error_cause`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        reason = read_obstacle(error)
+        reason = read_error_cause(error)
         if reason is None:
             raise
         raise UserError(
-            f"{path} could not be read ({reason}), which says nothing against what is in it;"
-            " once that is mended, run the same command again"
+            f"{path} could not be read ({reason}); it may be intact: remove the cause and run the same"
+            " command again"
         ) from None
 
 
 @contextmanager
 def writing(path: Path, kept: str) -> Iterator[None]:
-    """OSErrors while writing `path` raise `UserError`, which also says what is `kept`."""
+    """Turn an OSError in writing `path` into `UserError`; its message says with `kept` what remains."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path} ({error}); {kept}; once that is mended, the same command continues"
+            f"cannot write {path} ({error}); {kept}; remove the cause, then the same command continues"
         ) from None
 
 
 def lock(path: Path, busy: str) -> IO:
-    """Create and lock the file `path`, as long as the returned file is open.
+    """Create and lock the file `path`. The lock is held while the returned file is open.
 
-    Raises `UserError` with the sentence `busy` if another process holds the lock, and if the disk refuses.
+    Raises `UserError` with the message `busy` if another process holds the lock, and if `path` cannot be
+    created.
     """
     while True:
         with writing(path, "nothing was changed"):
@@ -118,16 +119,16 @@ def lock(path: Path, busy: str) -> IO:
             file.close()
             raise UserError(busy) from None
         except OSError:
-            return file  # a filesystem without locks
+            return file  # the filesystem has no locks
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # the previous holder has just removed it: this is no longer the file at `path`
+        file.close()  # the previous holder has removed `path` after it was opened here: try again
 
 
 @contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold a `lock` within the context, then remove its file."""
+    """Hold a `lock` in the context, then remove its file."""
     with lock(path, busy):
         try:
             yield
@@ -135,8 +136,8 @@ def locked(path: Path, busy: str) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def is_vacant(folder: Path) -> bool:
-    """Whether `folder` is absent or empty, apart from hidden files and lost+found."""
+def is_absent_or_empty(folder: Path) -> bool:
+    """Whether `folder` is absent, or empty but for hidden files and lost+found."""
     if not folder.exists():
         return True
     return folder.is_dir() and all(
@@ -145,24 +146,25 @@ def is_vacant(folder: Path) -> bool:
 
 
 @contextmanager
-def filled_at_once(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose contents are moved to the vacant `folder` if the context ends without error.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder; move its contents to `folder` if the context ends without an error.
 
-    `folder` may be a link or a mount point, which is kept. Call it in one process at a time, see `locked`.
+    `folder` must be absent or empty. A link or a mount point is kept. Hold a `folder_lock` meanwhile. Raises
+    `UserError` if another program has written into `folder` meanwhile.
     """
     folder = folder.resolve()
     beside, within = folder.with_name(f".{folder.name}.partial"), folder / ".partial"
-    partial = within if folder.exists() else beside  # on the same disk
+    partial = within if folder.exists() else beside  # on the disk of `folder`, so that a rename suffices
     try:
-        for leftover in (beside, within):  # of a process that was killed
+        for leftover in (beside, within):  # from a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if not is_vacant(folder):
+        if not is_absent_or_empty(folder):
             raise UserError(f"another program has written into {folder} meanwhile; nothing was added to it")
         if partial == beside:
             partial.rename(folder)
-        else:  # files last: they mark the folders as complete
+        else:  # files last: dataset.json marks the data as complete
             for path in sorted(partial.iterdir(), key=lambda path: (path.is_file(), path.name)):
                 path.rename(folder / path.name)
     finally:
@@ -170,14 +172,14 @@ def filled_at_once(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def filling(folder: Path, what: str) -> Iterator[None]:
-    """Hold a lock on `folder`, which need not exist yet, while doing `what`.
+def folder_lock(folder: Path, doing: str) -> Iterator[None]:
+    """Hold a lock on `folder`, which need not exist. `doing` names the work to other processes: "importing".
 
-    Raises `UserError` if another process holds it.
+    Raises `UserError` if another process holds the lock.
     """
     folder = folder.resolve()
     with writing(folder, "nothing was changed"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    busy = f"another process is {what} into {folder}; wait for it, or choose another folder"
+    busy = f"another process is {doing} into {folder}; wait for it, or choose another folder"
     with locked(folder.with_name(f".{folder.name}.lock"), busy):
         yield

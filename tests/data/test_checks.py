@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lapo import config
-from lapo.data.checks import check_chunk, check_folder, find
+from lapo.data.checks import check_chunk, check_folder, find_all_chunks
 from lapo.errors import UserError
 from support import LAPO, PATIENCE, ROOT, numbered_frames, write_chunk, write_game
 
@@ -92,6 +92,13 @@ def test_checksums_of_all_arrays_are_compared(key, tmp_path):
     assert "is not a readable npz file (BadZipFile: Bad CRC-32" in check_chunk(path).fault
 
 
+def test_an_array_whose_name_is_damaged_is_not_taken_for_absent(tmp_path):
+    path = write_chunk(tmp_path / "0.npz", numbered_frames(np.arange(40)), done=np.zeros(40, bool))
+    content, entry = path.read_bytes().rsplit(b"done.npy", 1)
+    path.write_bytes(content + b"dome.npy" + entry)
+    assert "is not a readable npz file (BadZipFile: File name in directory" in check_chunk(path).fault
+
+
 def test_a_file_that_is_none_is_bad(tmp_path):
     (tmp_path / "1.npz").mkdir()
     assert "is not a readable npz file" in check_chunk(tmp_path / "1.npz").fault
@@ -106,7 +113,7 @@ def test_what_could_not_be_read_is_not_called_bad(tmp_path):
     assert (done.returncode, done.stderr) == (2, "")
     lines = done.stdout.splitlines()
     for line, reason in ((3, "No such file or directory"), (4, "Too many levels of symbolic links")):
-        assert f"  could not be read ({reason}), which says nothing against what is in it" in lines[line]
+        assert f"  could not be read ({reason}); it may be intact: remove the cause" in lines[line]
     assert "delete" not in done.stdout
     assert lines[-1] == "3 chunks, 0.5 MB, 40 frames in good ones: 0 bad, 2 could not be read"
 
@@ -115,11 +122,11 @@ def test_files_that_only_look_like_chunks_are_named(tmp_path, capsys):
     write_game(tmp_path, frames=10, chunks=1)
     for name in ("traj_1.npz", "2.NPZ", "._0.npz", "notes.txt", "1.npz.part"):
         (tmp_path / "train" / name).touch()
-    found = check_folder(tmp_path, find(tmp_path))
-    told = f"{tmp_path / 'train'} also holds 2.NPZ, traj_1.npz, which nobody reads; rename to <number>.npz"
+    found = check_folder(tmp_path, find_all_chunks(tmp_path))
+    told = f"{tmp_path / 'train'} also holds 2.NPZ, traj_1.npz (ignored); rename what holds frames"
     assert capsys.readouterr().out.count("note: ") == 1
-    check_folder(tmp_path, find(tmp_path))
-    assert f"\nnote: {told} what holds frames\n" in capsys.readouterr().out
+    check_folder(tmp_path, find_all_chunks(tmp_path))
+    assert f"\nnote: {told} to <number>.npz\n" in capsys.readouterr().out
     assert [result.fault for result in found] == [None, None]
 
 
@@ -135,16 +142,16 @@ def test_folders_without_chunks_get_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for name, place in (("empty", "empty"), ("maze", "maze/train")):
         with pytest.raises(UserError, match=rf"^{place} holds no chunk \(<number>\.npz\); docs/data\.md"):
-            find(Path(name))
+            find_all_chunks(Path(name))
     (tmp_path / "empty" / "episode_0.npz").touch()
-    with pytest.raises(UserError, match=r"holds no chunk .*, but episode_0\.npz, which nobody reads; rename"):
-        find(Path("empty"))
+    with pytest.raises(UserError, match=r"holds no chunk .*, but episode_0\.npz \(ignored\); rename"):
+        find_all_chunks(Path("empty"))
 
 
 def test_a_relative_folder_is_looked_for_here_and_then_in_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(config, "ROOT", tmp_path / "repository")
     write_chunk(tmp_path / "repository" / "both" / "0.npz", numbered_frames(np.arange(3)))
-    assert find(Path("both")) == [tmp_path / "repository" / "both" / "0.npz"]
+    assert find_all_chunks(Path("both")) == [tmp_path / "repository" / "both" / "0.npz"]
     write_chunk(tmp_path / "both" / "1.npz", numbered_frames(np.arange(3)))
-    assert find(Path("both")) == [Path("both") / "1.npz"]
+    assert find_all_chunks(Path("both")) == [Path("both") / "1.npz"]

@@ -65,7 +65,7 @@ def test_what_keeps_a_checkpoint_from_being_read_is_not_called_damage(checkpoint
     monkeypatch.setattr(torch, "load", Mock(side_effect=error))
     with pytest.raises(UserError) as refusal:
         load_checkpoint(checkpoint)
-    assert str(refusal.value).startswith(f"{checkpoint} could not be read ({reason}), which says nothing")
+    assert str(refusal.value).startswith(f"{checkpoint} could not be read ({reason}); it may be intact")
     assert "delete" not in str(refusal.value)
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from lapo.errors import UserError
-from lapo.runs.files import atomic_write, filled_at_once, filling, is_vacant, read_obstacle, reading
+from lapo.runs.files import (
+    atomic_folder,
+    atomic_write,
+    folder_lock,
+    is_absent_or_empty,
+    read_error_cause,
+    reading,
+)
 
 
 def test_atomic_write_replaces_the_file_once_it_is_whole(tmp_path):
@@ -39,7 +46,7 @@ def unreadable(part: Path) -> None:
 def test_a_failed_write_keeps_what_was_there(tmp_path, write, verify):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(UserError, match=r"cannot write .*file \(.*\); what was there before is kept"):
+    with pytest.raises(UserError, match=r"cannot write .*file \(.*\); the previous file is kept"):
         atomic_write(path, write, verify)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -62,18 +69,18 @@ FILLED = ["dataset.json", "test/0.npz", "train/0.npz"]
 
 
 def test_vacant_is_what_holds_nothing_of_the_users(tmp_path):
-    assert is_vacant(tmp_path / "absent")
-    assert is_vacant(tmp_path)
+    assert is_absent_or_empty(tmp_path / "absent")
+    assert is_absent_or_empty(tmp_path)
     (tmp_path / ".DS_Store").touch()
     (tmp_path / "lost+found").mkdir()
-    assert is_vacant(tmp_path)
-    assert not is_vacant(tmp_path / ".DS_Store")
+    assert is_absent_or_empty(tmp_path)
+    assert not is_absent_or_empty(tmp_path / ".DS_Store")
     (tmp_path / "train").mkdir()
-    assert not is_vacant(tmp_path)
+    assert not is_absent_or_empty(tmp_path)
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_folder_is_filled_at_once_and_leftovers_go(tmp_path, there):
+def test_an_atomic_folder_appears_complete_and_leftovers_go(tmp_path, there):
     folder = tmp_path / "maze"
     leftovers = [tmp_path / ".maze.partial"]
     if there:
@@ -82,9 +89,9 @@ def test_a_folder_is_filled_at_once_and_leftovers_go(tmp_path, there):
     for leftover in leftovers:
         leftover.mkdir()
         (leftover / "half").touch()
-    with filled_at_once(folder) as partial:
+    with atomic_folder(folder) as partial:
         fill(partial)
-        assert is_vacant(folder)
+        assert is_absent_or_empty(folder)
         # Where a rename can put it in place: on the same disk, even if `folder` is a mount point.
         assert partial == (folder / ".partial" if there else tmp_path / ".maze.partial")
     assert names(tmp_path) == [f"maze/{name}" for name in FILLED]
@@ -93,7 +100,7 @@ def test_a_folder_is_filled_at_once_and_leftovers_go(tmp_path, there):
 def test_files_that_say_that_all_is_there_come_last(tmp_path, monkeypatch):
     moved, rename = [], Path.rename
     monkeypatch.setattr(Path, "rename", lambda path, to: moved.append(path.name) or rename(path, to))
-    with filled_at_once(tmp_path) as partial:
+    with atomic_folder(tmp_path) as partial:
         fill(partial)
     assert moved == ["test", "train", "dataset.json"]
 
@@ -105,7 +112,7 @@ def test_what_fails_leaves_nothing(tmp_path, there):
         folder.mkdir()
 
     def interrupted() -> None:
-        with filled_at_once(folder) as partial:
+        with atomic_folder(folder) as partial:
             fill(partial)
             raise KeyboardInterrupt
 
@@ -119,7 +126,7 @@ def test_what_others_put_there_meanwhile_is_not_mixed_with(tmp_path):
     folder = tmp_path / "maze"
 
     def disturbed() -> None:
-        with filled_at_once(folder) as partial:
+        with atomic_folder(folder) as partial:
             fill(partial)
             (folder / "train").mkdir(parents=True)
 
@@ -130,7 +137,7 @@ def test_what_others_put_there_meanwhile_is_not_mixed_with(tmp_path):
 
 def test_links_to_one_folder_share_its_lock(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "maze")
-    with filling(tmp_path / "link", "recording"):
+    with folder_lock(tmp_path / "link", "recording"):
         assert names(tmp_path) == ["disk/.maze.lock"]
     assert names(tmp_path) == []
 
@@ -164,7 +171,7 @@ def hidden(reason: OSError) -> Exception:
     ],
 )
 def test_what_keeps_a_file_from_being_read_is_told_from_damage(error, reason, tmp_path):
-    assert read_obstacle(error) == reason
+    assert read_error_cause(error) == reason
     with pytest.raises(UserError if reason else type(error)), reading(tmp_path):
         raise error
 

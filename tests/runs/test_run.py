@@ -34,7 +34,7 @@ def test_a_save_that_the_disk_refuses_keeps_the_previous_checkpoint(workplace):
     run.step = 2
     with (
         largest_file(1_000_000),
-        pytest.raises(UserError, match=r"cannot write .*; what was there before is kept"),
+        pytest.raises(UserError, match=r"cannot write .*; the previous file is kept"),
     ):
         run.save({"weights": torch.ones(1_000_000)})
     checkpoint = load_checkpoint(run.checkpoint_path)
@@ -67,7 +67,7 @@ def test_a_place_for_results_that_is_none_is_named(workplace):
         ("log", r"cannot write .*metrics\.jsonl .* the last good checkpoint, .*checkpoint\.pt, is kept"),
         (
             "save",
-            r"cannot write .*checkpoint\.pt .*; [\d.,]+ MB are free there\); what was there before is kept",
+            r"cannot write .*checkpoint\.pt .*; [\d.,]+ MB are free there\); the previous file is kept",
         ),
     ],
 )
