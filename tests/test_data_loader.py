@@ -15,16 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapo import data_loader
 from lapo.data import chunks
-from lapo.data.chunks import (
-    BadChunk,
-    find_chunks,
-    num_chunks_for,
-    read_chunk,
-    read_header,
-    window_starts,
-)
+from lapo.data.chunks import BadChunk, find_chunks, num_chunks_for, read_chunk, read_header, window_starts
 from lapo.data_loader import RollingWindows, Windows, read_splits
 from lapo.errors import UserError
 from support import Trap, numbered_frames, read_numbers, write_chunk, write_game
@@ -159,7 +151,7 @@ def test_configured_splits_and_what_is_printed_of_them(workplace, capsys):
     shutil.rmtree(workplace.data / workplace.GAME / "test")
     train, test = read_splits(workplace.config(), CPU)
     assert test is train
-    assert "test: no such folder, so the training windows are measured" in capsys.readouterr().out
+    assert "test: no such folder; evaluation uses the training windows" in capsys.readouterr().out
 
 
 def test_chunks_that_the_configuration_leaves_out_are_told(workplace, capsys):
@@ -488,7 +480,7 @@ def test_data_in_which_every_window_touches_an_episodes_end_is_refused(tmp_path)
 
 def test_frames_that_do_not_fit_are_refused_before_they_are_read(tmp_path, monkeypatch):
     counting_chunks(tmp_path, {"0": 50, "1": 50})
-    monkeypatch.setattr(data_loader, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("lapo.data.windows.free_bytes", lambda device: 1_000_000)
     with pytest.raises(UserError, match=r"100 frames need 0.0 GB on cpu.*lower data.train_chunks"):
         Windows(tmp_path, device=CPU)
 
@@ -511,17 +503,15 @@ def test_a_bad_chunk_is_left_out_named_and_counted_where_that_is_allowed(fault, 
         assert torch.equal(getattr(windows, name), getattr(good_ones, name)), name
     assert torch.equal(windows.batch(1, 5, 0), good_ones.batch(1, 5, 0))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"left out: {tmp_path / 'all' / '1.npz'}")
+    assert line.startswith(f"skipped: {tmp_path / 'all' / '1.npz'}")
     assert FAULTS[fault] in line
-    assert windows.summary().startswith("30 frames in 3 chunks (1 bad left out), 14 windows, with true")
+    assert windows.summary().startswith("30 frames in 3 chunks (1 bad skipped), 14 windows, with true")
 
 
 def test_no_good_chunk_at_all_is_refused(tmp_path):
     for number, fault in enumerate(["no obs", "flipped bits"]):
         bad_chunk(fault, tmp_path / f"{number}.npz")
-    with pytest.raises(
-        UserError, match=f"{tmp_path}: every one of its 2 chunks is bad; .* --check {tmp_path}`"
-    ):
+    with pytest.raises(UserError, match=f"{tmp_path}: all of its 2 chunks are bad; .* --check {tmp_path}`"):
         Windows(tmp_path, device=CPU, skip_bad=True)
 
 
@@ -541,4 +531,4 @@ def test_the_configuration_says_whether_bad_chunks_are_left_out(workplace, capsy
         read_splits(workplace.config(), CPU)
     windows, _ = read_splits(workplace.config("--data.skip_bad_chunks", "true"), CPU)
     assert torch.equal(windows.frames, Windows(train.parent / "train", device=CPU, skip_bad=True).frames)
-    assert "train: 40 frames in 1 chunks (1 bad left out), 35 windows" in capsys.readouterr().out
+    assert "train: 40 frames in 1 chunks (1 bad skipped), 35 windows" in capsys.readouterr().out

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lapo import import_video, stage2_bc, stage3_decode
-from lapo.data.chunks import find_chunks, read_header
+from lapo.data.chunks import find_chunks, read_header, window_starts
 from lapo.data.clips import checksum, shrink
-from lapo.data_loader import window_starts
 from lapo.errors import UserError
 from lapo.import_video import Split
 from lapo.runs.checkpoints import load_checkpoint

@@ -271,7 +271,7 @@ def test_a_run_does_not_go_on_in_another_order(tmp_path):
     began = read_splits(place.config("--resident", "never", "--data.pool_chunks", "1"), CPU)[0]
     now = read_splits(place.config(), CPU)[0]
     now.check_data_order(now.data_order)
-    with pytest.raises(UserError, match=r"\(on the device: pools of 1 chunks → all frames\); give it"):
+    with pytest.raises(UserError, match=r"\(on the device: pools of 1 chunks → all frames\); restore its"):
         now.check_data_order(began.data_order)
     with pytest.raises(UserError, match=r"\(on the device: all frames → pools of 1 chunks\)"):
         began.check_data_order(now.data_order)

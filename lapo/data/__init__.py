@@ -1,4 +1,5 @@
-"""Chunks of frames on disk: their format, checks of it, and the decoding of videos.
+"""Chunks of frames on disk, windows of frames on the device, and the decoding of videos.
 
-Windows on the device are data_loader's; what records, imports or downloads chunks are scripts at the top.
+data_loader.py, one folder up, chooses which windows a run reads; the scripts that record, import or download
+chunks lie there, too.
 """

@@ -73,7 +73,7 @@ def test_shards_of_equal_size_have_different_orders(tmp_path):
 
 
 def test_fewer_chunks_than_processes_are_refused(counted):
-    with pytest.raises(UserError, match=r"in use \(3\) cannot be shared by 4 processes.*start fewer"):
+    with pytest.raises(UserError, match=r"4 processes need a chunk each, but 3 are in use; start"):
         Windows(counted, device=CPU, limit=3, shard=Shard(0, 4))
 
 
@@ -105,7 +105,7 @@ def test_without_held_out_frames_every_process_evaluates_on_all_shards(
         assert numbers_of(measured, measured.evenly_spaced(20)) == expected
         assert isinstance(measured, RollingWindows) == rolling
         assert {number // 100 for number in numbers_of(mine, mine.all())} == [{0, 2, 4}, {1, 3}][rank]
-    assert capsys.readouterr().out.count("test: no such folder, so the training windows are measured") == 3
+    assert capsys.readouterr().out.count("test: no such folder; evaluation uses the training windows") == 3
 
 
 def numbers_of(windows: Windows, ids: Tensor) -> list[int]:
