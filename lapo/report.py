@@ -76,7 +76,9 @@ def to_markdown(summary: dict) -> str:
     if summary["returns"]:
         parts += [
             "## Mean returns on held-out levels, ± standard error",
-            table(["policy", "made from", "return", "relative", "episodes"], return_rows(summary["returns"])),
+            table(
+                ["policy", "trained on", "return", "relative", "episodes"], return_rows(summary["returns"])
+            ),
             "Relative: 0 is the random policy's mean return, 1 that of the published expert frames.",
         ]
     stages = [stage_row(stage, progress) for stage, progress in summary["stages"].items()]
