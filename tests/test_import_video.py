@@ -1,4 +1,4 @@
-"""import_video.py and video.py: real clips, a real command line, and the loader and stages that read on."""
+"""import_video.py and video.py: real clips, a real command line, and stages that train on the result."""
 
 import json
 import shlex
@@ -308,19 +308,19 @@ def test_clips_of_both_lengths_hold_out_what_is_asked_for(tmp_path, importing):
     assert len(read(folder / "train")["obs"]) == 24 + 4 * 6
 
 
-def test_that_nothing_is_held_out_is_said(tmp_path, importing, capsys):
+def test_that_nothing_is_held_out_is_printed(tmp_path, importing, capsys):
     importing(write_images(tmp_path / "shots", grey(np.arange(20))))
-    assert "there are no held-out frames: that takes 4 kept frames at a clip's end" in capsys.readouterr().out
+    assert "there are no held-out frames: they need 4 kept frames at a clip's end" in capsys.readouterr().out
     importing(tmp_path / "shots", "--test-share", "0", env="other")
     assert "held-out" not in capsys.readouterr().out
 
 
-def test_what_is_to_be_known_of_a_clip_is_said(tmp_path, importing, capsys):
+def test_notes_on_a_clip_are_printed(tmp_path, importing, capsys):
     film = write_video(tmp_path / "film.flv", moving_square(60), "flv", "yuv420p")
     film.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
     importing(film)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{film} ends early: it may be cut short, and only what is there was taken (")
+    assert lines[0].startswith(f"{film} ends early: it may be truncated; the part that is there was read (")
 
 
 # ---------------------------------------------------------------- where it goes
@@ -439,14 +439,18 @@ def empty_folder(path: Path) -> Path:
         (lambda path: path, "absent.mp4", "absent.mp4 does not exist"),
         (noise_file, "noise.mp4", "noise.mp4 cannot be decoded"),
         (lambda path: path.touch() or path, "empty.mp4", "empty.mp4 cannot be decoded"),
-        (truncated_video, "truncated.mp4", "truncated.mp4 holds no video, or is cut off"),
+        (truncated_video, "truncated.mp4", "truncated.mp4 holds no video, or is truncated"),
         (sound, "sound.wav", "sound.wav holds no video"),
         (frameless_video, "frameless.gif", "frameless.gif"),
-        (empty_folder, "folder", "folder holds no image (.png, "),
+        (empty_folder, "folder", "folder holds no picture (.png, "),
         (damaged_image, "folder", "folder/10.png cannot be decoded"),
         (damaged_jpeg, "folder", "folder/12.jpg cannot be decoded"),
         (smaller_image, "folder", "--crop 0 0 20 20 (x, y, width, height) does not lie within"),
-        (lambda path: write_images(path, grey(np.arange(3), 20, 20)), "folder", "nothing to train on"),
+        (
+            lambda path: write_images(path, grey(np.arange(3), 20, 20)),
+            "folder",
+            "there are no training frames",
+        ),
     ],
 )
 def test_a_bad_clip_is_named_and_nothing_is_left_behind(tmp_path, importing, make, name, complaint):
@@ -487,7 +491,7 @@ def test_impossible_options_are_refused(tmp_path, importing, arguments, env, com
 
 @pytest.mark.slow
 def test_a_mistake_is_one_line_on_the_command_line(tmp_path):
-    for arguments, complaint in (([], "no clip is named"), (["absent.mp4"], "absent.mp4 does not exist")):
+    for arguments, complaint in (([], "no clip is given"), (["absent.mp4"], "absent.mp4 does not exist")):
         result = run(tmp_path / "data", *arguments)
         assert result.returncode == 2
         assert result.stderr.startswith(f"error: {complaint}")
@@ -510,15 +514,15 @@ def test_other_data_are_never_overwritten(tmp_path, importing):
     contents_of = [picture.read_bytes() for picture in pictures]
     assert len(contents_of[0]) == len(contents_of[1])
     pictures[0].write_bytes(contents_of[1])
-    with pytest.raises(UserError, match="or from others of the same names"):
+    with pytest.raises(UserError, match="or from clips of the same names"):
         importing(clip)
     pictures[1].write_bytes(contents_of[0])
-    with pytest.raises(UserError, match="or from others of the same names"):
+    with pytest.raises(UserError, match="or from clips of the same names"):
         importing(clip)
     for picture, content in zip(pictures, contents_of, strict=True):
         picture.write_bytes(content)
     (clip / "19.png").rename(clip / "21.png")
-    with pytest.raises(UserError, match="or from others of the same names"):
+    with pytest.raises(UserError, match="or from clips of the same names"):
         importing(clip)
     (clip / "21.png").rename(clip / "19.png")
     importing(clip)
@@ -526,6 +530,6 @@ def test_other_data_are_never_overwritten(tmp_path, importing):
 
     (folder / "dataset.json").unlink()
     before = contents(folder)
-    with pytest.raises(UserError, match="mygame holds something else already"):
+    with pytest.raises(UserError, match="mygame already holds something else"):
         importing(clip)
     assert contents(folder) == before

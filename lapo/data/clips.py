@@ -1,7 +1,9 @@
-"""Clips of any kind, one frame at a time: looked at beforehand, read, cropped and shrunk.
+"""Clips of any kind: inspected, then read frame by frame, cropped and scaled to 64 × 64.
 
-A clip is a video file, a GIF, a folder of pictures, or a picture file that holds several.
-Dimensions: H, W frame of a source · C = 3 colours
+A clip is a video file, a GIF, a folder of pictures, or a file with several pictures.
+
+Dimensions
+    H, W frame of a source · C = 3 colours
 """
 
 import zlib
@@ -13,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from lapo.data import video
 from lapo.data.pictures import count_pictures, find_files, is_picture, read_pictures
-from lapo.data.video import Film, read_film, scan
+from lapo.data.video import Video, decoder_versions, read_video, scan
 from lapo.errors import UserError
 
 SIZE = 64
@@ -25,55 +26,55 @@ Crop = tuple[int, int, int, int]
 
 @dataclass
 class Clip:
-    """A clip whose first frame decodes."""
+    """A clip whose first frame was decoded."""
 
     path: Path
     frames: int
-    """How many it gives: exact but for films whose codec has packets that show nothing."""
-    film: Film | None
+    """Number of frames: exact unless a video's codec has packets that show nothing."""
+    video: Video | None
     """None for pictures."""
 
     def read(self, every: int = 1) -> Iterator[np.ndarray | None]:
-        """Frames (H, W, 3) uint8 in the order shown; None for all but one in `every`, which costs less.
+        """Frames (H, W, 3) uint8 in display order. All but every `every`-th are None, which costs less.
 
-        Raises UserError where one cannot be decoded exactly.
+        Raises `UserError` where a frame does not decode exactly.
         """
-        return read_film(self.film, every) if self.film else read_pictures(self.path, every)
+        return read_video(self.video, every) if self.video else read_pictures(self.path, every)
 
     def notes(self, decoded: int) -> list[str]:
-        """What the user should know of a clip that gave so many frames, in whole sentences."""
-        if not self.film:
+        """What the user should know of a clip of which `decoded` frames were decoded, in whole sentences."""
+        if not self.video:
             return []
-        notes = list(self.film.notes)
-        left_out = self.film.frames + self.film.left_out - decoded
-        if self.film.cut and left_out > 0:
+        notes = list(self.video.notes)
+        left_out = self.video.frames + self.video.left_out - decoded
+        if self.video.mid_gop and left_out > 0:
             notes.append(
-                f"begins amid a group of pictures: {left_out} frames at its beginning, which need earlier"
-                " ones, were left out"
+                f"begins between keyframes: its first {left_out} frames depend on missing ones and were left"
+                " out"
             )
         return [f"{self.path} {note}" for note in notes]
 
 
 def open_clip(path: Path, crop: Crop | None) -> Clip:
-    """Look at a clip without decoding more than its first frame.
+    """Inspect a clip; of its frames only the first is decoded.
 
-    Raises UserError if that cannot be had, or cropped.
+    Raises `UserError` if it cannot be decoded or cropped.
     """
     if path.is_dir() or is_picture(path):
         clip = Clip(path, count_pictures(path), None)
     else:
         find_files(path)
-        film = scan(path)
-        clip = Clip(path, film.frames, film)
+        video = scan(path)
+        clip = Clip(path, video.frames, video)
     first = next(clip.read(), None)
     if first is None:
-        raise UserError(f"{path} holds no frame that can be decoded")
+        raise UserError(f"{path} holds no frame that can be decoded; leave it out")
     cropped(first, crop, path)
     return clip
 
 
 def checksum(path: Path) -> str:
-    """Checksum of all bytes of a clip's files and, in a folder, of their names, whose order is the film's."""
+    """Checksum (8 hex digits) of a clip's files and, for a folder, of their names, which give the order."""
     value = 0
     for file in find_files(path):
         if path.is_dir():
@@ -85,21 +86,21 @@ def checksum(path: Path) -> str:
 
 
 def cropped(rgb: np.ndarray, crop: Crop | None, path: Path) -> np.ndarray:
-    """The part of a frame (H, W, 3) of the clip `path` that is kept. Raises UserError if it is not in it."""
+    """Crop a frame (H, W, 3) of the clip `path`. Raises `UserError` if the crop exceeds the frame."""
     if crop is None:
         return rgb
     x, y, width, height = crop
     if min(x, y) < 0 or min(width, height) < 1 or y + height > rgb.shape[0] or x + width > rgb.shape[1]:
         raise UserError(
             f"--crop {x} {y} {width} {height} (x, y, width, height) does not lie within the frames of {path},"
-            f" {rgb.shape[1]} × {rgb.shape[0]} pixels"
+            f" {rgb.shape[1]} × {rgb.shape[0]} pixels; choose a smaller one"
         )
     return rgb[y : y + height, x : x + width]
 
 
 @lru_cache
 def area_weights(length: int) -> np.ndarray:
-    """How much of `length` source pixels each of 64 target pixels covers: (64, length), in 1/64 pixels."""
+    """How much of each of `length` source pixels each of 64 target pixels covers: (64, length), in 1/64."""
     edges = np.arange(SIZE + 1)[:, None] * length
     pixels = np.arange(length)[None] * SIZE
     overlap = np.minimum(edges[1:], pixels + SIZE) - np.maximum(edges[:-1], pixels)
@@ -107,10 +108,10 @@ def area_weights(length: int) -> np.ndarray:
 
 
 def shrink(rgb: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 → (64, 64, 3) uint8: the exact mean of the area that each pixel covers, rounded.
+    """Area averaging: (H, W, 3) uint8 → (64, 64, 3) uint8, the rounded mean of the area of each target pixel.
 
-    Pillow and FFmpeg take a pixel that is covered in part for covered or not, or round in between. All sums
-    here are of whole numbers which floating point holds exactly, so they are the same on every machine.
+    Pillow and FFmpeg round partly covered pixels or intermediate sums. All sums here are integers that
+    floating point represents exactly, so results are the same on every machine.
     """
     height, width, _ = rgb.shape
     rows, weights = rgb.reshape(height, -1), area_weights(height)
@@ -123,5 +124,5 @@ def shrink(rgb: np.ndarray) -> np.ndarray:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decodes."""
-    return {**video.versions(), "pillow": PIL.__version__}
+    """Versions of the decoding libraries."""
+    return {**decoder_versions(), "pillow": PIL.__version__}

@@ -1,7 +1,10 @@
-"""Pictures: the order of a folder's files, EXIF, and the formats that Pillow reads better than FFmpeg.
+"""Pictures: the order of a folder's files, EXIF orientation, and decoding with FFmpeg or Pillow.
 
-FFmpeg refuses TIFFs with transparency and animated WebP; all else it decodes more strictly than Pillow, which
-overlooks damage.
+Pillow reads TIFF and WebP, because FFmpeg cannot read transparent TIFFs and animated WebP. FFmpeg reads the
+rest, because Pillow ignores some damage.
+
+Dimensions
+    H, W picture of a source · C = 3 colours
 """
 
 import re
@@ -13,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from lapo.data.video import over_white, read_stills, turn
+from lapo.data.video import on_white, read_stills, transform
 from lapo.errors import UserError
 
 KINDS = {
@@ -26,17 +29,18 @@ KINDS = {
     ".tiff": "TIFF",
     ".ppm": "PPM",
 }
-"""Kinds of pictures by the endings of their names."""
-FILMS = (
+"""Kinds of pictures by file name extension."""
+VIDEOS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob"),
     *(".wmv", ".asf", ".flv", ".ogv", ".3gp", ".gif"),
 )
-"""Endings of the names of films."""
+"""File name extensions of videos."""
 WITH_PILLOW = ("WebP", "TIFF")
 COLOURS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr")
-"""Pillow's modes that become RGB without a colour profile; I;16 is handled besides."""
+"""Pillow's modes that convert to RGB without a colour profile; `_to_rgb` handles I;16, too."""
 ORIENTATION = 274
-TURNS = {
+"""EXIF's tag for it."""
+MATRICES = {
     2: (-1, 0, 0, 1),
     3: (-1, 0, 0, -1),
     4: (1, 0, 0, -1),
@@ -45,34 +49,35 @@ TURNS = {
     7: (0, -1, -1, 0),
     8: (0, -1, 1, 0),
 }
-"""EXIF's orientations as display matrices (a, b, c, d)."""
-# Digits are one number up to a dot, or a decimal with a sign: who named the files knows.
+"""Display matrices (a, b, c, d) of EXIF's orientations."""
+# A dot or a minus sign in a file name may separate numbers or belong to one. Both patterns must agree.
 WHOLE = r"(\d+)"
 SIGNED = r"((?:(?<![A-Za-z0-9])-)?(?:(?<!\d\.)\d+\.\d+(?!\d|\.\d)|\d+))"
 
 
 def find_files(path: Path) -> list[Path]:
-    """The files of a clip: itself or a folder's pictures, in the order of the numbers in their names.
+    """The files of a clip: the file itself, or a folder's pictures by the numbers in their names.
 
-    Raises UserError if there is none, if the folder holds more than pictures of one kind, and if the order is
-    not certain.
+    Raises `UserError` if there is none, if the folder also holds videos or pictures of another kind, and if
+    the order is ambiguous.
     """
     if not path.is_dir():
         if not path.exists():
-            raise UserError(f"{path} does not exist")
+            raise UserError(f"{path} does not exist; name video files, GIFs or folders of pictures")
         return [path]
     files = [file for file in path.iterdir() if file.name[0] != "."]
     pictures = [file for file in files if file.suffix.lower() in KINDS]
     if not pictures:
         raise UserError(
-            f"the folder {path} holds no image ({', '.join(KINDS)}); videos are named one by one,"
-            f" as in {path}/*.mp4"
+            f"the folder {path} holds no picture ({', '.join(KINDS)}); name videos one by one, as in"
+            f" {path}/*.mp4"
         )
-    films = [file for file in files if file.suffix.lower() in FILMS]
-    if films:
+    videos = [file for file in files if file.suffix.lower() in VIDEOS]
+    if videos:
         raise UserError(
-            f"the folder {path} holds films and pictures, such as {min(films).name} and {min(pictures).name};"
-            f" name the films one by one, as in {path}/*{min(films).suffix}, or move the pictures elsewhere"
+            f"the folder {path} holds videos and pictures, such as {min(videos).name} and"
+            f" {min(pictures).name}; name the videos one by one, as in {path}/*{min(videos).suffix}, or move"
+            " the pictures elsewhere"
         )
     kinds = Counter(KINDS[file.suffix.lower()] for file in pictures)
     if len(kinds) > 1:
@@ -82,15 +87,15 @@ def find_files(path: Path) -> list[Path]:
     for one, another in zip(ordered, other, strict=True):
         if one != another:
             raise UserError(
-                f"the order of the pictures in {path} is not certain: {one.name} comes before {another.name}"
-                " if dots and minus signs separate numbers, and after it if they belong to them; name them"
-                f" 0001{one.suffix}, 0002{one.suffix}, ..."
+                f"the order of the pictures in {path} is ambiguous: {one.name} comes before {another.name} if"
+                " dots and minus signs separate numbers, after it if they are part of a number; rename them"
+                f" to 0001{one.suffix}, 0002{one.suffix}, ..."
             )
     return ordered
 
 
 def _in_order(pictures: list[Path], number: str) -> list[Path]:
-    """Pictures sorted by the numbers, as the pattern `number` finds them, in their names."""
+    """Pictures sorted by the numbers in their names that match the pattern `number`."""
 
     def order(picture: Path) -> tuple[list, str]:
         parts: list = re.split(number, picture.stem)
@@ -101,21 +106,21 @@ def _in_order(pictures: list[Path], number: str) -> list[Path]:
 
 
 def is_picture(file: Path) -> bool:
-    """Whether a file's name is that of a picture, or of an animated one."""
+    """Whether a file has the extension of a picture, which may be animated."""
     return file.suffix.lower() in KINDS
 
 
 def count_pictures(path: Path) -> int:
-    """How many pictures a folder has, or one file: animated ones and TIFFs can hold several."""
+    """Number of pictures in a folder or in a file: TIFF, PNG and WebP files can hold several."""
     if path.is_dir():
         return len(find_files(path))
     return sum(1 for _ in read_pictures(path))
 
 
 def read_pictures(path: Path, every: int = 1) -> Iterator[np.ndarray | None]:
-    """Pictures (H, W, 3) uint8 of a file or a folder, upright; None for all but one in `every`.
+    """Upright pictures (H, W, 3) uint8 of a file or a folder. All but every `every`-th are None.
 
-    Raises UserError where one cannot be decoded exactly, and for a file in a folder that holds several.
+    Raises `UserError` where one does not decode exactly, and if a file of a folder holds several.
     """
     index = 0
     for file in find_files(path):
@@ -124,7 +129,7 @@ def read_pictures(path: Path, every: int = 1) -> Iterator[np.ndarray | None]:
         for number, rgb in enumerate(read(file)):
             if number and path.is_dir():
                 raise UserError(
-                    f"{file} holds several pictures; move it out of the folder, and name it by itself"
+                    f"{file} holds several pictures; move it out of the folder and name it as a clip"
                 )
             yield None if index % every else rgb
             index += 1
@@ -134,11 +139,11 @@ def _read_with_ffmpeg(file: Path) -> Iterator[np.ndarray]:
     try:
         with Image.open(file) as image:
             orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # whatever Pillow does not make of it, FFmpeg judges
+    except Exception:  # Pillow cannot read the file; FFmpeg decides whether it is damaged
         orientation = None
-    matrix = TURNS.get(orientation, (1, 0, 0, 1))
+    matrix = MATRICES.get(orientation, (1, 0, 0, 1))
     for rgb in read_stills(file):
-        yield turn(rgb, matrix)
+        yield transform(rgb, matrix)
 
 
 def _read_with_pillow(file: Path) -> Iterator[np.ndarray]:
@@ -149,14 +154,14 @@ def _read_with_pillow(file: Path) -> Iterator[np.ndarray]:
                 yield _to_rgb(image, file)
     except UserError:
         raise
-    except Exception as error:  # damaged files make Pillow raise almost anything
+    except Exception as error:  # Pillow raises many kinds of exceptions for damaged files
         raise UserError(
             f"{file} cannot be decoded ({error}); leave it out, or save it as PNG with another program"
         ) from None
 
 
 def _to_rgb(image: Image.Image, file: Path) -> np.ndarray:
-    """An open picture of `file`, upright, what is transparent laid over white: (H, W, 3) uint8."""
+    """RGB of an open picture of `file`, upright, transparent pixels on white: (H, W, 3) uint8."""
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
@@ -168,4 +173,4 @@ def _to_rgb(image: Image.Image, file: Path) -> np.ndarray:
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))
     rgba = np.asarray(image.convert("RGBA"))
-    return over_white(rgba[..., :3], rgba[..., 3:])
+    return on_white(rgba[..., :3], rgba[..., 3:])

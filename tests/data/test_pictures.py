@@ -67,14 +67,14 @@ def test_pictures_come_in_the_order_of_their_numbers(tmp_path, names):
         (["x=-10.png", "x=5.png"], "x=5.png", "x=-10.png"),
     ],
 )
-def test_an_order_that_is_not_certain_is_refused(tmp_path, names, first, second):
+def test_an_ambiguous_order_is_refused(tmp_path, names, first, second):
     folder = folder_of(tmp_path / "shots", *names)
     with pytest.raises(UserError) as error:
         find_files(folder)
-    assert f"the order of the pictures in {folder} is not certain: " in str(error.value)
+    assert f"the order of the pictures in {folder} is ambiguous: " in str(error.value)
     assert first in str(error.value)
     assert second in str(error.value)
-    assert str(error.value).endswith("name them 0001.png, 0002.png, ...")
+    assert str(error.value).endswith("rename them to 0001.png, 0002.png, ...")
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ def test_an_order_that_is_not_certain_is_refused(tmp_path, names, first, second)
     [
         (
             ["0.mp4", "0.webp"],
-            "holds films and pictures, such as 0.mp4 and 0.webp; name the films one by one",
+            "holds videos and pictures, such as 0.mp4 and 0.webp; name the videos one by one",
         ),
-        (["b.GIF", "0.png"], "holds films and pictures, such as b.GIF and 0.png"),
+        (["b.GIF", "0.png"], "holds videos and pictures, such as b.GIF and 0.png"),
         (["0.png", "1.png", "1.jpg"], "holds 2 PNG and 1 JPEG pictures; keep a single kind in it"),
-        (["0.mp4"], "holds no image (.png, "),
+        (["0.mp4"], "holds no picture (.png, "),
     ],
 )
 def test_a_folder_holds_pictures_of_one_kind_and_nothing_else(tmp_path, names, complaint):
@@ -114,7 +114,7 @@ def test_a_folder_holds_pictures_of_one_kind_and_nothing_else(tmp_path, names, c
         (9, (64, 128), (16, 32)),
     ],
 )
-def test_exif_mirrors_and_turns(tmp_path, ending, orientation, shape, white):
+def test_exif_orientation_is_applied(tmp_path, ending, orientation, shape, white):
     exif = Image.Exif()
     exif[274] = orientation
     path = tmp_path / f"0.{ending}"
@@ -132,7 +132,7 @@ def test_exif_mirrors_and_turns(tmp_path, ending, orientation, shape, white):
         ("0.webp", "RGBA"),
     ],
 )
-def test_what_is_transparent_lies_on_white(tmp_path, name, mode):
+def test_transparent_pixels_are_drawn_on_white(tmp_path, name, mode):
     rgba = noise(64, 64, 4)
     rgba[:, :20, 3], rgba[:, 20:40, 3] = 0, 255
     if mode == "P":  # each colour is visible or not
@@ -146,8 +146,8 @@ def test_what_is_transparent_lies_on_white(tmp_path, name, mode):
     options = {"lossless": True, "exact": True} if name == "0.webp" else {}
     image.save(tmp_path / name, **options)
     (picture,) = read(tmp_path / name)
-    share = rgba[..., 3:] / 255
-    assert np.abs(picture - (rgba[..., :3] * share + 255 * (1 - share))).max() <= 0.5 + 1e-9
+    alpha = rgba[..., 3:] / 255
+    assert np.abs(picture - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 0.5 + 1e-9
     assert (rgba[..., 3] == 0).any()
 
 

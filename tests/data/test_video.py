@@ -1,4 +1,4 @@
-"""video.py: films as cameras, recorders, cutters and the net leave them, against frames known beforehand."""
+"""video.py: videos as cameras, recorders, editors and downloads leave them, compared with known frames."""
 
 import math
 import struct
@@ -10,7 +10,7 @@ import pytest
 from av.stream import Disposition
 
 from lapo.data.clips import open_clip
-from lapo.data.video import turn
+from lapo.data.video import transform
 from lapo.errors import UserError
 
 Frames = list[np.ndarray]
@@ -49,7 +49,7 @@ def film(path: Path, frames: Frames, codec: str, pix_fmt: str = "yuv420p", **opt
 
 
 def cut(source: Path, target: Path, first: int, without: int = -1) -> Path:
-    """All packets from `first` on but one, as cutting without encoding anew leaves them."""
+    """All packets from `first` on but one: what cutting without re-encoding leaves."""
     with av.open(str(source)) as opened, av.open(str(target), "w") as out:
         stream = out.add_stream_from_template(opened.streams.video[0])
         for number, packet in enumerate(opened.demux(video=0)):
@@ -59,11 +59,11 @@ def cut(source: Path, target: Path, first: int, without: int = -1) -> Path:
     return target
 
 
-def shortened(source: Path, share: float, unit: int = 1) -> Path:
-    """The first `share` of a file's bytes, in whole units."""
+def shortened(source: Path, fraction: float, unit: int = 1) -> Path:
+    """A file of the first `fraction` of a file's bytes, in whole units."""
     content = source.read_bytes()
     path = source.with_stem("short")
-    path.write_bytes(content[: unit * int(len(content) // unit * share)])
+    path.write_bytes(content[: unit * int(len(content) // unit * fraction)])
     return path
 
 
@@ -80,7 +80,7 @@ def assert_ends_alike(found: Frames, whole: Frames, count: int) -> None:
         np.testing.assert_array_equal(one, another)
 
 
-# ---------------------------------------------------------------- films that begin or end amid something
+# ---------------------------------------------------------------- cut and truncated videos
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def assert_ends_alike(found: Frames, whole: Frames, count: int) -> None:
         ("film.webm", "libvpx-vp9", {"g": "20"}, 33, 60),
     ],
 )
-def test_frames_that_need_what_was_cut_off_are_left_out_and_counted(
+def test_frames_that_depend_on_missing_ones_are_left_out_and_counted(
     tmp_path, name, codec, options, first, left
 ):
     whole = film(tmp_path / f"whole{Path(name).suffix}", textured(100), codec, **options)
@@ -113,9 +113,11 @@ def test_frames_that_need_what_was_cut_off_are_left_out_and_counted(
     shown = 100 - first - left
     if shown > 0:
         (note,) = notes
-        assert f"{name} begins amid a group of pictures: " in note
-        assert " frames at its beginning, which need earlier ones, were left out" in note
-        assert abs(int(note.split(": ")[1].split()[0]) - shown) <= 3  # packets are not in the order shown
+        assert f"{name} begins between keyframes: its first " in note
+        assert " frames depend on missing ones and were left out" in note
+        assert (
+            abs(int(note.split("its first ")[1].split()[0]) - shown) <= 3
+        )  # packets are not in the order shown
 
 
 def test_damage_after_a_cut_is_still_damage(tmp_path):
@@ -123,19 +125,19 @@ def test_damage_after_a_cut_is_still_damage(tmp_path):
     whole = film(tmp_path / "whole.mkv", textured(100), "libx264", **options)
     path = cut(whole, tmp_path / "film.mkv", 33)
     intact = path.read_bytes()
-    for share in (0.4, 0.45, 0.55, 0.6):
+    for fraction in (0.4, 0.45, 0.55, 0.6):
         content = bytearray(intact)
-        at = int(len(content) * share)
+        at = int(len(content) * fraction)
         content[at : at + 20] = bytes(20)
         path.write_bytes(content)
         with pytest.raises(
-            UserError, match=r"film.mkv is damaged.* ffmpeg -i \S*film.mkv -c:v ffv1 film-anew"
+            UserError, match=r"film.mkv is damaged.* ffmpeg -i \S*film.mkv -c:v ffv1 film-reencoded"
         ):
             read(path)
 
 
 @pytest.mark.parametrize("lost", [30, 32, 35, 36])
-def test_what_is_missing_amid_a_film_is_not_taken_for_what_a_cut_left_out(tmp_path, lost):
+def test_a_missing_packet_is_not_taken_for_a_cut(tmp_path, lost):
     options = {"x264-params": "open-gop=1:keyint=20:bframes=3"}
     whole = film(tmp_path / "whole.mkv", textured(60), "libx264", **options)
     path = cut(whole, tmp_path / "film.mkv", 0, without=lost)
@@ -166,7 +168,7 @@ def test_a_film_that_ends_early_gives_what_is_there_and_says_so(tmp_path, name, 
         assert len(frames) == open_clip(whole.with_stem("short"), None).frames
     for one, another in zip(frames, expected, strict=False):
         np.testing.assert_array_equal(one, another)
-    assert "ends early: it may be cut short, and only what is there was taken (" in note
+    assert "ends early: it may be truncated; the part that is there was read (" in note
     assert f"its header says {header}" in note
 
 
@@ -176,15 +178,15 @@ def test_a_recording_that_ends_anywhere_is_taken_as_far_as_it_is_whole(tmp_path,
     expected, notes = read(whole)
     assert (len(expected), notes) == (60, [])
     told = set()
-    for share in np.arange(0.4, 0.9, 0.04):
-        frames, notes = read(shortened(whole, share, 188))
-        assert len(frames) > 60 * share - 12
+    for fraction in np.arange(0.4, 0.9, 0.04):
+        frames, notes = read(shortened(whole, fraction, 188))
+        assert len(frames) > 60 * fraction - 12
         for one, another in zip(frames, expected, strict=False):
             np.testing.assert_array_equal(one, another)
         told |= {note.split(" ends early")[1] for note in notes}
     assert told == {
-        ", amid a frame, which was left out",
-        ": frames are missing before its very last ones, which were left out",
+        ": its last frame is incomplete and was left out",
+        ": its last frames follow missing ones and were left out",
     }
 
 
@@ -302,7 +304,7 @@ def turned(degrees: float, scale: float = 1.0) -> tuple[float, float, float, flo
         (turned(180.5), (64, 128), (48, 96)),
     ],
 )
-def test_films_are_mirrored_and_turned_as_they_say(tmp_path, matrix, shape, white):
+def test_the_display_matrix_is_applied(tmp_path, matrix, shape, white):
     frames, _ = read(with_matrix(tmp_path / "film.mp4", *matrix))
     assert len(frames) == 6
     for frame in frames:
@@ -314,9 +316,11 @@ def test_films_are_mirrored_and_turned_as_they_say(tmp_path, matrix, shape, whit
 @pytest.mark.parametrize(
     "matrix", [turned(30), turned(80), (1, 0.3, 0, 1), (1, 0, 0.3, 1), (1, 0, 0, 0), (0, 1, 0, 1)]
 )
-def test_odd_angles_and_slants_are_refused(tmp_path, matrix):
+def test_odd_angles_and_shears_are_refused(tmp_path, matrix):
     path = with_matrix(tmp_path / "film.mp4", *matrix)
-    with pytest.raises(UserError, match=r"film.mp4 is to be shown turned by an odd angle .*; encode it anew"):
+    with pytest.raises(
+        UserError, match=r"film.mp4 is rotated by no multiple of 90°, or sheared .*; re-encode it"
+    ):
         open_clip(path, None)
 
 
@@ -324,7 +328,7 @@ def test_a_matrix_moves_pixels_as_it_says():
     rgb = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
     for matrix in ((1, 0, 0, 1), (-1, 0, 0, 1), (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0), (0, -1, -1, 0)):
         a, b, c, d = matrix
-        out = turn(rgb, matrix)
+        out = transform(rgb, matrix)
         for y, x in np.ndindex(2, 3):
             to_x, to_y = a * x + c * y, b * x + d * y
             # Coordinates count from the far edge where an axis is turned round.
@@ -337,7 +341,7 @@ def test_a_matrix_moves_pixels_as_it_says():
 # ---------------------------------------------------------------- colours
 
 
-def test_transparent_films_lie_on_white(tmp_path):
+def test_transparent_pixels_are_drawn_on_white(tmp_path):
     rgba = np.random.default_rng(0).integers(256, size=(64, 64, 4), dtype=np.uint8)
     rgba[:, :20, 3], rgba[:, 20:40, 3] = 0, 255
     path = tmp_path / "film.mov"
@@ -347,18 +351,18 @@ def test_transparent_films_lie_on_white(tmp_path):
         for _ in range(4):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(rgba, format="rgba")))
     frames, _ = read(path)
-    share = rgba[..., 3:] / 255
+    alpha = rgba[..., 3:] / 255
     assert len(frames) == 4
-    assert np.abs(frames[0] - (rgba[..., :3] * share + 255 * (1 - share))).max() <= 0.5 + 1e-9
+    assert np.abs(frames[0] - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 0.5 + 1e-9
     assert (frames[0][:, :20] == 255).all()
 
 
-def test_transparency_that_the_decoder_does_not_see_is_refused(tmp_path):
+def test_transparency_that_the_decoder_ignores_is_refused(tmp_path):
     path = tmp_path / "film.webm"
     with av.open(str(path), "w") as out:
         out.mux(add_film(out, [flat(50)] * 6, "libvpx-vp9", "yuva420p", **{"auto-alt-ref": "0"})[1])
     with pytest.raises(
-        UserError, match=r"film.webm is transparent .*: ffmpeg -c:v libvpx-vp9 -i \S+ -c:v ffv1"
+        UserError, match=r"film.webm has transparency .*: ffmpeg -c:v libvpx-vp9 -i \S+ -c:v ffv1"
     ):
         open_clip(path, None)
 
@@ -378,7 +382,7 @@ def test_colours_that_cannot_be_converted_name_the_film_and_a_remedy_that_works(
         open_clip(path, None)
     assert f"{path}: its colours cannot be converted to RGB (Operation not supported: " in str(error.value)
     assert "yuv444p, colour space 8)" in str(error.value)
-    words = str(error.value).split(" encode it anew: ")[1].split()
+    words = str(error.value).split(" re-encode it: ")[1].split()
     name, options = words[words.index("-vf") + 1].split("=", 1)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
