@@ -532,3 +532,15 @@ def test_the_configuration_says_whether_bad_chunks_are_left_out(workplace, capsy
     windows, _ = read_splits(workplace.config("--data.skip_bad_chunks", "true"), CPU)
     assert torch.equal(windows.frames, Windows(train.parent / "train", device=CPU, skip_bad=True).frames)
     assert "train: 40 frames in 1 chunks (1 bad skipped), 35 windows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["ta", "done"])
+def test_an_array_whose_name_is_damaged_in_the_zip_directory_is_not_taken_for_missing(tmp_path, key):
+    """Without `done`, windows would span episodes."""
+    obs = np.zeros((5, 64, 64, 3), np.uint8)
+    path = write_chunk(tmp_path / "0.npz", obs, ta=np.zeros(5, np.int64), done=np.zeros(5, bool))
+    content = path.read_bytes()
+    at = content.rindex(f"{key}.npy".encode())  # the directory is at the end
+    path.write_bytes(content[:at] + b"x" + content[at + 1 :])
+    with pytest.raises(UserError, match=r"is not a readable npz file .*differ"):
+        Windows(tmp_path, device=CPU)

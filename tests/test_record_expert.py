@@ -291,7 +291,9 @@ def test_a_recording_on_a_full_disk_is_completed_once_there_is_room(recorded: Pa
 def test_other_data_are_never_overwritten(recorded: Path, tmp_path: Path) -> None:
     before = contents(recorded)
     assert "recorded with seed 0, not 1" in refusal(recorded, "--env", "maze", *SMALL, "--seed", "1")
-    assert "visuals full, not plain" in refusal(recorded, "--env", "maze", *SMALL, "--visuals", "plain")
+    assert "visuals full, not plain" in refusal(
+        recorded, "--env", "maze", *SMALL, "--visuals", "plain", "--expert", "planner"
+    )
     assert "has 300 frames where 400" in refusal(
         recorded, "--env", "maze", "--frames", "400", "--test-frames", "4100"
     )

@@ -123,6 +123,10 @@ def read_header(path: Path) -> int:
         names = archive.namelist()
         if "obs.npy" not in names:
             raise BadChunk(f"{path} holds no array `obs`, found: {', '.join(sorted(names)) or 'nothing'}")
+        for (
+            name
+        ) in names:  # compares the names in the zip directory and beside the data: `done` must not get lost
+            archive.open(name).close()
         headers = {key: read_npy_header(archive, key)[:2] for key in KEYS if f"{key}.npy" in names}
     shape, dtype = headers.pop("obs")
     if dtype != np.uint8 or len(shape) != 4 or shape[1:] != FRAME_SHAPE:
