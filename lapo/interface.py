@@ -66,8 +66,8 @@ class LatentActionModel:
     def infer(self, video: Array, done: Array | None = None) -> Latents:
         """The latent actions of a video (T, H, W, C) uint8, T at least 3.
 
-        `done` (T,) bool marks where episodes end. As in training, a window of three frames with a mark is
-        left out: data sets put the mark on the last frame of an episode or on the first one of the next.
+        `done` (T,) bool marks where episodes end. As in training, entry t is not valid if frame t-1, t or t+1
+        is marked: data sets mark the last frame of an episode or the first one of the next.
         """
         video = _tensor(video, "video", "uint8", "T", *FRAME_SHAPE)
         if len(video) < WINDOW:
