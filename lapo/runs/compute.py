@@ -68,7 +68,8 @@ class Compute:
         if device.type == "cpu":
             keep_freed_memory()
         else:
-            torch.cuda.set_device(device)  # CUDA graphs use the current device's streams
+            # CUDA graphs use the current device's streams. A device without an index would be refused.
+            torch.cuda.set_device(device.index or 0)
         bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and _has_bf16(device))
         gpu = device.type == "cuda"
         if cfg.compile == "graphs" and not gpu:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.cuda._utils import _get_device_index
 
 from lapo.config import Config, load_config
 from lapo.errors import UserError
@@ -62,7 +63,8 @@ def compute(monkeypatch, *arguments: str, native_bf16: bool = False, cuda: bool 
     monkeypatch.setattr(training, "_has_bf16", lambda device: native_bf16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    # With a GPU, PyTorch refuses a device without an index here, before it looks for one.
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: _get_device_index(device))
     return Compute.from_config(load_config(list(arguments)))
 
 
