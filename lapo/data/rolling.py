@@ -23,7 +23,7 @@ from lapo.errors import UserError
 from lapo.runs.ranks import Shard
 
 NOT_LOADED = -(1 << 60)
-"""Index of a chunk that is not on the device: indexing with it raises IndexError."""
+"""Index of a chunk that is not on the device. It is out of range, so indexing with it fails."""
 Pool = tuple[int, ...]
 """Indices of the chunks that are on the device together, in the order of their slots."""
 
@@ -32,9 +32,9 @@ class RollingWindows(Windows):
     """All windows of one split of a game. Pools of chunks take turns on the device.
 
     `batch` and `iter_batches` load the frames of the windows that they return. `gather` and `current_frames`
-    work for the latest of these windows; they raise IndexError for windows that are not on the device. If
-    steps ascend, the next pool is read ahead; any other order works, too, but waits for the disk. Window
-    indices are the same as those of `Windows`.
+    work for the latest of these windows. For windows that are not on the device they raise IndexError on a
+    CPU; on CUDA, the device's assertion ends the process. If steps ascend, the next pool is read ahead; any
+    other order works, too, but waits for the disk. Window indices are the same as those of `Windows`.
     """
 
     def __init__(

@@ -76,11 +76,15 @@ class Compute:
             raise UserError(
                 f"compile is graphs, which needs a CUDA device, not {device}; choose auto, on or off"
             )
+        if cfg.compile == "graphs" and num_processes() > 1:
+            raise UserError(
+                f"compile is graphs, but the steps of {num_processes()} processes contain collectives, which"
+                " are not captured; choose auto or on"
+            )
         wanted = cfg.compile in ("on", "graphs") or (cfg.compile == "auto" and gpu)
         missing = _missing_for_compile(device) if wanted else None
         if missing:
             say(f"training steps are not compiled, and therefore slower: {missing} is missing")
-        # With several processes a step contains collectives, which are not captured.
         graphs = gpu and cfg.compile in ("auto", "graphs") and num_processes() == 1
         return cls(device, bf16, wanted and not missing, graphs)
 

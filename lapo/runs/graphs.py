@@ -6,6 +6,7 @@ launches of one call and replays them at once, on the same memory, see `Replayed
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class Replayed:
 
     def _on_side_stream(self, inputs: Sequence[Tensor]) -> Any:
         """Call eagerly on a side stream: buffers allocated here must not depend on the default stream."""
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, stream = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             outputs = self.function(*inputs)
@@ -51,9 +52,16 @@ class Replayed:
         """Capture a call without executing it. These inputs become the graph's input buffers."""
         graph = torch.cuda.CUDAGraph()
         # Only this thread is checked: the loader's thread may copy chunks to the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        stream = _side_stream(torch.cuda.current_device())
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = self.function(*inputs)
         return Captured(graph, inputs, outputs)
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """The stream of all eager calls and captures: freed memory is reused only on the stream that freed it."""
+    return torch.cuda.Stream(device)
 
 
 Shapes = tuple[torch.Size, ...]

@@ -1,5 +1,6 @@
 """Optimisers and learning-rate schedules."""
 
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -7,6 +8,10 @@ import torch
 from torch import nn
 
 from lapo.config import Ramp, SupervisedConfig
+
+# Steps before a graph's capture are eager, of which every optimiser would warn once.
+CAPTURABLE_WARNING = "This instance was constructed with capturable=True"
+warnings.filterwarnings("ignore", CAPTURABLE_WARNING, UserWarning)
 
 
 def piecewise_linear(x: float, points: list[tuple[float, float]]) -> float:

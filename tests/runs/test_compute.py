@@ -103,6 +103,16 @@ def test_graphs_need_a_cuda_device(monkeypatch):
     assert not compute(monkeypatch, "--compile", "on", cuda=True).graphs
 
 
+def test_several_processes_have_no_graphs_and_say_so_where_they_were_asked_for(monkeypatch):
+    monkeypatch.setattr(training, "num_processes", lambda: 2)
+    found = compute(monkeypatch, cuda=True)
+    assert (found.compile, found.graphs) == (True, False)
+    with pytest.raises(
+        UserError, match="compile is graphs, but the steps of 2 processes contain collectives"
+    ):
+        compute(monkeypatch, "--compile", "graphs", cuda=True)
+
+
 def test_without_a_compiler_a_line_says_so_and_steps_stay_uncompiled(monkeypatch, capsys):
     for variable in ("CC", "CXX"):
         monkeypatch.delenv(variable, raising=False)

@@ -40,6 +40,7 @@ from lapo.policies import sample
 from lapo.ppo import Decision, PPOTrainer, Rollout, ppo_step, ppo_update
 from lapo.probe import train_probe
 from lapo.runs.compute import Compute, seed_everything
+from lapo.runs.graphs import EAGER_CALLS, Replayed
 from support import CPU, LAPO
 
 TINY = (
@@ -407,3 +408,24 @@ def test_compiled_steps_take_equal_forms_of_two_convolutions(cfg):
     x, y = torch.randn(5, first.in_channels, 1, 1), torch.randn(5, last.in_channels, 2, 2)
     torch.testing.assert_close(pixel_to_square(x, first), first(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(square_to_pixel(y, last), last(y), rtol=1e-4, atol=1e-5)
+
+
+def test_eager_calls_before_a_capture_share_one_stream(monkeypatch):
+    class Stream:
+        made = 0
+
+        def __init__(self, device: int):
+            Stream.made += 1
+
+        def wait_stream(self, other: "Stream") -> None:
+            pass
+
+    default = Stream(0)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: default)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 77)
+    for function in (Replayed(torch.neg), Replayed(torch.neg)):
+        for _ in range(EAGER_CALLS):
+            assert function(torch.ones(2)).tolist() == [-1, -1]
+    assert Stream.made == 2  # the default one and another

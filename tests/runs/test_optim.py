@@ -1,5 +1,6 @@
 """Schedules and optimisers."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 from torch import nn
 
 from lapo.config import Config, load_config
-from lapo.runs.optim import make_optimizer, piecewise_linear, ramp_schedule, set_lr, warmup_schedule
+from lapo.runs.optim import (
+    CAPTURABLE_WARNING,
+    make_optimizer,
+    piecewise_linear,
+    ramp_schedule,
+    set_lr,
+    warmup_schedule,
+)
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +134,7 @@ def test_learning_rates_survive_saving_and_stay_settable():
     layer(torch.ones(3)).sum().backward()
     again.step()
     torch.testing.assert_close(layer.weight.detach(), before - 0.5)
+
+
+def test_the_warning_that_is_silenced_is_pytorchs():
+    assert CAPTURABLE_WARNING in inspect.getsource(torch.optim.Optimizer)
