@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from lapo.config import Config, EvalConfig
+from lapo.frames import resize
 from lapo.games.table import ACTIONS, GAMES, Visuals, relative_return
 from lapo.games.vec_env import HELD_OUT_LEVELS, EpisodeTracker, VecEnv
 from lapo.modes import MODES
 from lapo.policies import restore_policy, sample
+from lapo.runs.checkpoints import saved_config
 from lapo.runs.compute import Compute
 
 Act = Callable[[np.ndarray], np.ndarray]
@@ -29,11 +31,15 @@ def random_actor(seed: int) -> Act:
     return lambda frames: generator.integers(len(ACTIONS), size=len(frames))
 
 
-def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> Act:
-    """Act by a network's `logits`: sample actions or, if `greedy`, take the most likely ones."""
+def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool, image_size: int = 64) -> Act:
+    """Act by a network's `logits`: sample actions or, if `greedy`, take the most likely ones.
+
+    Larger frames are averaged to the network's `image_size`.
+    """
 
     @torch.inference_mode()
     def act(frames: np.ndarray) -> np.ndarray:
+        frames = resize(frames, image_size)
         with compute.autocast():
             logits = network.logits(torch.from_numpy(frames).to(compute.device))
         action = logits.argmax(-1) if greedy else sample(logits)[0]
@@ -44,7 +50,8 @@ def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool) -> A
 
 def checkpoint_actor(checkpoint: dict, compute: Compute, greedy: bool) -> Act:
     """Act by the policy of a `load_policy_checkpoint`, see `network_actor`."""
-    return network_actor(restore_policy(checkpoint, compute), compute, greedy)
+    image_size = saved_config(checkpoint).data.image_size
+    return network_actor(restore_policy(checkpoint, compute), compute, greedy, image_size)
 
 
 def steps_played(checkpoint: dict) -> int | None:
@@ -153,7 +160,7 @@ def evaluate_policy(policy: torch.nn.Module, cfg: Config, compute: Compute) -> d
     """Evaluate a policy on held-out levels; returns metrics, {} if `cfg.env` is not a Procgen game."""
     if cfg.env not in GAMES:
         return {}
-    act = network_actor(policy.eval(), compute, cfg.eval.greedy)
+    act = network_actor(policy.eval(), compute, cfg.eval.greedy, cfg.data.image_size)
     evaluation = evaluate_actor(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
     return {
         "return_mean": evaluation.mean,

@@ -40,10 +40,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lapo.benchmarks.workloads import TRAINING, Part, Workload, check_reference_load, prepared
+from lapo.benchmarks.workloads import STORED_BYTES, TRAINING, Part, Workload, check_reference_load, prepared
 from lapo.command_line import Parser
 from lapo.config import Config, parse_with_config, to_dict
-from lapo.data.chunks import WINDOW
 from lapo.errors import UserError, run_main
 from lapo.games.table import check_game
 from lapo.reporting.tables import table
@@ -85,7 +84,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--frames", type=int, default=8192, help="frames to train on or to load (8192)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     args, cfg = parse_with_config(parser, argv)
-    for name, least in (("repeats", 1), ("frames", WINDOW)):
+    for name, least in (("repeats", 1), ("frames", cfg.data.window)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; there must be at least {least}")
     check_json(args.json)
@@ -273,7 +272,7 @@ def rates_table(results: list[dict]) -> str:
     """A row for each stage and path, without the columns that are empty in all of them."""
     rows = []
     for result in results:
-        decoded = result["samples_per_s"] * 64 * 64 * 3 / 1e6
+        decoded = result["samples_per_s"] * STORED_BYTES / 1e6
         rows.append(
             {
                 "stage": result["stage"],

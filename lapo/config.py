@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 
 from lapo.command_line import Parser
 from lapo.errors import UserError
+from lapo.frames import SIZES
 from lapo.modes import MODES
 from lapo.sources import explanations, leaves, merge, nested, read_yaml
 
@@ -55,6 +56,7 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Widths = Annotated[list[Count], BeforeValidator(_items)]
+ImageSize = Annotated[Literal[SIZES], BeforeValidator(lambda x: int(x) if str(x).isdecimal() else x)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -63,11 +65,18 @@ class DataConfig:
     """Which windows the loader serves."""
 
     __pydantic_config__ = STRICT
+    image_size: ImageSize
+    context: Annotated[Int, Field(ge=0, le=16)]
     train_chunks: Count
     test_chunks: Count
     skip_resets: bool
     pool_chunks: Count
     skip_bad_chunks: bool
+
+    @property
+    def window(self) -> int:
+        """Frames T of a window: `context` earlier ones, o[t] and o[t+1]."""
+        return self.context + 2
 
 
 @dataclass

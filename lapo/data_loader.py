@@ -1,24 +1,24 @@
 """Chunks of frames on disk → batches of windows on the device.
 
-A window is three consecutive frames o[t-1], o[t], o[t+1] of one chunk; its action was taken at o[t]. Frames
-stay uint8, as stored (see data/chunks.py), in one tensor on the device. Two loaders have one interface:
-`Windows` (data/windows.py) keeps all frames on the device, `RollingWindows` (data/rolling.py) serves more
-chunks than fit there. `read_splits` chooses between them.
+A window is consecutive frames of one chunk: as published o[t-1], o[t], o[t+1]. Its action was taken at o[t].
+Frames stay uint8 (see data/chunks.py), in one tensor on the device. Two loaders have one interface: `Windows`
+(data/windows.py) keeps all frames on the device, `RollingWindows` (data/rolling.py) serves more chunks than
+fit there. `read_splits` chooses between them.
 
 `python data_loader.py --check FOLDER` checks chunks and prints a table, see data/checks.py.
 """
 
-import math
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from lapo.config import Config
-from lapo.data.chunks import FRAME_SHAPE, print_chunk_limit, read_header
+from lapo.data.chunks import print_chunk_limit, read_header
 from lapo.data.rolling import RollingWindows
 from lapo.data.windows import INFERENCE_BATCH, WHOLE, Windows, loader_options, shard_paths
 from lapo.errors import UserError, run_main
+from lapo.frames import CHANNELS
 from lapo.runs.compute import free_bytes
 from lapo.runs.ranks import Shard, all_max, shard
 
@@ -51,7 +51,7 @@ def read_train(cfg: Config, device: torch.device, resident: str, shard: Shard) -
     """A shard of the configured game's training windows; `resident` is always, auto or never."""
     folder = cfg.game_data / "train"
     options = {"device": device, "limit": cfg.data.train_chunks, "shard": shard, **loader_options(cfg)}
-    if stays_resident(folder, device, cfg.data.train_chunks, resident, shard):
+    if stays_resident(folder, device, cfg.data.train_chunks, resident, shard, cfg.data.image_size):
         train = Windows(folder, **options)
     else:
         train = RollingWindows(folder, pool_chunks=cfg.data.pool_chunks, **options)
@@ -60,7 +60,12 @@ def read_train(cfg: Config, device: torch.device, resident: str, shard: Shard) -
 
 
 def stays_resident(
-    folder: Path, device: torch.device, limit: int | None, resident: str, shard: Shard = WHOLE
+    folder: Path,
+    device: torch.device,
+    limit: int | None,
+    resident: str,
+    shard: Shard = WHOLE,
+    image_size: int = 64,
 ) -> bool:
     """Whether all chunks of a shard of `folder` stay on the device; prints their size and the free memory.
 
@@ -71,7 +76,7 @@ def stays_resident(
         with suppress(UserError):  # `Windows` raises or prints it
             sizes.append(read_header(path))
     total = sum(sizes)
-    needed, free = total * math.prod(FRAME_SHAPE), free_bytes(device)
+    needed, free = total * image_size**2 * CHANNELS, free_bytes(device)
     available = "" if free is None else f" of {free / 1e9:.2f} GB free"
     print(f"train: {total:,} frames need {needed / 1e9:.2f} GB{available} on {device}")
     if resident != "auto":

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapo.config import DecoderConfig
-from lapo.data.chunks import WINDOW
 from lapo.models import IDM, Decoder, infer_latents
 from lapo.runs.compute import Compute
 from lapo.runs.optim import make_optimizer
@@ -105,10 +104,19 @@ class OnlineDecoder:
     updates, no more pairs are collected.
     """
 
-    def __init__(self, decoder: Decoder, idm: IDM, cfg: DecoderConfig, compute: Compute, updates: list[int]):
+    def __init__(
+        self,
+        decoder: Decoder,
+        idm: IDM,
+        cfg: DecoderConfig,
+        compute: Compute,
+        updates: list[int],
+        context: int = 1,
+    ):
         self.decoder, self.idm, self.cfg, self.compute, self.updates = decoder, idm, cfg, compute, updates
-        # The last step of the previous rollout: frames (N, H, W, C), actions (N,), dones (N,).
-        self.last_step: tuple[Tensor, Tensor, Tensor] | None = None
+        self.context = context
+        # The last `context` steps so far: frames (K, N, H, W, C), actions (K, N), dones (K, N).
+        self.last_steps: tuple[Tensor, Tensor, Tensor] | None = None
         self.la: list[Tensor] = []
         self.ta: list[Tensor] = []
         self.active = bool(updates)
@@ -121,24 +129,27 @@ class OnlineDecoder:
         metrics = self.train() if update in self.updates else {}
         if update >= self.updates[-1]:
             self.active = False
-            self.last_step, self.la, self.ta = None, [], []
+            self.last_steps, self.la, self.ta = None, [], []
         return metrics
 
     @torch.no_grad()
     def infer_latents(self, rollout: Steps) -> None:
-        """Add the rollout's pairs (la, ta), and keep its last step for the next rollout's first window."""
+        """Add the rollout's pairs (la, ta), and keep its last steps for the next rollout's first windows."""
+        context, size = self.context, self.context + 2
         steps = rollout.frames[:-1], rollout.actions, rollout.dones
-        kept = [[x[None]] for x in self.last_step] if self.last_step else [[], [], []]
-        self.last_step = tuple(x[-1].clone() for x in steps)  # the rollout's buffers are reused
-        frames = torch.cat([*kept[0], rollout.frames])  # (S+1, N, H, W, C); S counts the kept step, too
-        actions, dones = (torch.cat([*before, x]) for before, x in zip(kept[1:], steps[1:], strict=True))
-        if len(frames) < WINDOW:
+        if self.last_steps:
+            steps = tuple(torch.cat(pair) for pair in zip(self.last_steps, steps, strict=True))
+        frames = torch.cat([steps[0], rollout.frames[-1:]])  # (S+1, N, H, W, C); S counts kept steps, too
+        actions, dones = steps[1:]
+        # The rollout's buffers are reused.
+        self.last_steps = tuple(x[max(0, len(x) - context) :].clone() for x in steps)
+        if len(frames) < size:
             return
-        # Window s holds frames s to s+2; its action was taken at s+1. No episode may end at s or s+1. One may
-        # end at s+2, because `dones` marks the action that ends it (data sets differ, see `window_starts`).
-        windows = frames.unfold(0, WINDOW, 1).movedim(-1, 2)  # (S-1, N, T, H, W, C)
-        valid = ~(dones[:-1] | dones[1:])
-        windows, ta = windows[valid], actions[1:][valid]
+        # A window's action was taken at its last frame but one. No episode may end with the action of that
+        # frame or an earlier one. One may end with the last frame's (data sets differ, see `window_starts`).
+        windows = frames.unfold(0, size, 1).movedim(-1, 2)  # (S+2-T, N, T, H, W, C)
+        valid = ~dones.unfold(0, size - 1, 1).any(-1)
+        windows, ta = windows[valid], actions[context:][valid]
         self.la.append(infer_latents(self.idm, windows.split(INFERENCE_BATCH), self.compute))
         self.ta.append(ta)
 
@@ -161,12 +172,15 @@ class OnlineDecoder:
     def state_dict(self) -> dict:
         """All mutable state."""
         pairs = [torch.cat(x) if x else None for x in (self.la, self.ta)]
-        steps = [list(self.last_step)] if self.last_step else []
-        return {"active": self.active, "steps": steps, "pairs": pairs}
+        steps = list(self.last_steps) if self.last_steps else None
+        return {"active": self.active, "last_steps": steps, "pairs": pairs}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore `state_dict`."""
         device = self.compute.device
         self.active = state["active"]
-        self.last_step = next((tuple(x.to(device) for x in step) for step in state["steps"]), None)
+        steps = state.get("last_steps")
+        if state.get("steps"):  # older versions had a single step, without its first axis
+            steps = [x[None] for x in state["steps"][0]]
+        self.last_steps = steps and tuple(x.to(device) for x in steps)
         self.la, self.ta = ([] if x is None else [x.to(device)] for x in state["pairs"])

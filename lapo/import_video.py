@@ -9,7 +9,7 @@ beside them, which records how they were made. The folder appears when it is com
 starts again.
 
 A chunk holds N frames:
-    obs   (N, 64, 64, 3) uint8 RGB, scaled by area averaging
+    obs   (N, S, S, 3) uint8 RGB with S = `--image-size` (64), scaled by area averaging
     done  (N,) bool: last frame of a shot
 
 A shot ends where its clip ends, where the clip's held-out part begins, and where the picture changes by more
@@ -28,9 +28,10 @@ from tqdm import tqdm
 from lapo.command_line import Parser
 from lapo.config import ROOT, load_config
 from lapo.data.chunks import CHUNK_FRAMES, write_chunk
-from lapo.data.clips import SIZE, Clip, checksum, cropped, open_clip, shrink, versions
+from lapo.data.clips import Clip, checksum, cropped, open_clip, shrink, versions
 from lapo.data.pictures import find_files
 from lapo.errors import UserError, run_main
+from lapo.frames import CHANNELS, SIZES
 from lapo.games.table import GAMES
 from lapo.runs.files import atomic_folder, folder_lock, is_absent_or_empty, write_json
 
@@ -55,6 +56,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         metavar=("X", "Y", "WIDTH", "HEIGHT"),
         help="crop, in pixels of the source, before scaling to a square; default: the whole picture",
+    )
+    parser.add_argument(
+        "--image-size", type=int, choices=SIZES, default=64, help="pixels of a frame's side (64)"
     )
     parser.add_argument(
         "--frame-skip", type=int, default=1, help="keep every n-th frame: 4 keeps frames 0, 4, 8, ... (1)"
@@ -104,17 +108,20 @@ def settings_of(args: argparse.Namespace) -> dict:
             }
             for path in args.sources
         ],
-        **{key: getattr(args, key) for key in ("crop", "frame_skip", "test_share", "cut_threshold")},
+        **{
+            key: getattr(args, key)
+            for key in ("crop", "image_size", "frame_skip", "test_share", "cut_threshold")
+        },
     }
 
 
 class Split:
     """Writer of the chunks of `train` or `test`. Memory holds one chunk at a time."""
 
-    def __init__(self, folder: Path, chunk_frames: int):
+    def __init__(self, folder: Path, chunk_frames: int, image_size: int):
         """Chunks of at most `chunk_frames` frames, in `folder`."""
         self.folder = folder
-        self.obs = np.empty((chunk_frames, SIZE, SIZE, 3), np.uint8)
+        self.obs = np.empty((chunk_frames, image_size, image_size, CHANNELS), np.uint8)
         self.done = np.zeros(chunk_frames, bool)
         self.filled = 0
         self.shot_frames = 0
@@ -124,7 +131,7 @@ class Split:
         self.chunks = self.frames = self.shots = self.left_out = 0
 
     def add(self, obs: np.ndarray) -> None:
-        """Add a frame (64, 64, 3) uint8 to the current shot."""
+        """Add a frame (S, S, 3) uint8 to the current shot."""
         if self.filled == len(self.obs):
             self.flush()
         self.obs[self.filled] = obs
@@ -178,7 +185,7 @@ def import_clips(args: argparse.Namespace, folder: Path) -> dict:
     decoded before any chunk is written.
     """
     clips = [open_clip(path, args.crop) for path in args.sources]
-    splits = {name: Split(folder / name, size) for name, size in CHUNK_FRAMES.items()}
+    splits = {name: Split(folder / name, size, args.image_size) for name, size in CHUNK_FRAMES.items()}
     decoded, notes = [], []
     with tqdm(
         total=sum(clip.frames for clip in clips), unit=" frames", unit_scale=True, mininterval=1
@@ -190,7 +197,7 @@ def import_clips(args: argparse.Namespace, folder: Path) -> dict:
                 bar.update()
                 if rgb is None:
                     continue
-                obs = shrink(cropped(rgb, args.crop, clip.path))
+                obs = shrink(cropped(rgb, args.crop, clip.path), args.image_size)
                 target = splits["test" if index >= first_test else "train"]
                 if target is not split or is_cut(previous, obs, args.cut_threshold):
                     split.end_shot()
@@ -215,7 +222,7 @@ def import_clips(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def is_cut(previous: np.ndarray | None, obs: np.ndarray, threshold: float) -> bool:
-    """Whether there is a cut between two frames (64, 64, 3); False if `previous` is None."""
+    """Whether there is a cut between two frames (S, S, 3); False if `previous` is None."""
     return previous is not None and np.abs(obs - previous.astype(np.int16)).mean() > threshold
 
 
@@ -225,7 +232,8 @@ def is_finished(folder: Path, settings: dict) -> bool:
         return False
     remedy = "choose another --env or --data-dir, or delete it"
     try:
-        record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        text = (folder / "dataset.json").read_text(encoding="utf-8")
+        record = {"image_size": 64} | json.loads(text)  # which older versions did not write
         found = {key: record[key] for key in settings}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} already holds something else; {remedy}") from None
@@ -271,6 +279,7 @@ def main() -> None:
             " raise --test-share"
         )
     option = "" if args.data_dir == ROOT / "expert_data" else f" --data-dir {shlex.quote(str(folder.parent))}"
+    option += "" if args.image_size == 64 else f" --data.image_size {args.image_size}"
     print(f"{folder} is ready: bash launch.sh {args.env} --stages 1,2{option}")
 
 

@@ -1,7 +1,8 @@
 """Trained models for code of your own: what `import lapo` offers.
 
 Dimensions
-    T frames of a video · B batch · K steps of a rollout · H, W, C frame (64, 64, 3)
+    T frames of a video · P frames that the world model sees (2) · B batch · K steps of a rollout
+    H, W, C frame (64, 64, 3)
     N codebooks · L latent slots · D size of a latent action · A true actions (15)
 """
 
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from lapo.bottleneck import Quantized
 from lapo.config import ROOT, Config, resolve, to_dict, validate
-from lapo.data.chunks import FRAME_SHAPE, WINDOW, window_starts
+from lapo.data.chunks import window_starts
 from lapo.data_loader import INFERENCE_BATCH
 from lapo.errors import UserError
+from lapo.frames import CHANNELS
 from lapo.models import (
     IDM,
     WorldModel,
+    image_size_of,
     infer_latents,
     make_idm,
     make_world_model,
@@ -34,8 +37,6 @@ from lapo.runs.checkpoints import load_checkpoint, saved_config
 from lapo.runs.compute import Compute
 
 Array = np.ndarray | Tensor
-PAIR = 2
-"""Frames that the world model sees: o[t-1], o[t]."""
 
 
 class Latents(NamedTuple):
@@ -48,38 +49,40 @@ class Latents(NamedTuple):
     codes: Tensor
     """(T, N, L) int64, the chosen codes; -1 where not `valid`. Without a quantiser: (T, 0, 0)."""
     valid: Tensor
-    """(T,) bool: False for the first and last frame, and where frames of two episodes would be mixed."""
+    """(T,) bool: False for the first P - 1 frames and the last one, and where episodes would be mixed."""
 
 
 class LatentActionModel:
     """The IDM and world model of stage 1, frozen and in eval mode.
 
     All methods accept NumPy and PyTorch, return tensors on the model's device, work through long inputs in
-    batches, and raise `UserError` for another shape or type than they name.
+    batches, and raise `UserError` for another shape or type than they name. They were trained on frames of
+    `frame_shape` (H, W, C); the IDM sees `window` of them, P + 1.
     """
 
     def __init__(self, idm: IDM, world_model: WorldModel, compute: Compute):
         self.idm, self.world_model, self.compute = idm, world_model, compute
-        self.la_dim = idm.head.out_features
+        self.la_dim, self.window, self.frame_shape = idm.head.out_features, idm.window, frame_shape(idm)
 
     @torch.no_grad()
     def infer(self, video: Array, done: Array | None = None) -> Latents:
-        """The latent actions of a video (T, H, W, C) uint8, T at least 3.
+        """The latent actions of a video (T, H, W, C) uint8, T at least `window` (3).
 
-        `done` (T,) bool marks where episodes end. As in training, entry t is not valid if frame t-1, t or t+1
-        is marked: data sets mark the last frame of an episode or the first one of the next.
+        `done` (T,) bool marks where episodes end. As in training, entry t is not valid if a frame of its
+        window, as published t-1 to t+1, is marked: data sets mark the last frame of an episode or the first
+        one of the next.
         """
-        video = _tensor(video, "video", "uint8", "T", *FRAME_SHAPE)
-        if len(video) < WINDOW:
-            raise UserError(f"the video has {len(video)} frames; an action is inferred from {WINDOW}")
+        video = _tensor(video, "video", "uint8", "T", *self.frame_shape)
+        if len(video) < self.window:
+            raise UserError(f"the video has {len(video)} frames; an action is inferred from {self.window}")
         if done is not None:
             done = _tensor(done, "done", "bool", len(video)).cpu().numpy()
-        starts = torch.from_numpy(window_starts(done, len(video), skip_resets=True))
-        windows = (video[ids[:, None] + torch.arange(WINDOW)] for ids in starts.split(INFERENCE_BATCH))
+        starts = torch.from_numpy(window_starts(done, len(video), True, self.window))
+        windows = (video[ids[:, None] + torch.arange(self.window)] for ids in starts.split(INFERENCE_BATCH))
         la = infer_latents(self.idm, (frames.to(self.compute.device) for frames in windows), self.compute)
         quantized = [self.idm.quantize(part) for part in la.split(INFERENCE_BATCH)]
         la_q, codes = (torch.cat([getattr(q, name) for q in quantized]) for name in ("la_q", "indices"))
-        current = starts.to(self.compute.device) + 1
+        current = starts.to(self.compute.device) + self.window - 2
 
         def by_frame(x: Tensor, missing: float) -> Tensor:
             return x.new_full((len(video), *x.shape[1:]), missing).index_copy_(0, current, x)
@@ -107,34 +110,34 @@ class LatentActionModel:
         return self.idm.vq.decode(codes.to(self.compute.device))
 
     def predict(self, frames: Array, la_q: Array) -> Tensor:
-        """The next frames (B, H, W, C) uint8 after `frames` (B, 2, H, W, C) uint8 = o[t-1], o[t].
+        """The next frames (B, H, W, C) uint8 after `frames` (B, P, H, W, C) uint8, the last of which is o[t].
 
         `la_q` (B, D) are the quantised latent actions of o[t].
         """
-        frames = _tensor(frames, "frames", "uint8", "B", PAIR, *FRAME_SHAPE)
+        frames = _tensor(frames, "frames", "uint8", "B", self.window - 1, *self.frame_shape)
         la_q = self._latents(la_q, "la_q", len(frames), self.la_dim)
         return self.rollout(frames, la_q[:, None])[:, 0]
 
     @torch.no_grad()
     def rollout(self, frames: Array, la_q: Array) -> Tensor:
-        """Predictions (B, K, H, W, C) uint8 from `frames` (B, 2, H, W, C) uint8 under `la_q` (B, K, D).
+        """Predictions (B, K, H, W, C) uint8 from `frames` (B, P, H, W, C) uint8 under `la_q` (B, K, D).
 
-        With `la_q` (K, D), all B pairs of frames get the same latent actions. Every prediction is an input of
+        With `la_q` (K, D), all B starts get the same latent actions. Every prediction is an input of
         the next one, without rounding in between.
         """
-        frames = _tensor(frames, "frames", "uint8", "B", PAIR, *FRAME_SHAPE)
+        frames = _tensor(frames, "frames", "uint8", "B", self.window - 1, *self.frame_shape)
         shared = getattr(la_q, "ndim", None) == 2
         la_q = self._latents(la_q, "la_q", *(() if shared else (len(frames),)), "K", self.la_dim)
         la_q = la_q.expand(len(frames), -1, -1)
-        predicted = torch.empty(*la_q.shape[:2], *FRAME_SHAPE, dtype=torch.uint8, device=la_q.device)
-        for pairs, actions, out in zip(
+        predicted = torch.empty(*la_q.shape[:2], *self.frame_shape, dtype=torch.uint8, device=la_q.device)
+        for starts, actions, out in zip(
             *(x.split(INFERENCE_BATCH) for x in (frames, la_q, predicted)), strict=True
         ):
-            images = stack_frames(pairs.to(la_q.device))
+            images = stack_frames(starts.to(la_q.device))
             for step, action in enumerate(actions.unbind(1)):
                 with self.compute.autocast():
                     image = self.world_model(images, action)
-                images = torch.cat([images[:, 3:], image], 1)
+                images = torch.cat([images[:, CHANNELS:], image], 1)
                 out[:, step] = to_frames(image)
         return predicted
 
@@ -157,7 +160,7 @@ class ActingPolicy:
     @torch.no_grad()
     def logits(self, obs: Array) -> Tensor:
         """Observations (B, H, W, C) uint8 → logits (B, A), on the policy's device."""
-        obs = _tensor(obs, "obs", "uint8", "B", *FRAME_SHAPE)
+        obs = _tensor(obs, "obs", "uint8", "B", *frame_shape(self.network))
         with self.compute.autocast():
             parts = obs.split(INFERENCE_BATCH)
             return torch.cat([self.network.logits(part.to(self.compute.device)) for part in parts])
@@ -169,6 +172,12 @@ class ActingPolicy:
         """
         logits = self.logits(obs)
         return (logits.argmax(-1) if greedy else sample(logits)[0]).cpu().numpy()
+
+
+def frame_shape(network: torch.nn.Module) -> tuple[int, int, int]:
+    """Shape (H, W, C) of the frames that a network takes."""
+    size = image_size_of(network)
+    return size, size, CHANNELS
 
 
 def load_stage1(path: str | Path, device: str = "auto") -> LatentActionModel:

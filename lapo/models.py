@@ -3,9 +3,9 @@
 Dimensions
     B batch · T frames of a window (3) · C, H, W image channels, height, width (64×64) · A true actions (15)
 
-A window holds the frames o[t-1], o[t], o[t+1]. `la` is the latent action between o[t] and o[t+1] before
-quantisation, `la_q` after it, and `ta` is the true action at o[t]. Images enter the networks as x/255 - 0.5,
-see `normalize`.
+A window holds `context` frames (1), then o[t] and o[t+1]: T = context + 2. `la` is the latent action between
+o[t] and o[t+1] before quantisation, `la_q` after it, and `ta` is the true action at o[t]. Images enter the
+networks as x/255 - 0.5, see `normalize`.
 """
 
 import copy
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from lapo.bottleneck import Bottleneck, Quantized, make_bottleneck
 from lapo.config import Config
+from lapo.frames import CHANNELS
 from lapo.modes import MODES
 from lapo.runs.compute import Compute
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 HIDDEN = 256
-IMAGE = 64
 
 
 def normalize(obs: Tensor) -> Tensor:
@@ -43,6 +43,11 @@ def to_frames(images: Tensor) -> Tensor:
 def stack_frames(frames: Tensor) -> Tensor:
     """Stack a window's frames on the channels: (B, T, H, W, C) uint8 → (B, T·C, H, W) float, normalised."""
     return normalize(rearrange(frames, "b t h w c -> b h w (t c)"))
+
+
+def split_window(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Stacked frames (B, T·C, H, W) → those up to o[t] (B, (T-1)·C, H, W), and o[t+1] (B, C, H, W)."""
+    return images[:, :-CHANNELS], images[:, -CHANNELS:]
 
 
 class Head(nn.Linear):
@@ -75,9 +80,9 @@ class ResidualBlock(nn.Module):
 
 
 class ImpalaTrunk(nn.Sequential):
-    """IMPALA ResNet (Espeholt et al. 2018): images (B, C, 64, 64) → features (B, `out_dim`), after a ReLU."""
+    """IMPALA ResNet (Espeholt et al. 2018): images (B, C, H, W) → features (B, `out_dim`), after a ReLU."""
 
-    def __init__(self, in_channels: int, scale: int):
+    def __init__(self, in_channels: int, scale: int, image_size: int = 64):
         layers: list[nn.Module] = []
         for out_channels in (16 * scale, 32 * scale, 32 * scale):
             layers += [
@@ -88,27 +93,31 @@ class ImpalaTrunk(nn.Sequential):
             ]
             in_channels = out_channels
         super().__init__(*layers, nn.Flatten(), nn.ReLU())
-        self.out_dim = 32 * scale * (IMAGE // 8) ** 2
+        self.image_size = image_size
+        self.out_dim = 32 * scale * (image_size // 8) ** 2
 
 
 # ---------------------------------------------------------------- inverse dynamics model
 
 
 class IDM(nn.Module):
-    """Inverse dynamics model: o[t-1], o[t], o[t+1] → the latent action between o[t] and o[t+1].
+    """Inverse dynamics model: a window → the latent action between o[t] and o[t+1].
 
     With `vq=None`, latents are neither normalised nor quantised.
     """
 
-    def __init__(self, scale: int, la_dim: int, vq: Bottleneck | None = None):
+    def __init__(
+        self, scale: int, la_dim: int, vq: Bottleneck | None = None, context: int = 1, image_size: int = 64
+    ):
         super().__init__()
-        self.trunk = ImpalaTrunk(9, scale)
+        self.window = context + 2
+        self.trunk = ImpalaTrunk(self.window * CHANNELS, scale, image_size)
         self.fc = nn.Linear(self.trunk.out_dim, HIDDEN)
         self.head = nn.Linear(HIDDEN, la_dim)
         self.vq = vq or Bottleneck(la_dim)
 
     def infer_latents(self, window: Tensor) -> Tensor:
-        """Window (B, 9, H, W) → latent action before quantisation `la` (B, la_dim)."""
+        """Window (B, T·C, H, W) → latent action before quantisation `la` (B, la_dim)."""
         return self.vq.project(self.head(F.relu(self.fc(self.trunk(window)))))
 
     def quantize(self, la: Tensor) -> Quantized:
@@ -116,7 +125,7 @@ class IDM(nn.Module):
         return self.vq(la)
 
     def forward(self, window: Tensor) -> tuple[Tensor, Quantized]:
-        """Window (B, 9, H, W) → `la` (B, la_dim) and its quantisation."""
+        """Window (B, T·C, H, W) → `la` (B, la_dim) and its quantisation."""
         la = self.infer_latents(window)
         return la, self.quantize(la)
 
@@ -190,7 +199,7 @@ def pixel_to_square(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
 
 
 class WorldModel(nn.Module):
-    """U-Net (Ronneberger et al. 2015) that predicts o[t+1] from o[t-1], o[t] and the quantised latent action.
+    """U-Net (Ronneberger et al. 2015) that predicts o[t+1] from the frames before it and the latent action.
 
     The latent action enters twice: as constant input channels, and at the 1×1 bottleneck. With
     `fold_action=True` the first convolution over the constant channels is computed in a cheaper, equal form
@@ -199,24 +208,31 @@ class WorldModel(nn.Module):
 
     edge_taps: Tensor
 
-    def __init__(self, la_dim: int, width: int, fold_action: bool = True):
+    def __init__(
+        self, la_dim: int, width: int, fold_action: bool = True, context: int = 1, image_size: int = 64
+    ):
         super().__init__()
         self.fold_action = fold_action
-        b = width
-        widths = (b, 2 * b, 4 * b, 8 * b, 16 * b)
+        self.past_channels = (context + 1) * CHANNELS
+        # Each level halves the image and doubles the width; the bottleneck makes one pixel of the last 2×2.
+        levels = image_size.bit_length() - 2
+        widths = [width << level for level in range(levels)]
         self.down = nn.ModuleList(
-            DownBlock(i, o) for i, o in zip((6 + la_dim, *widths[:-1]), widths, strict=True)
+            DownBlock(i, o) for i, o in zip((self.past_channels + la_dim, *widths[:-1]), widths, strict=True)
         )
-        self.bottleneck = nn.Conv2d(16 * b, 32 * b, 2)
-        inputs = (32 * b + la_dim, 32 * b, 16 * b, 8 * b, 4 * b, 2 * b)
-        outputs = (16 * b, 8 * b, 4 * b, 2 * b, b, b)
+        self.bottleneck = nn.Conv2d(widths[-1], 2 * widths[-1], 2)
+        inputs = (2 * widths[-1] + la_dim, *(2 * w for w in reversed(widths)))
+        outputs = (*reversed(widths), width)
         self.up = nn.ModuleList(UpBlock(i, o) for i, o in zip(inputs, outputs, strict=True))
         self.out = nn.Sequential(
-            nn.Conv2d(b + 6, b, 3, padding=1), ResidualBlock(b, b // 2), nn.ReLU(), nn.Conv2d(b, 3, 1)
+            nn.Conv2d(width + self.past_channels, width, 3, padding=1),
+            ResidualBlock(width, width // 2),
+            nn.ReLU(),
+            nn.Conv2d(width, CHANNELS, 1),
         )
         # edge_taps[y, k]: 1 if tap k of a 3-tap kernel at position y reads a pixel, 0 if it reads padding.
-        source = torch.arange(IMAGE)[:, None] + torch.arange(-1, 2)
-        self.register_buffer("edge_taps", ((source >= 0) & (source < IMAGE)).float(), persistent=False)
+        source = torch.arange(image_size)[:, None] + torch.arange(-1, 2)
+        self.register_buffer("edge_taps", ((source >= 0) & (source < image_size)).float(), persistent=False)
 
     def action_map(self, la_q: Tensor) -> Tensor:
         """The first convolution, without bias, over la_q (B, la_dim) as constant channels: (B, b, H, W).
@@ -224,17 +240,19 @@ class WorldModel(nn.Module):
         At each pixel a constant channel contributes its value times the sum of the kernel's taps inside the
         image. So latent and kernel are multiplied first, (B, b, 3, 3), and then summed over these taps.
         """
-        kernel = self.down[0].conv.weight[:, 6:]  # (b, la_dim, 3, 3)
+        kernel = self.down[0].conv.weight[:, self.past_channels :]  # (b, la_dim, 3, 3)
         taps = torch.einsum("bd,odij->bijo", la_q, kernel)
         edge = self.edge_taps.to(taps.dtype)
         return torch.einsum("hi,wj,bijo->bhwo", edge, edge, taps).permute(0, 3, 1, 2)
 
     def forward(self, images: Tensor, la_q: Tensor) -> Tensor:
-        """Images (B, 6, H, W), o[t-1] and o[t] stacked; la_q (B, la_dim) → predicted o[t+1] (B, 3, H, W)."""
+        """Frames up to o[t] (B, (T-1)·C, H, W), la_q (B, la_dim) → predicted o[t+1] (B, C, H, W)."""
         action = la_q[:, :, None, None]
         if self.fold_action:
             first = self.down[0].conv
-            x = F.conv2d(images, first.weight[:, :6], first.bias, padding=1) + self.action_map(la_q)
+            x = F.conv2d(
+                images, first.weight[:, : self.past_channels], first.bias, padding=1
+            ) + self.action_map(la_q)
             x = self.down[0].finish(x)
         else:
             x = self.down[0](torch.cat([images, action.expand(-1, -1, *images.shape[2:])], 1))
@@ -255,14 +273,14 @@ class WorldModel(nn.Module):
 class Policy(nn.Module):
     """One frame → a latent action (stage 2) or action logits (behaviour cloning), of size `action_dim`."""
 
-    def __init__(self, action_dim: int, scale: int):
+    def __init__(self, action_dim: int, scale: int, image_size: int = 64):
         super().__init__()
-        self.trunk = ImpalaTrunk(3, scale)
+        self.trunk = ImpalaTrunk(CHANNELS, scale, image_size)
         self.fc = nn.Linear(self.trunk.out_dim, HIDDEN)
         self.policy_head = Head(HIDDEN, action_dim)
 
     def forward(self, obs: Tensor) -> Tensor:
-        """obs (B, 3, H, W) → (B, action_dim)."""
+        """obs (B, C, H, W) → (B, action_dim)."""
         return self.policy_head(F.relu(self.fc(self.trunk(obs))))
 
     def logits(self, frames: Tensor) -> Tensor:
@@ -281,8 +299,8 @@ def make_value_head() -> Head:
 class ActorCritic(Policy):
     """Policy and value for PPO. `encode` runs once per env step; `forward` runs in every minibatch, too."""
 
-    def __init__(self, action_dim: int, scale: int):
-        super().__init__(action_dim, scale)
+    def __init__(self, action_dim: int, scale: int, image_size: int = 64):
+        super().__init__(action_dim, scale, image_size)
         self.value_head = make_value_head()
 
     def encode(self, frames: Tensor) -> tuple[Tensor, ...]:
@@ -367,12 +385,19 @@ class TwoPathPolicy(nn.Module):
 
 def make_idm(cfg: Config) -> IDM:
     """The inverse dynamics model, with the bottleneck of `cfg.vq`."""
-    return IDM(cfg.model.idm_scale, cfg.vq.la_dim, make_bottleneck(cfg))
+    return IDM(
+        cfg.model.idm_scale, cfg.vq.la_dim, make_bottleneck(cfg), cfg.data.context, cfg.data.image_size
+    )
 
 
-def make_world_model(cfg: Config) -> WorldModel:
+def make_world_model(cfg: Config, fold_action: bool = True) -> WorldModel:
     """The world model."""
-    return WorldModel(cfg.vq.la_dim, cfg.model.wm_width)
+    return WorldModel(cfg.vq.la_dim, cfg.model.wm_width, fold_action, cfg.data.context, cfg.data.image_size)
+
+
+def image_size_of(network: nn.Module) -> int:
+    """Pixels of the side of the frames that a network takes."""
+    return next(part.image_size for part in network.modules() if isinstance(part, ImpalaTrunk))
 
 
 def restore(network: NetworkT, state: dict, compute: Compute) -> NetworkT:
@@ -383,7 +408,7 @@ def restore(network: NetworkT, state: dict, compute: Compute) -> NetworkT:
 
 def make_latent_policy(cfg: Config) -> Policy:
     """The latent policy: frame → latent action."""
-    return Policy(cfg.vq.la_dim, cfg.model.policy_scale)
+    return Policy(cfg.vq.la_dim, cfg.model.policy_scale, cfg.data.image_size)
 
 
 def make_decoder(cfg: Config, num_actions: int) -> Decoder:
@@ -400,9 +425,9 @@ def make_acting_policy(
     """
     kind = MODES[mode].network
     if kind == "policy":
-        return Policy(num_actions, cfg.model.policy_scale)
+        return Policy(num_actions, cfg.model.policy_scale, cfg.data.image_size)
     if kind == "actor-critic":
-        return ActorCritic(num_actions, cfg.model.policy_scale)
+        return ActorCritic(num_actions, cfg.model.policy_scale, cfg.data.image_size)
     policy, decoder = make_latent_policy(cfg), make_decoder(cfg, num_actions)
     if latent_policy:
         policy.load_state_dict(latent_policy)

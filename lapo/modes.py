@@ -16,7 +16,7 @@ class Mode:
     color: str
     """Colour of its curves and bars; LAPO's modes are blue."""
     config_keys: tuple[str, ...]
-    """Groups of the config that its results depend on, beside `model` and `stage3`."""
+    """Keys and groups of the config that its results depend on, beside those of every mode."""
     network: Literal["policy", "actor-critic", "decoded", "two-path"]
     """The network that acts, see `models.make_acting_policy`."""
     needs_latents: bool
@@ -31,6 +31,8 @@ MODES = {
     "offline": Mode(
         *("LAPO offline", "#7fb2e5", ("data", "offline", "vq", "decoder", "eval"), "decoded", True, False)
     ),
-    "online": Mode("LAPO online", "#1f5fa8", ("ppo", "vq", "decoder", "eval"), "two-path", True, True),
+    "online": Mode(
+        "LAPO online", "#1f5fa8", ("ppo", "vq", "decoder", "eval", "data.context"), "two-path", True, True
+    ),
 }
 """In the order in which tables and figures show them."""

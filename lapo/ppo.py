@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lapo.config import Config, PPOConfig
 from lapo.decoding import OnlineDecoder
 from lapo.errors import UserError
+from lapo.frames import resize
 from lapo.games.table import ACTIONS
 from lapo.games.vec_env import EpisodeTracker, VecEnv
 from lapo.models import make_acting_policy
@@ -240,17 +241,18 @@ class Collector:
     """Collects rollouts from N environments.
 
     Attributes
-        frames   current obs (N, H, W, C) uint8 on the device, overwritten by the next step
+        frames   current obs (N, H, W, C) uint8 on the device, overwritten by the next step; averaged to
+                 `image_size`
         recent   raw returns of the last 100 finished episodes
     """
 
-    def __init__(self, env: VecEnv, gamma: float, compute: Compute):
-        self.env, self.compute = env, compute
+    def __init__(self, env: VecEnv, gamma: float, compute: Compute, image_size: int = 64):
+        self.env, self.compute, self.image_size = env, compute, image_size
         self.normalize = ReturnNormalizer(env.num_envs, gamma=gamma)
         self.tracker = EpisodeTracker(env.num_envs)
         self.recent: deque[float] = deque(maxlen=RECENT_EPISODES)
         self.observations, self.actions = TransferBuffer(compute.device), TransferBuffer(compute.device)
-        self.frames = self.observations.to_device(env.observe())
+        self.frames = self.observations.to_device(resize(env.observe(), image_size))
 
     def collect(self, decide: Callable[[Tensor], Decision], rollout: Rollout) -> None:
         """Fill `rollout` with steps of the policy `decide` (frames → decision)."""
@@ -264,7 +266,7 @@ class Collector:
             rewards.append(self.normalize(reward, done))
             dones.append(done)
             # The buffer is free: the device copied the previous obs before it returned the actions.
-            self.frames = self.observations.to_device(obs)
+            self.frames = self.observations.to_device(resize(obs, self.image_size))
         rollout.rewards.copy_(torch.from_numpy(np.stack(rewards)))
         rollout.dones.copy_(torch.from_numpy(np.stack(dones)))
         if rollout.frames is not None:
@@ -323,7 +325,7 @@ class PPOTrainer:
     ):
         self.cfg, self.compute, self.policy, self.optimizer = cfg.ppo, compute, policy, optimizer
         self.set_lrs, self.decoder = set_lrs, decoder
-        self.collector = Collector(env, cfg.ppo.gamma, compute)
+        self.collector = Collector(env, cfg.ppo.gamma, compute, cfg.data.image_size)
         self.rollout = Rollout(
             cfg.ppo.rollout_steps, cfg.ppo.num_envs, compute.device, keep_frames=decoder is not None
         )

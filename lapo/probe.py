@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lapo.config import ProbeConfig
 from lapo.data_loader import Windows
-from lapo.models import IDM, WorldModel, stack_frames
+from lapo.frames import CHANNELS
+from lapo.models import IDM, WorldModel, split_window, stack_frames
 from lapo.runs.compute import Compute
 
 WM_WINDOWS = 16384
@@ -35,12 +36,12 @@ def world_model_loss(
     idm.eval(), world_model.eval()
     model_error, copy_error, start = 0.0, 0.0, 0
     for batch in windows.iter_batches(ids):
-        frames = stack_frames(windows.gather(batch))
+        past, following = split_window(stack_frames(windows.gather(batch)))
         with compute.autocast():
             la_q = idm.quantize(la[start : start + len(batch)]).la_q
-            predicted = world_model(frames[:, :6], la_q)
-        model_error = model_error + F.mse_loss(predicted, frames[:, 6:]) * len(batch)
-        copy_error = copy_error + F.mse_loss(frames[:, 3:6], frames[:, 6:]) * len(batch)
+            predicted = world_model(past, la_q)
+        model_error = model_error + F.mse_loss(predicted, following) * len(batch)
+        copy_error = copy_error + F.mse_loss(past[:, -CHANNELS:], following) * len(batch)
         start += len(batch)
     idm.train(training[0]), world_model.train(training[1])
     return {"wm_loss_test": model_error / len(ids), "copy_loss_test": copy_error / len(ids)}

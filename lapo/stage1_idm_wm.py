@@ -15,7 +15,7 @@ from lapo.data.checks import check_data, check_frames
 from lapo.data.chunks import data_checksums
 from lapo.data_loader import Windows, read_splits
 from lapo.errors import run_main
-from lapo.models import IDM, WorldModel, infer_latents, make_idm, make_world_model, stack_frames
+from lapo.models import IDM, WorldModel, infer_latents, make_idm, make_world_model, split_window, stack_frames
 from lapo.probe import train_probe, wm_subset, world_model_loss
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr, warmup_schedule
@@ -129,10 +129,11 @@ class Trainer:
 
     def _losses(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with self.compute.autocast():
-            images = stack_frames(frames)  # (B, 9, H, W): o[t-1], o[t], o[t+1]
+            images = stack_frames(frames)  # (B, T·C, H, W)
+            past, following = split_window(images)
             _, quantized = self.idm(images)
-            predicted = self.world_model(images[:, :6], quantized.la_q)
-        wm_loss = F.mse_loss(predicted, images[:, 6:])  # against o[t+1]
+            predicted = self.world_model(past, quantized.la_q)
+        wm_loss = F.mse_loss(predicted, following)
         loss = wm_loss + quantized.loss
         return loss, {
             "loss": loss.detach(),

@@ -55,7 +55,8 @@ def train(cfg: Config) -> None:
     built_on = {stage: weights_checksum(checkpoint) for stage, checkpoint in earlier.items()}
     if not mode.plays:
         built_on |= data_checksums(cfg, KEYS)
-    run = Run(cfg, f"stage3_{cfg.stage3.mode}", ("model", "stage3", *mode.config_keys), compute, built_on)
+    keys = "model", "stage3", "data.image_size", *mode.config_keys
+    run = Run(cfg, f"stage3_{cfg.stage3.mode}", keys, compute, built_on)
     if run.finished:
         run.print_result()
         return
@@ -93,7 +94,7 @@ def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: VecEnv) ->
             set_lr(group, cfg.ppo.lr * piecewise_linear(env_steps, ramp))
 
     idm = restore(make_idm(cfg), earlier["stage1"]["idm"], compute)
-    decoder = OnlineDecoder(policy.decoder, idm, cfg.decoder, compute, decoder_updates(cfg))
+    decoder = OnlineDecoder(policy.decoder, idm, cfg.decoder, compute, decoder_updates(cfg), cfg.data.context)
     return PPOTrainer(cfg, compute, env, policy, optimizer, set_lrs, decoder)
 
 

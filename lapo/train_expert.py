@@ -59,7 +59,8 @@ def train(cfg: Config) -> None:
         ),
     )
     seed_everything(cfg.seed)
-    run = Run(cfg, STAGE, ("expert", "dagger" if distils else "ppo", "eval"), compute)
+    keys = "expert", "dagger" if distils else "ppo", "eval", "data.image_size"
+    run = Run(cfg, STAGE, keys, compute)
     if run.finished:
         run.print_result()
         return

@@ -19,6 +19,7 @@ from lapo.data import chunks
 from lapo.data.chunks import BadChunk, find_chunks, num_chunks_for, read_chunk, read_header, window_starts
 from lapo.data_loader import RollingWindows, Windows, read_splits
 from lapo.errors import UserError
+from lapo.frames import resize
 from support import Trap, numbered_frames, read_numbers, write_chunk, write_game
 
 CPU = torch.device("cpu")
@@ -59,12 +60,53 @@ def test_the_action_of_a_window_is_the_one_taken_at_its_middle_frame(tmp_path):
     assert windows.actions(ids).dtype == torch.int64
 
 
-@given(st.lists(st.booleans(), min_size=3, max_size=30), st.booleans())
-def test_windows_around_episode_ends_equal_a_loop(done, skip_resets):
+@given(st.lists(st.booleans(), min_size=5, max_size=30), st.booleans(), st.integers(2, 5))
+def test_windows_around_episode_ends_equal_a_loop(done, skip_resets, window):
     done = np.array(done)
-    expected = [start for start in range(len(done) - 2) if not (skip_resets and any(done[start : start + 3]))]
-    assert window_starts(done, len(done), skip_resets).tolist() == expected
-    assert window_starts(None, len(done), skip_resets).tolist() == list(range(len(done) - 2))
+    everywhere = list(range(len(done) - window + 1))
+    expected = [start for start in everywhere if not (skip_resets and any(done[start : start + window]))]
+    assert window_starts(done, len(done), skip_resets, window).tolist() == expected
+    assert window_starts(None, len(done), skip_resets, window).tolist() == everywhere
+
+
+@pytest.mark.parametrize("context", [0, 2, 3])
+def test_a_window_holds_the_context_before_its_last_two_frames(tmp_path, context):
+    counting_chunks(tmp_path, {"0": 40, "1": 30})
+    windows = Windows(tmp_path, device=CPU, context=context)
+    assert len(windows) == 70 - 2 * (context + 1)
+    ids = torch.randperm(len(windows))
+    numbers = read_numbers(windows.gather(ids))
+    assert numbers.shape == (len(ids), context + 2)
+    assert (np.diff(numbers) == 1).all()
+    np.testing.assert_array_equal(read_numbers(windows.current_frames(ids)), numbers[:, -2])
+    np.testing.assert_array_equal(windows.actions(ids), numbers[:, -2] % 1000 % 15)
+
+
+def test_frames_are_averaged_when_they_are_read(tmp_path):
+    obs = np.random.default_rng(0).integers(256, size=(12, 64, 64, 3), dtype=np.uint8)
+    for number in range(3):
+        write_chunk(tmp_path / f"{number}.npz", obs[4 * number : 4 * number + 4])
+    small = torch.from_numpy(resize(obs, 32))
+    assert torch.equal(Windows(tmp_path, device=CPU, image_size=32).frames, small)
+    rolling = RollingWindows(tmp_path, device=CPU, pool_chunks=1, image_size=32)
+    windows = list(rolling.iter_frames(rolling.all()))
+    expected = [small[4 * k + start : 4 * k + start + 3] for k in range(3) for start in range(2)]
+    assert torch.equal(torch.cat(windows), torch.stack(expected))
+
+
+def test_frames_smaller_than_configured_name_their_size(tmp_path):
+    write_chunk(tmp_path / "0.npz", np.zeros((5, 32, 32, 3), np.uint8))
+    assert read_header(tmp_path / "0.npz") == 5
+    with pytest.raises(UserError, match=r"found uint8 \(5, 32, 32, 3\); choose --data.image_size 32"):
+        Windows(tmp_path, device=CPU)
+    assert len(Windows(tmp_path, device=CPU, image_size=32)) == 3
+
+
+def test_a_chunk_shorter_than_a_window_is_refused(tmp_path):
+    write_chunk(tmp_path / "0.npz", np.zeros((4, 64, 64, 3), np.uint8))
+    with pytest.raises(UserError, match="holds 4 frames; a chunk needs at least 5"):
+        Windows(tmp_path, device=CPU, context=3)
+    assert len(Windows(tmp_path, device=CPU, context=2)) == 1
 
 
 def test_windows_that_touch_an_episodes_end_are_left_out_of_every_chunk_unless_kept(tmp_path):

@@ -59,7 +59,7 @@ def test_even_in_a_short_run_the_decoder_is_trained(cfg, envs, steps, length):
 
 
 class NumberIDM(nn.Module):
-    """An IDM whose latent actions are the numbers of its three input frames."""
+    """An IDM whose latent actions are the numbers of its input frames."""
 
     def infer_latents(self, window: Tensor) -> Tensor:
         return image_numbers(window)
@@ -85,13 +85,13 @@ class Play:
             dones=torch.from_numpy(self.dones[start:end]),
         )
 
-    def pairs(self, end: int) -> list[tuple[int, ...]]:
-        """By loops: the numbers of the frames of each window inside an episode, and its middle action."""
+    def pairs(self, end: int, context: int = 1) -> list[tuple[int, ...]]:
+        """By loops: the numbers of the frames of each window inside an episode, and the action at o[t]."""
         found = []
         for n in range(self.envs):
-            for t in range(1, end):
-                if not self.dones[t - 1, n] and not self.dones[t, n]:
-                    numbers = [1000 * n + t - 1, 1000 * n + t, 1000 * n + t + 1]
+            for t in range(context, end):
+                if not any(self.dones[t - back, n] for back in range(context + 1)):
+                    numbers = [1000 * n + time for time in range(t - context, t + 2)]
                     found.append((*numbers, self.actions[t, n]))
         return sorted(found)
 
@@ -101,26 +101,28 @@ def kept_pairs(decoder: OnlineDecoder) -> list[tuple[int, ...]]:
     return sorted((*map(int, row), int(action)) for row, action in zip(la.tolist(), ta, strict=True))
 
 
-def online_decoder(cfg: DecoderConfig, updates: list[int]) -> OnlineDecoder:
-    return OnlineDecoder(Decoder(3, 15, tuple(cfg.hidden)), NumberIDM(), cfg, CPU, updates)
+def online_decoder(cfg: DecoderConfig, updates: list[int], context: int = 1) -> OnlineDecoder:
+    decoder = Decoder(context + 2, 15, tuple(cfg.hidden))
+    return OnlineDecoder(decoder, NumberIDM(), cfg, CPU, updates, context)
 
 
 @given(
     rollouts=st.lists(st.integers(1, 9), min_size=2, max_size=5),
     envs=st.integers(1, 4),
     ends=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    context=st.integers(0, 3),
 )
-def test_pairs_are_latents_of_windows_inside_an_episode_and_their_middle_actions(cfg, rollouts, envs, ends):
+def test_pairs_are_latents_of_windows_inside_an_episode_and_their_actions(cfg, rollouts, envs, ends, context):
     """Across the borders of rollouts of any length, and never across an episode's end."""
     play = Play(sum(rollouts), envs, ends)
-    decoder = online_decoder(cfg, [99])
+    decoder = online_decoder(cfg, [99], context)
     time = 0
     for update, length in enumerate(rollouts, start=1):
         rollout = play.rollout(time, time + length)
         time += length
         assert decoder.learn(rollout, update) == {}
-        if time > 1:
-            assert kept_pairs(decoder) == play.pairs(time)
+        if time > context:
+            assert kept_pairs(decoder) == play.pairs(time, context)
 
 
 def test_training_uses_all_pairs_so_far(cfg):

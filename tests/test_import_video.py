@@ -161,6 +161,7 @@ def test_the_record_says_how_the_data_were_made(tmp_path, importing):
     assert record == {
         "sources": [{"name": "shots", "bytes": size, "crc32": checksum(clip)}],
         "crop": [1, 2, 8, 4],
+        "image_size": 64,
         "frame_skip": 2,
         "test_share": 0.2,
         "cut_threshold": 35.0,
@@ -194,13 +195,18 @@ def test_a_lossless_video_gives_the_same_frames(tmp_path, importing):
     assert np.abs(obs - block_means(frames)).max() <= 0.5
 
 
-@given(height=st.integers(1, 150), width=st.integers(1, 150), seed=st.integers(0, 9))
-def test_shrinking_is_the_mean_of_the_covered_area(height, width, seed):
+@given(
+    height=st.integers(1, 150),
+    width=st.integers(1, 150),
+    size=st.sampled_from([8, 32, 64]),
+    seed=st.integers(0, 9),
+)
+def test_shrinking_is_the_mean_of_the_covered_area(height, width, size, seed):
     rgb = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
-    # Every pixel is cut into 64 × 64, so that each target pixel covers whole ones: a block of H × W.
-    rows = rgb.repeat(64, axis=0).reshape(64, height, width, 3).mean(1)
-    means = rows.repeat(64, axis=1).reshape(64, 64, width, 3).mean(2)
-    obs = shrink(rgb)
+    # Every pixel is cut into S × S, so that each target pixel covers whole ones: a block of H × W.
+    rows = rgb.repeat(size, axis=0).reshape(size, height, width, 3).mean(1)
+    means = rows.repeat(size, axis=1).reshape(size, size, width, 3).mean(2)
+    obs = shrink(rgb, size)
     assert obs.dtype == np.uint8
     assert np.abs(obs - means).max() <= 0.5 + 1e-9
 
@@ -251,7 +257,7 @@ def test_without_threshold_there_are_no_cuts(tmp_path, importing):
 @given(shots=st.lists(st.integers(1, 9), min_size=1, max_size=12), chunk_frames=st.integers(6, 200))
 def test_windows_lie_within_a_shot_and_none_is_lost(tmp_path_factory, shots, chunk_frames):
     folder = tmp_path_factory.mktemp("split") / "train"
-    split = Split(folder, chunk_frames)
+    split = Split(folder, chunk_frames, 64)
     number, whole = 0, []
     for length in shots:
         for frame in numbered_frames(np.arange(number, number + length)):
@@ -267,7 +273,7 @@ def test_windows_lie_within_a_shot_and_none_is_lost(tmp_path_factory, shots, chu
         chunk = dict(np.load(path))
         assert read_header(path) == len(chunk["obs"]) <= chunk_frames
         numbers = read_numbers(chunk["obs"])
-        starts = window_starts(chunk["done"], len(numbers), skip_resets=True)
+        starts = window_starts(chunk["done"], len(numbers), skip_resets=True, window=3)
         assert len(starts)
         for start in starts:
             assert numbers[start : start + 3].tolist() == list(range(numbers[start], numbers[start] + 3))

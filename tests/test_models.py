@@ -1,6 +1,7 @@
 """The networks against the paper's description: naive loops, parameter counts, functional implementations."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from lapo.models import (
     TwoPathPolicy,
     WorldModel,
     make_acting_policy,
+    make_idm,
+    make_latent_policy,
     make_value_head,
     normalize,
+    split_window,
     stack_frames,
 )
 
@@ -233,9 +237,9 @@ def unet(weights: dict[str, Tensor], images: Tensor, la_q: Tensor, training: boo
         return x + conv(f"{name}.conv1", inner.relu(), padding=1)
 
     action = la_q[:, :, None, None]
-    x = torch.cat([images, action.repeat(1, 1, 64, 64)], 1)
+    x = torch.cat([images, action.repeat(1, 1, *images.shape[2:])], 1)
     skips = []
-    for k in range(5):
+    for k in range(round(math.log2(images.shape[2])) - 1):
         x = norm(f"down.{k}.norm", conv(f"down.{k}.conv", x, padding=1))
         x = F.max_pool2d(residual(f"down.{k}.residual", x), 2).relu()
         skips.append(x)
@@ -284,6 +288,34 @@ def test_world_model_equals_a_functional_implementation(fold_action, training):
     for key in statistics:
         torch.testing.assert_close(model.state_dict()[key], weights[key], **EXACT)
         assert torch.equal(weights[key], before[key]) != training, key
+
+
+@pytest.mark.parametrize("fold_action", [True, False])
+@pytest.mark.parametrize(("size", "context"), [(8, 0), (32, 3), (128, 1)])
+def test_world_model_of_other_windows_equals_a_functional_implementation(size, context, fold_action):
+    torch.manual_seed(0)
+    model = WorldModel(4, 2, fold_action, context, size)
+    images, la_q = torch.rand(3, 3 * (context + 1), size, size) - 0.5, torch.randn(3, 4)
+    expected = unet(copy.deepcopy(model.state_dict()), images, la_q, training=True)
+    assert expected.shape == (3, 3, size, size)
+    torch.testing.assert_close(model(images, la_q), expected, **EXACT)
+
+
+@pytest.mark.parametrize(("size", "context"), [(8, 0), (32, 3), (128, 1)])
+def test_idm_and_policy_take_windows_and_frames_of_other_sizes(size, context):
+    cfg = load_config(["--preset", "demo", f"--data.image_size={size}", f"--data.context={context}"])
+    idm, policy = make_idm(cfg), make_latent_policy(cfg)
+    windows = torch.zeros(2, cfg.data.window, size, size, 3, dtype=torch.uint8)
+    assert idm.infer_latents(stack_frames(windows)).shape == (2, cfg.vq.la_dim)
+    assert policy(normalize(windows[:, -2])).shape == (2, cfg.vq.la_dim)
+    assert idm.trunk.out_dim == 32 * (size // 8) ** 2
+
+
+def test_a_window_is_split_before_its_last_frame():
+    window = frames(2, 4)
+    past, following = split_window(stack_frames(window))
+    torch.testing.assert_close(past, stack_frames(window[:, :3]))
+    torch.testing.assert_close(following, normalize(window[:, 3]))
 
 
 def test_world_models_output_is_an_image_within_plus_minus_a_half():

@@ -17,7 +17,7 @@ from support import LAPO, PATIENCE, ROOT
 
 LAYERS = (
     ("errors",),
-    ("command_line", "modes", "sources"),
+    ("command_line", "frames", "modes", "sources"),
     ("config", "games"),
     ("runs",),
     ("data", "bottleneck"),

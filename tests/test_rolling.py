@@ -113,11 +113,11 @@ def test_every_epoch_takes_the_chunks_in_another_order(folder):
 def test_a_slow_disk_is_waited_for_and_read_ahead_by_one_pool(folder, monkeypatch):
     resident, read, original = Windows(folder, device=CPU), [], chunks.read_chunk
 
-    def slowly(path, keys):
+    def slowly(path, keys, image_size):
         if keys == ("obs",):
             time.sleep(0.02)
             read.append(path)
-        return original(path, keys)
+        return original(path, keys, image_size)
 
     monkeypatch.setattr(chunks, "read_chunk", slowly)
     windows = roll(folder, 2)
@@ -170,12 +170,12 @@ def can_gather(windows: RollingWindows, ids: torch.Tensor) -> bool:
 def test_the_next_pool_is_read_while_this_one_is_served(folder, monkeypatch):
     reading = threading.Event()
 
-    def read(path, keys):
+    def read(path, keys, image_size):
         if keys == ("obs",) and len(seen) == 2:
             reading.set()
         if keys == ("obs",):
             seen.append(path)
-        return original(path, keys)
+        return original(path, keys, image_size)
 
     seen, original = [], chunks.read_chunk
     monkeypatch.setattr(chunks, "read_chunk", read)

@@ -26,6 +26,7 @@ from lapo.models import make_idm, make_latent_policy, make_world_model, normaliz
 from lapo.modes import MODES
 from lapo.report import report
 from lapo.runs.checkpoints import load_checkpoint
+from lapo.sources import leaves
 from support import CPU, LAPO, PATIENCE, Workplace, numbered_frames, result, write_chunk
 
 TRAIN = {"stage1": stage1_idm_wm.train, "stage2": stage2_bc.train, "stage3": stage3_decode.train}
@@ -77,7 +78,11 @@ def test_the_three_stages_from_another_folder(workplace):
         (
             "stage2_bc.py",
             "stage2",
-            [f"stage1: {seed0}/stage1/checkpoint.pt", "inherits idm_scale, vq\n", "loss_test"],
+            [
+                f"stage1: {seed0}/stage1/checkpoint.pt",
+                "inherits idm_scale, vq, image_size, context\n",
+                "loss_test",
+            ],
         ),
         (
             "stage3.py",
@@ -85,7 +90,7 @@ def test_the_three_stages_from_another_folder(workplace):
             [
                 f"stage1: {seed0}/stage1/checkpoint.pt",
                 f"stage2: {seed0}/stage2/checkpoint.pt",
-                "inherits policy_scale, vq\n",
+                "inherits policy_scale, vq, image_size, context\n",
                 "return_mean",
                 "return_stderr",
                 "relative_return",
@@ -336,12 +341,13 @@ def test_a_later_stage_inherits_the_sizes_of_the_earlier_ones(workplace, capsys)
     stage1_idm_wm.train(workplace.config("--vq.num_embs", "4", "--vq.emb_dim", "2", "--model.idm_scale", "2"))
     capsys.readouterr()
     stage2_bc.train(workplace.config("--model.policy_scale", "2"))
+    changes = "model.idm_scale: 1 → 2; vq.num_embs: 8 → 4; vq.emb_dim: 4 → 2"
+    assert f"inherits idm_scale, vq, image_size, context ({changes})" in capsys.readouterr().out
+    stage3_decode.train(workplace.config("--stage3.mode", "offline"))
     assert (
-        "inherits idm_scale, vq (model.idm_scale: 1 → 2; vq.num_embs: 8 → 4; vq.emb_dim: 4 → 2)"
+        "inherits policy_scale, vq, image_size, context (model.policy_scale: 1 → 2)"
         in capsys.readouterr().out
     )
-    stage3_decode.train(workplace.config("--stage3.mode", "offline"))
-    assert "inherits policy_scale, vq (model.policy_scale: 1 → 2)" in capsys.readouterr().out
     saved = yaml.safe_load((workplace.run_dir("stage3_offline") / "config.yaml").read_text())
     assert saved["model"] | {"wm_width": 2} == {"idm_scale": 2, "policy_scale": 2, "wm_width": 2}
     assert (saved["vq"]["num_embs"], saved["vq"]["emb_dim"]) == (4, 2)
@@ -555,9 +561,9 @@ def test_one_seed_gives_one_result_and_another_another(trained, workplace):
 
 def test_every_mode_of_the_table_has_a_function_and_groups_of_the_config_that_exist():
     assert stage3_decode.TRAIN.keys() == MODES.keys()
-    groups = to_dict(load_config([])).keys()
+    config = to_dict(load_config([]))
     for mode in MODES.values():
-        assert set(mode.config_keys) <= groups
+        assert set(mode.config_keys) <= config.keys() | leaves(config).keys()
     assert len({mode.color for mode in MODES.values()}) == len(MODES)
 
 

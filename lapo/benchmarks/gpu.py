@@ -45,7 +45,7 @@ from lapo.benchmarks.gpu_speed import (
 )
 from lapo.command_line import Parser
 from lapo.config import ROOT, Config
-from lapo.data.chunks import FRAME_SHAPE, WINDOW, write_chunk
+from lapo.data.chunks import write_chunk
 from lapo.data_loader import WHOLE, RollingWindows, Windows
 from lapo.errors import UserError, run_main
 from lapo.models import make_latent_policy
@@ -141,15 +141,20 @@ def environment(bench: Bench) -> dict[str, Any]:
     return found
 
 
+FRAME_SHAPE = 64, 64, 3
+
+
 class CountedWindows(Windows):
     """Frames made on the device; the first bytes of each are its index."""
+
+    window = 3
 
     def __init__(self, count: int, device: torch.device):
         self.shard, self.num_bad, self.unlabelled = WHOLE, 0, []
         self.frames = torch.zeros((count, *FRAME_SHAPE), dtype=torch.uint8, device=device)
         numbers = torch.arange(count, dtype=torch.int32, device=device)
         self.frames.view(count, -1)[:, :4] = numbers[:, None].view(torch.uint8)
-        self.index(ROOT, [np.arange(count - WINDOW + 1)], [None], count, device)
+        self.index(ROOT, [np.arange(count - self.window + 1)], [None], count, device)
 
 
 def gather_large(bench: Bench) -> str:
@@ -158,9 +163,9 @@ def gather_large(bench: Bench) -> str:
     expect(bench.dry or free > 2**32, f"{free / 1e9:.1f} GB are available, too little for this check")
     count = int(free // np.prod(FRAME_SHAPE))
     windows = CountedWindows(count, bench.device)
-    ids = torch.tensor([0, count // 2, count - WINDOW], device=bench.device)
+    ids = torch.tensor([0, count // 2, count - windows.window], device=bench.device)
     frames = windows.gather(ids).flatten(2)[..., :4].contiguous()
-    expected = ids[:, None] + torch.arange(WINDOW, device=bench.device)
+    expected = ids[:, None] + torch.arange(windows.window, device=bench.device)
     expect(torch.equal(frames.view(torch.int32).squeeze(-1), expected.int()), "wrong frames were gathered")
     return f"{count:,} frames"
 

@@ -5,7 +5,6 @@ are random, so neither data nor an earlier stage is needed.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -22,14 +21,15 @@ from torch import Tensor, nn
 from lapo import stage1_idm_wm, stage2_bc, stage3_decode
 from lapo.acting import random_actor
 from lapo.config import Config
-from lapo.data.chunks import CHUNK_FRAMES, FRAME_SHAPE, WINDOW, find_chunks, write_chunk
+from lapo.data.chunks import CHUNK_FRAMES, find_chunks, write_chunk
+from lapo.data.windows import loader_options
 from lapo.data_loader import RollingWindows, Windows, stays_resident
 from lapo.errors import UserError
+from lapo.frames import CHANNELS
 from lapo.games.table import ACTIONS
 from lapo.games.vec_env import VecEnv
 from lapo.models import (
     TwoPathPolicy,
-    WorldModel,
     infer_latents,
     make_decoder,
     make_idm,
@@ -42,6 +42,8 @@ from lapo.ppo import PPOTrainer, num_updates
 from lapo.probe import train_probe, wm_subset, world_model_loss
 from lapo.runs.compute import Compute, free_bytes
 
+STORED_BYTES = 64 * 64 * CHANNELS
+"""Of a frame of Procgen."""
 PROBE_WINDOWS = 64
 """The probe is timed on so few windows: its time is proportional to their number."""
 
@@ -79,13 +81,17 @@ def prepared(
     """A function of path and compute that makes the stage's workload; all use the same frames and envs."""
     with contextlib.ExitStack() as stack:
         if stage in "12":
-            given = (random_windows(frames, device),)
+            given = (random_windows(frames, device, cfg.data.image_size, cfg.data.context),)
         elif stage == "3":
             given = (stack.enter_context(contextlib.closing(TimedEnv.of(cfg))),)
         else:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             recorded = record_random_play(cfg, frames, folder)
-            given = (folder, recorded, stays_resident(folder, device, None, cfg.resident))
+            given = (
+                folder,
+                recorded,
+                stays_resident(folder, device, None, cfg.resident, image_size=cfg.data.image_size),
+            )
         yield lambda path, compute: WORKLOADS[stage][path](cfg, compute, *given)
 
 
@@ -95,13 +101,13 @@ def published_frames(cfg: Config) -> int:
     return sum(count * CHUNK_FRAMES[split] for split, count in chunks.items())
 
 
-def random_windows(frames: int, device: torch.device) -> Windows:
+def random_windows(frames: int, device: torch.device, image_size: int = 64, context: int = 1) -> Windows:
     """Windows of random frames with random actions."""
     rng = np.random.default_rng(0)
-    obs = rng.integers(256, size=(frames, 64, 64, 3), dtype=np.uint8)
+    obs = rng.integers(256, size=(frames, image_size, image_size, CHANNELS), dtype=np.uint8)
     with TemporaryDirectory() as folder:
         np.savez(Path(folder) / "0.npz", obs=obs, ta=rng.integers(len(ACTIONS), size=frames))
-        return Windows(Path(folder), device=device)
+        return Windows(Path(folder), device=device, image_size=image_size, context=context)
 
 
 def within_epoch(update: Callable[[int], Any], windows: Windows, batch_size: int) -> Callable[[int], Any]:
@@ -129,7 +135,7 @@ def stage1_networks(cfg: Config, compute: Compute) -> tuple[nn.Module, nn.Module
 def reference_stage1_networks(cfg: Config, compute: Compute) -> tuple[nn.Module, nn.Module]:
     """The same networks as the reference computes them; the same weights for the same seed."""
     idm = make_idm(cfg)
-    world_model = WorldModel(cfg.vq.la_dim, cfg.model.wm_width, fold_action=False)
+    world_model = make_world_model(cfg, fold_action=False)
     return contiguous(idm, compute.device), contiguous(world_model, compute.device)
 
 
@@ -194,7 +200,7 @@ def reference_stage2(cfg: Config, compute: Compute, windows: Windows) -> Workloa
     def step(number: int) -> Iterator[Part]:
         frames = windows.gather(windows.batch(number, size, cfg.seed))
         yield Part("load")
-        loss = F.mse_loss(policy(normalize(frames[:, WINDOW - 2])), idm.infer_latents(stack_frames(frames)))
+        loss = F.mse_loss(policy(normalize(frames[:, -2])), idm.infer_latents(stack_frames(frames)))
         optimizer.zero_grad()
         loss.backward()
         yield Part("forward/backward")
@@ -311,7 +317,7 @@ def reference_stage3(cfg: Config, compute: Compute, env: TimedEnv) -> Workload:
     def infer_rollout() -> None:
         frames = trainer.rollout.encoded[0]  # (S, N, H, W, C)
         for t in range(len(frames)):  # one step's windows at a time; which frames they hold changes no time
-            past = [frames[(t + offset) % len(frames)] for offset in range(WINDOW)]
+            past = [frames[(t + offset) % len(frames)] for offset in range(idm.window)]
             idm.infer_latents(stack_frames(torch.stack(past, 1)))
 
     def step(number: int) -> Iterator[Part]:
@@ -331,11 +337,12 @@ def record_random_play(cfg: Config, frames: int, folder: Path) -> int:
     size = -(-frames // count)
     envs = min(16, size)
     steps = -(-size // envs)
-    obs, ta = np.empty((envs, steps, 64, 64, 3), np.uint8), np.empty((envs, steps), np.int64)
+    ta = np.empty((envs, steps), np.int64)
     done = np.empty((envs, steps), bool)
     act = random_actor(cfg.seed)
     with contextlib.closing(VecEnv(cfg.env, envs, seed=cfg.seed, visuals=cfg.visuals)) as env:
         frame = env.observe()
+        obs = np.empty((envs, steps, *frame.shape[1:]), np.uint8)
         for t in range(steps):
             obs[:, t], ta[:, t] = frame, act(frame)
             frame, _, done[:, t] = env.step(ta[:, t])
@@ -351,9 +358,11 @@ def load(cfg: Config, compute: Compute, folder: Path, frames: int, resident: boo
 
     def step(number: int) -> Iterator[Part]:
         if resident:
-            Windows(folder, device=compute.device)
+            Windows(folder, device=compute.device, **loader_options(cfg))
         else:
-            windows = RollingWindows(folder, device=compute.device, pool_chunks=cfg.data.pool_chunks)
+            windows = RollingWindows(
+                folder, device=compute.device, pool_chunks=cfg.data.pool_chunks, **loader_options(cfg)
+            )
             for part in windows.iter_batches(windows.all(), cfg.stage1.batch_size):
                 windows.gather(part)
         yield Part("load")
@@ -374,7 +383,7 @@ def reference_load(cfg: Config, compute: Compute, folder: Path, frames: int, res
 
 def check_reference_load(frames: int) -> None:
     """Raise `UserError` if host memory is too small for `reference_load`."""
-    needed, free = 2 * frames * math.prod(FRAME_SHAPE), free_bytes(torch.device("cpu"))
+    needed, free = 2 * frames * STORED_BYTES, free_bytes(torch.device("cpu"))
     if free is not None and needed > free:
         raise UserError(
             f"loading {frames:,} frames as the reference does needs {needed / 1e9:.1f} GB of host memory,"

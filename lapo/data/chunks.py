@@ -1,11 +1,11 @@
 """Chunks of frames on disk: finding, validating, reading and writing them.
 
-A chunk is an npz file `<game>/<split>/<k>.npz` with `obs` (N, 64, 64, 3) uint8 and, optionally, `ta` (N,)
-integer true actions, `done` (N,) bool, and the other arrays of the published chunks. This module needs NumPy
-only.
+A chunk is an npz file `<game>/<split>/<k>.npz` with `obs` (N, S, S, 3) uint8 and, optionally, `ta` (N,)
+integer true actions, `done` (N,) bool, and the other arrays of the published chunks. S is 64 in Procgen's,
+and a power of two in others. This module needs NumPy only.
 
 Dimensions
-    N frames of a chunk · M windows of a chunk
+    N frames of a chunk · M windows of a chunk · T frames of a window
 """
 
 import hashlib
@@ -24,13 +24,11 @@ import numpy as np
 
 from lapo.config import Config
 from lapo.errors import UserError
+from lapo.frames import CHANNELS, SIZES, resize
 from lapo.runs.files import atomic_write, reading
 
 KEYS = ("obs", "ta", "done")
 """The arrays that training reads."""
-WINDOW = 3
-"""Frames per window. A chunk has at least as many."""
-FRAME_SHAPE = (64, 64, 3)
 CHUNK_FRAMES = {"train": 32_768, "test": 4_096}
 """Frames of a full chunk, as in the published data."""
 MAX_ACTIONS = 256
@@ -113,11 +111,12 @@ def _list(folder: Path) -> list[Path]:
         return [folder / name for name in os.listdir(folder)] if folder.is_dir() else []
 
 
-def read_header(path: Path) -> int:
+def read_header(path: Path, image_size: int | None = None, window: int = 2) -> int:
     """Number of frames N of a chunk, after validating the headers of its arrays.
 
     Raises `BadChunk` if the file is not a readable npz, lacks `obs`, has an array of a wrong shape or dtype,
-    or has fewer than three frames. Raises `UserError` if it cannot be read for another reason.
+    frames that cannot be averaged to `image_size`, or fewer of them than a `window` has. Raises `UserError`
+    if it cannot be read for another reason.
     """
     with open_chunk(path) as archive:
         names = archive.namelist()
@@ -129,10 +128,15 @@ def read_header(path: Path) -> int:
             archive.open(name).close()
         headers = {key: read_npy_header(archive, key)[:2] for key in KEYS if f"{key}.npy" in names}
     shape, dtype = headers.pop("obs")
-    if dtype != np.uint8 or len(shape) != 4 or shape[1:] != FRAME_SHAPE:
-        raise BadChunk(f"{path}: `obs` must be uint8 (N, 64, 64, 3), found {dtype} {shape}")
-    if shape[0] < WINDOW:
-        raise BadChunk(f"{path} holds {shape[0]} frames; a chunk needs at least {WINDOW}")
+    is_frames = len(shape) == 4 and shape[1] == shape[2] in SIZES and shape[3] == CHANNELS
+    if dtype != np.uint8 or not is_frames or shape[1] < (image_size or 0):
+        side = image_size or 64
+        remedy = f"; choose --data.image_size {shape[1]}" if is_frames and dtype == np.uint8 else ""
+        raise BadChunk(
+            f"{path}: `obs` must be uint8 (N, {side}, {side}, {CHANNELS}), found {dtype} {shape}{remedy}"
+        )
+    if shape[0] < window:
+        raise BadChunk(f"{path} holds {shape[0]} frames; a chunk needs at least {window}")
     kinds = {"ta": ("iu", "integers"), "done": ("b", "bool")}
     for key, (key_shape, key_dtype) in headers.items():
         kind, kind_name = kinds[key]
@@ -143,10 +147,13 @@ def read_header(path: Path) -> int:
     return shape[0]
 
 
-def read_chunk(path: Path, keys: tuple[str, ...] = KEYS) -> dict[str, np.ndarray]:
+def read_chunk(
+    path: Path, keys: tuple[str, ...] = KEYS, image_size: int | None = None
+) -> dict[str, np.ndarray]:
     """The arrays `keys` of a chunk, without those that it lacks. Their checksums are verified.
 
-    Call `read_header` first: it validates shapes and dtypes. Raises the same errors.
+    Frames are averaged to `image_size`. Call `read_header` first: it validates shapes and dtypes. Raises the
+    same errors.
     """
     with open_chunk(path) as archive:
         names = archive.namelist()
@@ -154,11 +161,16 @@ def read_chunk(path: Path, keys: tuple[str, ...] = KEYS) -> dict[str, np.ndarray
     ta = chunk.get("ta")
     if ta is not None and not (ta.min() >= 0 and ta.max() < MAX_ACTIONS):
         raise BadChunk(f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, found {ta.min()}..{ta.max()}")
+    if image_size and "obs" in chunk:
+        chunk["obs"] = resize(chunk["obs"], image_size)
     return chunk
 
 
 def read_ahead(
-    paths: Sequence[Path], keys: tuple[str, ...] = KEYS, readers: int | None = None
+    paths: Sequence[Path],
+    keys: tuple[str, ...] = KEYS,
+    image_size: int | None = None,
+    readers: int | None = None,
 ) -> Iterator[tuple[Path, Callable[[], dict[str, np.ndarray]]]]:
     """Yield each path, in order, with a function that returns its arrays or raises as `read_chunk`.
 
@@ -175,24 +187,24 @@ def read_ahead(
                 if number >= readers:
                     first, future = pending.popleft()
                     yield first, lambda future=future: future.pop().result()
-                pending.append((path, [executor.submit(read_chunk, path, keys)]))
+                pending.append((path, [executor.submit(read_chunk, path, keys, image_size)]))
             for path, future in pending:
                 yield path, lambda future=future: future.pop().result()
         finally:
             executor.shutdown(cancel_futures=True)
 
 
-def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool) -> np.ndarray:
-    """Index of the first frame of every window of a chunk, (M,) int64; `done` is (N,) bool.
+def window_starts(done: np.ndarray | None, num_frames: int, skip_resets: bool, window: int) -> np.ndarray:
+    """Index of the first frame of every window of T = `window` frames of a chunk; `done` is (N,) bool.
 
-    With `skip_resets`, windows that contain a frame marked `done` are skipped, wherever in the window: some
-    data sets mark the last frame of an episode, others the first frame of the next one.
+    Returns (M,) int64. With `skip_resets`, windows that contain a frame marked `done` are skipped, wherever
+    in the window: some data sets mark the last frame of an episode, others the first frame of the next one.
     (In rollouts `done` always belongs to the last action, see `OnlineDecoder.infer_latents`.)
     """
-    starts = np.arange(num_frames - WINDOW + 1)
+    starts = np.arange(num_frames - window + 1)
     if done is None or not skip_resets:
         return starts
-    marked = np.convolve(done.astype(np.int64), np.ones(WINDOW, np.int64), mode="valid")
+    marked = np.convolve(done.astype(np.int64), np.ones(window, np.int64), mode="valid")
     return starts[marked == 0]
 
 

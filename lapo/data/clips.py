@@ -1,9 +1,9 @@
-"""Clips of any kind: inspected, then read frame by frame, cropped and scaled to 64 × 64.
+"""Clips of any kind: inspected, then read frame by frame, cropped and scaled to a square.
 
 A clip is a video file, a GIF, a folder of pictures, or a file with several pictures.
 
 Dimensions
-    H, W frame of a source · C = 3 colours
+    H, W frame of a source · S its size as an obs · C = 3 colours
 """
 
 import zlib
@@ -19,7 +19,6 @@ from lapo.data.pictures import count_pictures, find_files, is_picture, read_pict
 from lapo.data.video import Video, decoder_versions, read_video, scan
 from lapo.errors import UserError
 
-SIZE = 64
 Crop = tuple[int, int, int, int]
 """X and Y of the upper left corner, width and height, in pixels of the source."""
 
@@ -99,27 +98,27 @@ def cropped(rgb: np.ndarray, crop: Crop | None, path: Path) -> np.ndarray:
 
 
 @lru_cache
-def area_weights(length: int) -> np.ndarray:
-    """How much of each of `length` source pixels each of 64 target pixels covers: (64, length), in 1/64."""
-    edges = np.arange(SIZE + 1)[:, None] * length
-    pixels = np.arange(length)[None] * SIZE
-    overlap = np.minimum(edges[1:], pixels + SIZE) - np.maximum(edges[:-1], pixels)
+def area_weights(length: int, size: int) -> np.ndarray:
+    """How much of each of `length` source pixels each of S target pixels covers: (S, length), in 1/S."""
+    edges = np.arange(size + 1)[:, None] * length
+    pixels = np.arange(length)[None] * size
+    overlap = np.minimum(edges[1:], pixels + size) - np.maximum(edges[:-1], pixels)
     return np.maximum(overlap, 0).astype(np.float32)
 
 
-def shrink(rgb: np.ndarray) -> np.ndarray:
-    """Area averaging: (H, W, 3) uint8 → (64, 64, 3) uint8, the rounded mean of the area of each target pixel.
+def shrink(rgb: np.ndarray, size: int) -> np.ndarray:
+    """Area averaging: (H, W, 3) uint8 → (S, S, 3) uint8, the rounded mean of the area of each target pixel.
 
     Pillow and FFmpeg round partly covered pixels or intermediate sums. All sums here are integers that
     floating point represents exactly, so results are the same on every machine.
     """
     height, width, _ = rgb.shape
-    rows, weights = rgb.reshape(height, -1), area_weights(height)
-    strips = np.empty((SIZE, width * 3), np.float32)
-    for y in range(SIZE):
-        covered = slice(y * height // SIZE, -(-(y + 1) * height // SIZE))
+    rows, weights = rgb.reshape(height, -1), area_weights(height, size)
+    strips = np.empty((size, width * 3), np.float32)
+    for y in range(size):
+        covered = slice(y * height // size, -(-(y + 1) * height // size))
         strips[y] = weights[y, covered] @ rows[covered].astype(np.float32)
-    sums = area_weights(width).astype(np.float64) @ strips.reshape(SIZE, width, 3)
+    sums = area_weights(width, size).astype(np.float64) @ strips.reshape(size, width, 3)
     return np.floor(sums / (height * width) + 0.5).astype(np.uint8)
 
 

@@ -44,6 +44,8 @@ class RollingWindows(Windows):
         device: torch.device,
         pool_chunks: int,
         limit: int | None = None,
+        image_size: int = 64,
+        context: int = 1,
         skip_resets: bool = True,
         skip_bad: bool = False,
         shard: Shard = WHOLE,
@@ -55,17 +57,18 @@ class RollingWindows(Windows):
         read once here.
         """
         self.shard, self.num_bad, self.unlabelled = shard, 0, []
+        self.window, self._image_size = context + 2, image_size
         self._paths: list[Path] = []
         keys = KEYS if skip_bad else ("ta", "done")
         headers = {}
         for path in shard_paths(folder, limit, shard):
             with self.skipping_bad_chunks(skip_bad):
-                headers[path] = read_header(path)
+                headers[path] = read_header(path, image_size, self.window)
         sizes, starts, actions = [], [], []
         for path, get_arrays in read_ahead(list(headers), keys):
             with self.skipping_bad_chunks(skip_bad):
                 chunk, size = get_arrays(), headers[path]
-                starts.append(window_starts(chunk.get("done"), size, skip_resets) + sum(sizes))
+                starts.append(window_starts(chunk.get("done"), size, skip_resets, self.window) + sum(sizes))
                 actions.append(chunk.get("ta"))
                 self.unlabelled += [path] if "ta" not in chunk else []
                 self._paths.append(path)
@@ -75,7 +78,7 @@ class RollingWindows(Windows):
         self.pool_chunks = min(pool_chunks, max(1, len(sizes) // 3))
         self.on_device = f"pools of {self.pool_chunks} chunks"
         self._slot_frames = max(sizes)  # frames per slot
-        self.frames = allocate(2 * self.pool_chunks * self._slot_frames, device, folder)
+        self.frames = allocate(2 * self.pool_chunks * self._slot_frames, image_size, device, folder)
 
         self._num_pools = -(-len(sizes) // self.pool_chunks)  # per epoch
         self._first_frame = np.cumsum([0, *sizes[:-1]])  # (K,)
@@ -190,7 +193,8 @@ class RollingWindows(Windows):
         self._pending = pool, half, self._reader.submit(self._read, pool, half)
 
     def _read(self, pool: Pool, half: int) -> None:
-        for slot, (_, get_arrays) in enumerate(read_ahead([self._paths[chunk] for chunk in pool], ("obs",))):
+        paths = [self._paths[chunk] for chunk in pool]
+        for slot, (_, get_arrays) in enumerate(read_ahead(paths, ("obs",), self._image_size)):
             obs = torch.from_numpy(get_arrays()["obs"])
             begin = self._slot_start(half, slot)
             self.frames[begin : begin + len(obs)].copy_(obs)

@@ -2,6 +2,8 @@
 
 Dimensions
     F frames of all chunks · M windows · B batch · T frames of a window (3) · H, W = 64 · C = 3
+
+A window holds `context` frames, then o[t] and o[t+1]; T = context + 2. The published context is 1.
 """
 
 import math
@@ -16,8 +18,6 @@ from torch import Tensor
 
 from lapo.config import Config, diff
 from lapo.data.chunks import (
-    FRAME_SHAPE,
-    WINDOW,
     BadChunk,
     find_chunks,
     print_chunk_limit,
@@ -26,6 +26,7 @@ from lapo.data.chunks import (
     window_starts,
 )
 from lapo.errors import UserError
+from lapo.frames import CHANNELS
 from lapo.runs.compute import free_bytes
 from lapo.runs.files import read_error_cause
 from lapo.runs.ranks import Shard
@@ -52,6 +53,7 @@ class Windows:
     Attributes
         frames      (F, H, W, C) uint8
         starts      (M,) int64: index of every window's first frame
+        window      T, the frames of a window
         ta          (F,) int64 true actions, or None if a chunk lacks them; for evaluation and offline modes
         num_chunks  chunks that were read
         num_bad     bad chunks that were skipped
@@ -66,11 +68,13 @@ class Windows:
         *,
         device: torch.device,
         limit: int | None = None,
+        image_size: int = 64,
+        context: int = 1,
         skip_resets: bool = True,
         skip_bad: bool = False,
         shard: Shard = WHOLE,
     ):
-        """Read a `shard` of the first `limit` chunk files of `folder`.
+        """Read a `shard` of the first `limit` chunk files of `folder`; average frames to `image_size`.
 
         With `skip_resets`, windows that touch an episode's end are skipped. With `skip_bad`, bad chunks are
         named on stderr and skipped; they count towards `limit`. Host memory holds at most `MAX_READERS`
@@ -81,18 +85,19 @@ class Windows:
         """
         paths = shard_paths(folder, limit, shard)
         self.shard, self.num_bad, self.unlabelled = shard, 0, []
+        self.window = context + 2
         sizes = {}
         for path in paths:
             with self.skipping_bad_chunks(skip_bad):
-                sizes[path] = read_header(path)
-        frames = allocate(sum(sizes.values()), device, folder)
+                sizes[path] = read_header(path, image_size, self.window)
+        frames = allocate(sum(sizes.values()), image_size, device, folder)
         starts, actions = [], []
         offset = 0
-        for path, get_arrays in read_ahead(list(sizes)):
+        for path, get_arrays in read_ahead(list(sizes), image_size=image_size):
             with self.skipping_bad_chunks(skip_bad):
                 chunk, size = get_arrays(), sizes[path]
                 frames[offset : offset + size].copy_(torch.from_numpy(chunk["obs"]))
-                starts.append(window_starts(chunk.get("done"), size, skip_resets) + offset)
+                starts.append(window_starts(chunk.get("done"), size, skip_resets, self.window) + offset)
                 actions.append(chunk.get("ta"))
                 self.unlabelled += [path] if "ta" not in chunk else []
                 offset += size
@@ -128,7 +133,7 @@ class Windows:
         self.ta = (
             torch.from_numpy(np.concatenate(actions).astype(np.int64)).to(device) if has_actions else None
         )
-        self._offsets = torch.arange(WINDOW, device=device)
+        self._offsets = torch.arange(self.window, device=device)
         self._orders: dict[tuple[int, int], Tensor] = {}
 
     @contextmanager
@@ -201,11 +206,11 @@ class Windows:
 
     def current_frames(self, windows: Tensor) -> Tensor:
         """The frames o[t] (B, H, W, C) uint8 of windows (B,)."""
-        return self.frames[self.frame_index(windows) + WINDOW - 2]
+        return self.frames[self.frame_index(windows) + self.window - 2]
 
     def actions(self, windows: Tensor) -> Tensor:
         """True actions (B,) int64, taken at o[t], of windows (B,). Needs `ta`."""
-        return self.ta[self.starts[windows] + WINDOW - 2]
+        return self.ta[self.starts[windows] + self.window - 2]
 
     def batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """Indices of the windows of training step `step`: (B,) int64 on the device.
@@ -266,14 +271,20 @@ def generator_of(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-def loader_options(cfg: Config) -> dict[str, bool]:
+def loader_options(cfg: Config) -> dict[str, bool | int]:
     """Keyword arguments of `Windows` from the config."""
-    return {"skip_resets": cfg.data.skip_resets, "skip_bad": cfg.data.skip_bad_chunks}
+    return {
+        "image_size": cfg.data.image_size,
+        "context": cfg.data.context,
+        "skip_resets": cfg.data.skip_resets,
+        "skip_bad": cfg.data.skip_bad_chunks,
+    }
 
 
-def allocate(total: int, device: torch.device, folder: Path) -> Tensor:
+def allocate(total: int, image_size: int, device: torch.device, folder: Path) -> Tensor:
     """An uninitialised tensor for `total` frames. Raises `UserError` if the device has too little memory."""
-    needed = total * math.prod(FRAME_SHAPE)
+    shape = total, image_size, image_size, CHANNELS
+    needed = math.prod(shape)
     free = free_bytes(device)
     if free is not None and needed > free:
         raise UserError(
@@ -282,7 +293,7 @@ def allocate(total: int, device: torch.device, folder: Path) -> Tensor:
             " data.pool_chunks"
         )
     try:
-        return torch.empty((total, *FRAME_SHAPE), dtype=torch.uint8, device=device)
+        return torch.empty(shape, dtype=torch.uint8, device=device)
     except RuntimeError as error:  # a process may have less memory than the machine has free
         reason = read_error_cause(error)
         if reason is None:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lapo.config import DaggerConfig
-from lapo.data.chunks import FRAME_SHAPE
 from lapo.experts.expert import Expert
+from lapo.frames import CHANNELS, resize
 from lapo.games.vec_env import EpisodeTracker, VecEnv, num_cores
-from lapo.models import Policy
+from lapo.models import Policy, image_size_of
 from lapo.policies import sample
 from lapo.ppo import RECENT_EPISODES
 from lapo.runs.compute import Compute
@@ -81,7 +81,9 @@ class Dagger:
         self.optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
         self.loss_of = compute.compiled(self._loss_of)
         size = cfg.rounds_kept, cfg.rollout_steps, cfg.num_envs
-        self.frames = torch.empty(*size, *FRAME_SHAPE, dtype=torch.uint8, device=compute.device)
+        self.image_size = image_size_of(policy)
+        frame = self.image_size, self.image_size, CHANNELS
+        self.frames = torch.empty(*size, *frame, dtype=torch.uint8, device=compute.device)
         self.labels = torch.empty(*size, dtype=torch.uint8, device=compute.device)
         self.actions = torch.empty(*size, dtype=torch.uint8)
         self.starts: deque[list[bytes]] = deque(
@@ -104,7 +106,7 @@ class Dagger:
         self.starts.append(states)
         for step in range(self.cfg.rollout_steps):
             frames = self.frames[slot, step]
-            frames.copy_(torch.from_numpy(self.env.observe()))
+            self._observe(frames)
             with self.compute.autocast():
                 logits = self.policy.logits(frames)
             self.teacher.forget()
@@ -135,6 +137,10 @@ class Dagger:
             self.optimizer.step()
             total += loss.detach()
         return {"loss": total / self.cfg.updates}
+
+    def _observe(self, frames: Tensor) -> None:
+        """Copy the current observations, averaged to the policy's size, to `frames` (N, H, W, C)."""
+        frames.copy_(torch.from_numpy(resize(self.env.observe(), self.image_size)))
 
     def _loss_of(self, frames: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the policy's actions at `frames` (B, H, W, C) to `labels` (B,)."""
@@ -173,5 +179,5 @@ class Dagger:
             slot = number % self.cfg.rounds_kept
             self.starts.append(self.env.get_state())
             for frames, action in zip(self.frames[slot], self.actions[slot], strict=True):
-                frames.copy_(torch.from_numpy(self.env.observe()))
+                self._observe(frames)
                 self.env.step(action.numpy().astype(np.int32))

@@ -16,6 +16,7 @@ import torch
 from lapo import models
 from lapo.acting import steps_played
 from lapo.errors import UserError
+from lapo.frames import resize
 from lapo.games.table import ACTIONS
 from lapo.policies import load_policy_checkpoint, restore_policy, sample
 from lapo.runs.compute import Compute
@@ -65,12 +66,13 @@ def make_player(path: Path, expected: str, noise: float, seed: int) -> Player:
     """
     torch.set_num_threads(1)
     network = _read(path, expected)
+    image_size = models.image_size_of(network)
     torch.manual_seed(seed)  # after the network was built, which draws random numbers
     log_keep, log_other = torch.tensor([1 - noise, noise / len(ACTIONS)]).log()
 
     @torch.inference_mode()
     def act(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        logprobs = network.logits(torch.from_numpy(frames)).log_softmax(-1)
+        logprobs = network.logits(torch.from_numpy(resize(frames, image_size))).log_softmax(-1)
         action, _ = sample(logprobs)
         other, instead = torch.randint(len(ACTIONS), action.shape), torch.rand(action.shape) < noise
         action = torch.where(instead, other, action)

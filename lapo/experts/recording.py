@@ -1,7 +1,7 @@
 """A recorded data set: its chunks, how they are played, and which are finished.
 
 A chunk holds E environments one after another, T frames of each:
-    obs         (E·T, 64, 64, 3) uint8
+    obs         (E·T, H, W, C) uint8
     ta          (E·T,) int64, the action taken at this obs
     done        (E·T,) bool, whether the action ended the episode, or the recording ends here
     rewards     (E·T,) float32, of the action
@@ -86,7 +86,7 @@ class Chunk:
         )
 
     def make_player(self, env: VecEnv) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """The expert at `env`: frames (E, 64, 64, 3) → actions (E,) and their log-probabilities (E,)."""
+        """The expert at `env`: frames (E, H, W, C) → actions (E,) and their log-probabilities (E,)."""
         if self.policy:
             from lapo.experts.learned import make_player
 
@@ -112,7 +112,6 @@ def play_chunk(
     `on_returns` is called after every step with the returns of the episodes that ended in it.
     """
     shape = chunk.num_envs, math.ceil(chunk.frames / chunk.num_envs)
-    obs = np.empty((*shape, 64, 64, 3), np.uint8)
     ta = np.zeros(shape, np.int64)
     done = np.zeros(shape, bool)
     rewards, ep_returns, values, logprobs = (np.zeros(shape, np.float32) for _ in range(4))
@@ -121,6 +120,7 @@ def play_chunk(
     act = chunk.make_player(env)
     tracker = EpisodeTracker(chunk.num_envs)
     frame = env.observe()
+    obs = np.empty((*shape, *frame.shape[1:]), np.uint8)
     for t in range(shape[1]):
         obs[:, t] = frame
         ta[:, t], logprobs[:, t] = act(frame)

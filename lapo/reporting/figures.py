@@ -114,9 +114,10 @@ def show(ax: Axes, image: np.ndarray, **style) -> None:
 
 def predictions(seen: Predictions, counterfactuals: list[Counterfactual], title: str) -> Figure:
     """Predictions beside the truth; below, predictions from the same frames under other latent actions."""
-    heights = [WIDTH / 6 * len(seen.frames) + 0.7]
+    heights = [WIDTH / (seen.frames.shape[1] + 3) * len(seen.frames) + 0.7]
     if counterfactuals:
-        heights.append(WIDTH / (2 + len(counterfactuals[0].names)) * 2 * len(counterfactuals) + 1.0)
+        columns = len(counterfactuals[0].frames) + len(counterfactuals[0].names)
+        heights.append(WIDTH / columns * 2 * len(counterfactuals) + 1.0)
     figure = new_figure(WIDTH, sum(heights), title)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     draw_predictions(parts[0], seen)
@@ -129,39 +130,46 @@ def draw_predictions(part: SubFigure, seen: Predictions) -> None:
     """A row for each window: frames, prediction, errors of the prediction and of repeating o[t]."""
     heading = "Held-out steps with large changes: the next frame and its prediction"
     part.suptitle(heading, fontsize=11)
-    heads = ("o[t-1]", "o[t]", "o[t+1]: truth", "o[t+1]: predicted", "error: predicted", "error: o[t] again")
     frames, predicted = seen.frames / 255, seen.predicted / 255
-    errors = np.square(np.stack([predicted, frames[:, 1]], 1) - frames[:, 2:]).mean(-1)
+    shown = (*past_heads(frames.shape[1] - 1), "o[t+1]: truth", "o[t+1]: predicted")
+    heads = (*shown, "error: predicted", "error: o[t] again")
+    errors = np.square(np.stack([predicted, frames[:, -2]], 1) - frames[:, -1:]).mean(-1)
     rows = part.subplots(len(frames), len(heads), squeeze=False)
     for ax, head in zip(rows[0], heads, strict=True):
         ax.set_title(head, fontsize=9)
     for row, axes in enumerate(rows):
         axes[0].set_ylabel(seen.names[row], fontsize=9)
-        for ax, image in zip(axes[:4], (*frames[row], predicted[row]), strict=True):
+        for ax, image in zip(axes[: len(shown)], (*frames[row], predicted[row]), strict=True):
             show(ax, image)
-        for ax, error in zip(axes[4:], errors[row], strict=True):
+        for ax, error in zip(axes[len(shown) :], errors[row], strict=True):
             show(ax, np.sqrt(error), cmap="magma", vmin=0, vmax=0.5)
             ax.set_xlabel(f"mean square {error.mean():.4f}", fontsize=8)
 
 
+def past_heads(count: int) -> tuple[str, ...]:
+    """Headings of `count` frames, of which the last is o[t]."""
+    return (*(f"o[t-{back}]" for back in range(count - 1, 0, -1)), "o[t]")
+
+
 def draw_counterfactuals(part: SubFigure, cases: list[Counterfactual]) -> None:
-    """Two rows for each pair of frames: predictions under each latent action, and their differences."""
+    """Two rows for each case: predictions under each latent action, and their differences."""
     part.suptitle(
         "What if: predictions from the same frames under latent actions of steps with the true action above"
         "\n(below: difference to the mean of these predictions; blue: darker, red: brighter)",
         fontsize=11,
     )
-    rows = part.subplots(2 * len(cases), 2 + len(cases[0].names))
+    past = len(cases[0].frames)
+    rows = part.subplots(2 * len(cases), past + len(cases[0].names))
     for case, top, bottom in zip(cases, rows[::2], rows[1::2], strict=True):
         predicted = case.predicted / 255
         change = (predicted - predicted.mean(0)).mean(-1)
         for ax, image in zip(top, (*case.frames, *predicted), strict=True):
             show(ax, image)
-        for ax, head in zip(top, ("o[t-1]", "o[t]", *case.names), strict=True):
+        for ax, head in zip(top, (*past_heads(past), *case.names), strict=True):
             ax.set_title(head, fontsize=9)
-        for ax, image in zip(bottom[2:], change, strict=True):
+        for ax, image in zip(bottom[past:], change, strict=True):
             show(ax, image, cmap="bwr", vmin=-0.3, vmax=0.3)
-        for ax in bottom[:2]:
+        for ax in bottom[:past]:
             ax.set_axis_off()
 
 

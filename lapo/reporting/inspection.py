@@ -14,7 +14,16 @@ from lapo.config import Config
 from lapo.data.chunks import num_chunks_for
 from lapo.data_loader import INFERENCE_BATCH, Windows
 from lapo.games.table import ACTIONS, GAMES
-from lapo.models import infer_latents, make_idm, make_world_model, restore, stack_frames, to_frames
+from lapo.models import (
+    infer_latents,
+    make_idm,
+    make_world_model,
+    normalize,
+    restore,
+    split_window,
+    stack_frames,
+    to_frames,
+)
 from lapo.runs.compute import Compute
 
 MAX_WINDOWS = 4096
@@ -27,7 +36,7 @@ EXAMPLES = 5
 MUCH_CHANGE = 0.95
 """Quantile of the frames' change at which examples are taken: large, but no outliers."""
 STATES, CANDIDATES = 2, 24
-"""Pairs of frames that counterfactuals are shown for, and candidates that they are chosen from."""
+"""Windows that counterfactuals are shown for, and candidates that they are chosen from."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,10 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """The world model's predictions from one pair of frames under several latent actions."""
+    """The world model's predictions from the same frames under several latent actions."""
 
     frames: np.ndarray
-    """(2, H, W, C) uint8: o[t-1], o[t]."""
+    """(T-1, H, W, C) uint8, up to o[t]."""
     predicted: np.ndarray
     """(K, H, W, C) uint8."""
     names: list[str]
@@ -144,7 +153,7 @@ class Inspection:
         frames = self.windows.gather(ids)
         images = stack_frames(frames)
         with self.compute.autocast():
-            predicted = self.world_model(images[:, :6], self.idm(images)[1].la_q)
+            predicted = self.world_model(split_window(images)[0], self.idm(images)[1].la_q)
         names = [""] * len(ids)
         if self.ta is not None:
             names = [self._name(action) for action in self.windows.actions(ids).tolist()]
@@ -152,8 +161,8 @@ class Inspection:
 
     def _change(self, ids: Tensor) -> Tensor:
         """Mean squared difference (B,) of o[t] and o[t+1] in windows (B,)."""
-        images = stack_frames(self.windows.gather(ids))
-        return (images[:, 6:] - images[:, 3:6]).square().mean((1, 2, 3))
+        images = normalize(self.windows.gather(ids)[:, -2:])
+        return (images[:, 1] - images[:, 0]).square().mean((1, 2, 3))
 
     def counterfactuals(self) -> list[Counterfactual]:
         """Predictions under a typical latent action of each of `actions`, on frames where they differ most.
@@ -166,7 +175,7 @@ class Inspection:
             distance = (self.la[mine] - self.la[mine].mean(0)).square().sum(1)
             typical.append(self.ids[mine[distance.argmin()]])
         candidates = torch.linspace(0, len(self.ids) - 1, CANDIDATES, device=self.ids.device).long()
-        frames = self.windows.gather(self.ids[candidates])[:, :2]
+        frames = self.windows.gather(self.ids[candidates])[:, :-1]
         images = stack_frames(frames)
         with self.compute.autocast():
             la_q = self.idm(stack_frames(self.windows.gather(torch.stack(typical))))[1].la_q

@@ -177,12 +177,16 @@ def _overlay(values: dict, saved: dict) -> dict:
 
 
 def inherit(cfg: Config, checkpoint: dict, model_keys: tuple[str, ...]) -> Config:
-    """`cfg` with the quantiser and the named model sizes of an earlier stage's checkpoint; prints them."""
+    """`cfg` with the quantiser, windows and named sizes of an earlier stage's checkpoint; prints them."""
     saved = saved_config(checkpoint)
     model = replace(cfg.model, **{key: getattr(saved.model, key) for key in model_keys})
-    inherited = replace(cfg, model=model, vq=saved.vq)
+    data = replace(cfg.data, image_size=saved.data.image_size, context=saved.data.context)
+    inherited = replace(cfg, model=model, vq=saved.vq, data=data)
     changes = diff(to_dict(cfg), to_dict(inherited))
-    print(f"inherits {', '.join(model_keys)}, vq" + (f" ({'; '.join(changes)})" if changes else ""))
+    print(
+        f"inherits {', '.join(model_keys)}, vq, image_size, context"
+        + (f" ({'; '.join(changes)})" if changes else "")
+    )
     return inherited
 
 

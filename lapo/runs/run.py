@@ -52,10 +52,11 @@ losses are of order 1. The published initialisation of the codebook raises them 
 class Run:
     """One run of a stage, new or resumed.
 
-    `config_keys` are the config keys and groups that the results depend on. A resumed or finished run must
-    have the same values. `built_on` holds the checksums of its other inputs by name: earlier stages (see
-    `checkpoints.weights_checksum`) and frames. They must be the same, too. Paths and `device` may change.
-    `precision` is saved as resolved, so a bf16 run does not resume in fp32 where `auto` means fp32.
+    `config_keys` are the config's groups (`data`) and keys (`data.context`) that the results depend on. A
+    resumed or finished run must have the same values. `built_on` holds the checksums of its other inputs by
+    name: earlier stages (see `checkpoints.weights_checksum`) and frames. They must be the same, too. Paths
+    and `device` may change. `precision` is saved as resolved, so a bf16 run does not resume in fp32 where
+    `auto` means fp32.
 
     Raises `UserError` if the run exists with other settings or inputs, if another process trains it, or if
     its folder cannot be written.
@@ -151,7 +152,10 @@ class Run:
 
     def _relevant(self, cfg: Config) -> dict:
         """The part of a config that must not change."""
-        values = {key: value for key, value in to_dict(cfg).items() if key in self._config_keys}
+        values, everything = {}, to_dict(cfg)
+        for key in self._config_keys:
+            group, _, name = key.partition(".")
+            values[key] = everything[group][name] if name else everything[group]
         for group in values.values():
             for key in FREE_KEYS if isinstance(group, dict) else ():
                 group.pop(key, None)

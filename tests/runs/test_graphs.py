@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 from lapo import decoding, stage1_idm_wm, stage2_bc, stage3_decode
 from lapo.benchmarks.workloads import random_windows
 from lapo.config import Config, load_config
-from lapo.data.chunks import WINDOW
 from lapo.decoding import Fit, epochs
 from lapo.experts.dagger import Dagger
 from lapo.experts.registry import make_expert
@@ -297,7 +296,7 @@ def plain_sgd(monkeypatch):
 def learn_stage1(cfg: Config) -> Callable[[], Any]:
     networks = META.place(make_idm(cfg)), META.place(make_world_model(cfg))
     trainer = stage1_idm_wm.Trainer(cfg, META, random_windows(40, CPU.device), *networks)
-    return lambda: trainer.learn(on_meta(4, WINDOW, 64, 64, 3, dtype=torch.uint8))
+    return lambda: trainer.learn(on_meta(4, 3, 64, 64, 3, dtype=torch.uint8))
 
 
 def learn_stage2(cfg: Config) -> Callable[[], Any]:
@@ -341,7 +340,7 @@ def learn_decoder(cfg: Config) -> Callable[[], Any]:
 
 
 def infer(cfg: Config) -> Callable[[], Any]:
-    idm, batches = META.place(make_idm(cfg)), [on_meta(4, WINDOW, 64, 64, 3, dtype=torch.uint8)]
+    idm, batches = META.place(make_idm(cfg)), [on_meta(4, 3, 64, 64, 3, dtype=torch.uint8)]
     return lambda: infer_latents(idm, batches, META)
 
 
