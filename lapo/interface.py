@@ -24,7 +24,6 @@ from lapo.frames import CHANNELS
 from lapo.models import (
     IDM,
     WorldModel,
-    image_size_of,
     infer_latents,
     make_idm,
     make_world_model,
@@ -60,9 +59,10 @@ class LatentActionModel:
     `frame_shape` (H, W, C); the IDM sees `window` of them, P + 1.
     """
 
-    def __init__(self, idm: IDM, world_model: WorldModel, compute: Compute):
+    def __init__(self, idm: IDM, world_model: WorldModel, compute: Compute, image_size: int = 64):
         self.idm, self.world_model, self.compute = idm, world_model, compute
-        self.la_dim, self.window, self.frame_shape = idm.head.out_features, idm.window, frame_shape(idm)
+        self.la_dim, self.window = idm.head.out_features, idm.window
+        self.frame_shape = image_size, image_size, CHANNELS
 
     @torch.no_grad()
     def infer(self, video: Array, done: Array | None = None) -> Latents:
@@ -152,15 +152,17 @@ class ActingPolicy:
     """A policy of stage 3 or of train_expert.py, frozen and in eval mode.
 
     Both methods accept NumPy and PyTorch, and raise `UserError` for another shape or type than they name.
+    The policy was trained on observations of `frame_shape` (H, W, C).
     """
 
-    def __init__(self, network: torch.nn.Module, compute: Compute):
+    def __init__(self, network: torch.nn.Module, compute: Compute, image_size: int = 64):
         self.network, self.compute = network, compute
+        self.frame_shape = image_size, image_size, CHANNELS
 
     @torch.no_grad()
     def logits(self, obs: Array) -> Tensor:
         """Observations (B, H, W, C) uint8 → logits (B, A), on the policy's device."""
-        obs = _tensor(obs, "obs", "uint8", "B", *frame_shape(self.network))
+        obs = _tensor(obs, "obs", "uint8", "B", *self.frame_shape)
         with self.compute.autocast():
             parts = obs.split(INFERENCE_BATCH)
             return torch.cat([self.network.logits(part.to(self.compute.device)) for part in parts])
@@ -172,12 +174,6 @@ class ActingPolicy:
         """
         logits = self.logits(obs)
         return (logits.argmax(-1) if greedy else sample(logits)[0]).cpu().numpy()
-
-
-def frame_shape(network: torch.nn.Module) -> tuple[int, int, int]:
-    """Shape (H, W, C) of the frames that a network takes."""
-    size = image_size_of(network)
-    return size, size, CHANNELS
 
 
 def load_stage1(path: str | Path, device: str = "auto") -> LatentActionModel:
@@ -197,7 +193,7 @@ def load_stage1(path: str | Path, device: str = "auto") -> LatentActionModel:
     cfg, compute = _prepare(path, checkpoint, device)
     idm = restore(make_idm(cfg), checkpoint["state"]["idm"], compute)
     world_model = restore(make_world_model(cfg), checkpoint["state"]["world_model"], compute)
-    return LatentActionModel(idm, world_model, compute)
+    return LatentActionModel(idm, world_model, compute, cfg.data.image_size)
 
 
 def load_policy(path: str | Path, device: str = "auto") -> ActingPolicy:
@@ -208,8 +204,8 @@ def load_policy(path: str | Path, device: str = "auto") -> ActingPolicy:
     """
     path = _checkpoint_path(path)
     checkpoint = load_policy_checkpoint(path, "python stage3.py")
-    _, compute = _prepare(path, checkpoint, device)
-    return ActingPolicy(restore_policy(checkpoint, compute), compute)
+    cfg, compute = _prepare(path, checkpoint, device)
+    return ActingPolicy(restore_policy(checkpoint, compute), compute, cfg.data.image_size)
 
 
 def _checkpoint_path(path: str | Path, stage: str = "") -> Path:

@@ -143,7 +143,7 @@ def test_no_latents_are_inferred_or_kept_after_the_last_training(cfg):
         decoder.learn(play.rollout(10 * update - 10, 10 * update), update)
     state = decoder.state_dict()
     assert not state["active"]
-    assert not state["steps"]
+    assert not state["last_steps"]
     assert state["pairs"] == [None, None]
 
 
@@ -151,7 +151,7 @@ def test_a_decoder_that_is_never_trained_keeps_nothing(cfg):
     play = Play(10, 3, 0.0)
     decoder = online_decoder(cfg, [])
     assert decoder.learn(play.rollout(0, 10), 1) == {}
-    assert not decoder.state_dict()["steps"]
+    assert not decoder.state_dict()["last_steps"]
 
 
 def test_without_a_single_pair_the_decoder_stays_as_it_is(cfg):
