@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from lapo.config import Config, EvalConfig
 from lapo.frames import resize
-from lapo.games.table import ACTIONS, GAMES, Visuals, relative_return
-from lapo.games.vec_env import HELD_OUT_LEVELS, EpisodeTracker, VecEnv
+from lapo.games.env import Env
+from lapo.games.make import can_be_played, make_env, relative_return
+from lapo.games.table import ACTIONS, Visuals
+from lapo.games.vec_env import EpisodeTracker
 from lapo.modes import MODES
 from lapo.policies import restore_policy, sample
 from lapo.runs.checkpoints import saved_config
@@ -25,10 +26,10 @@ from lapo.runs.compute import Compute
 Act = Callable[[np.ndarray], np.ndarray]
 
 
-def random_actor(seed: int) -> Act:
+def random_actor(seed: int, num_actions: int = len(ACTIONS)) -> Act:
     """Uniform random actions: frames (N, H, W, C) → actions (N,)."""
     generator = np.random.default_rng(seed)
-    return lambda frames: generator.integers(len(ACTIONS), size=len(frames))
+    return lambda frames: generator.integers(num_actions, size=len(frames))
 
 
 def network_actor(network: torch.nn.Module, compute: Compute, greedy: bool, image_size: int = 64) -> Act:
@@ -93,24 +94,12 @@ class Evaluation:
         return float(self.returns.std(ddof=1)) / math.sqrt(self.episodes)
 
 
-class SteppableEnv(Protocol):
-    """The part of an environment that `play` uses; `VecEnv` has it."""
-
-    num_envs: int
-
-    def observe(self) -> np.ndarray:
-        """Current frames (N, ...)."""
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Frames, rewards and dones after `actions`."""
-
-
 def play(
-    act: Callable[[np.ndarray], np.ndarray], env: SteppableEnv, episodes: int, *, skip_finished: bool = False
+    act: Callable[[np.ndarray], np.ndarray], env: Env, episodes: int, *, skip_finished: bool = False
 ) -> Evaluation:
     """Play `episodes` complete episodes, rounded up to a multiple of N, in a new `env`.
 
-    `act` maps frames, uint8 (N, 64, 64, 3), to actions (N,). Every environment contributes its first
+    `act` maps frames (N, H, W, C) uint8 to actions (N,). Every environment contributes its first
     `episodes / N` episodes: counting whichever episodes end first would favour short ones. With
     `skip_finished`, `act` only gets the frames of environments that still contribute; the others take action
     0. This saves time when few long episodes remain, but needs an `act` without a state per environment.
@@ -140,9 +129,9 @@ def play(
     return Evaluation(returns.ravel(), lengths.ravel(), steps / max(time.process_time() - start, 1e-6))
 
 
-def held_out_env(game: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> VecEnv:
+def held_out_env(name: str, visuals: Visuals, cfg: EvalConfig, seed: int) -> Env:
     """`num_eval_envs(cfg)` environments on the held-out levels, which no recorded data contains."""
-    return VecEnv(game, num_eval_envs(cfg), seed=seed, levels=HELD_OUT_LEVELS, visuals=visuals)
+    return make_env(name, num_eval_envs(cfg), seed=seed, levels="held_out", visuals=visuals)
 
 
 def num_eval_envs(cfg: EvalConfig) -> int:
@@ -157,14 +146,13 @@ def evaluate_actor(act: Act, game: str, visuals: Visuals, cfg: EvalConfig, seed:
 
 
 def evaluate_policy(policy: torch.nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
-    """Evaluate a policy on held-out levels; returns metrics, {} if `cfg.env` is not a Procgen game."""
-    if cfg.env not in GAMES:
+    """Evaluate a policy on held-out levels; returns metrics, {} if `cfg.env` cannot be played."""
+    if not can_be_played(cfg.env):
         return {}
     act = network_actor(policy.eval(), compute, cfg.eval.greedy, cfg.data.image_size)
     evaluation = evaluate_actor(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
-    return {
-        "return_mean": evaluation.mean,
-        "return_stderr": evaluation.stderr,
-        "relative_return": relative_return(cfg.env, evaluation.mean),
-        "episodes": evaluation.episodes,
-    }
+    metrics = {"return_mean": evaluation.mean, "return_stderr": evaluation.stderr}
+    relative = relative_return(cfg.env, evaluation.mean)
+    if relative is not None:
+        metrics["relative_return"] = relative
+    return metrics | {"episodes": evaluation.episodes}

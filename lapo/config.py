@@ -57,6 +57,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Widths = Annotated[list[Count], BeforeValidator(_items)]
 ImageSize = Annotated[Literal[SIZES], BeforeValidator(lambda x: int(x) if str(x).isdecimal() else x)]
+EnvName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z_][A-Za-z0-9_]*)?$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -276,7 +277,7 @@ class Config:
     """Everything a run depends on; the groups follow the stages."""
 
     __pydantic_config__ = STRICT
-    env: Name
+    env: EnvName
     exp: Name
     stages_from: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")]
     seed: Annotated[Int, Field(ge=0, lt=2**31)]

@@ -26,7 +26,8 @@ from lapo.config import Config, load_config, to_dict, validate
 from lapo.errors import UserError, run_main
 from lapo.experts.expert import Expert
 from lapo.experts.registry import expert_name, make_expert
-from lapo.games.table import GAMES, Visuals, check_game, relative_return
+from lapo.games.make import check_env, env_spec, relative_return
+from lapo.games.table import GAMES, Visuals, check_game
 from lapo.modes import MODES
 from lapo.policies import load_policy_checkpoint
 from lapo.runs.checkpoints import saved_config
@@ -83,7 +84,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     if args.policy and args.checkpoint:
         raise UserError(f"--policy {args.policy} and --checkpoint {args.checkpoint}: give one of the two")
     if args.env:
-        check_game(args.env)
+        check_env(args.env)
     check_json(args.json)
     given = {key: getattr(args, key) for key in ("exp", "seed", "results_dir", "device")}
     given |= {"env": args.env or defaults.env, "visuals": args.visuals or defaults.visuals}
@@ -94,7 +95,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
 def evaluate(args: argparse.Namespace, cfg: Config) -> dict:
     """Play, print the result and write it where asked; returns it as plain data."""
     player = choose(args, cfg)
-    check_game(player.game)
+    check_env(player.game)
     print(
         f"{player.describe()} plays {cfg.eval.episodes} episodes of {player.game} on held-out levels,"
         f" on {player.compute}"
@@ -162,8 +163,10 @@ def choose(args: argparse.Namespace, cfg: Config) -> Player:
     """
     compute = Compute.from_config(cfg)
     if args.policy == "random":
-        return Player(cfg.env, "random", random_actor(cfg.seed), cfg.visuals, compute)
+        act = random_actor(cfg.seed, env_spec(cfg.env).num_actions)
+        return Player(cfg.env, "random", act, cfg.visuals, compute)
     if args.policy == "planner":
+        check_game(cfg.env)
         return Player(cfg.env, "planner", make_expert(cfg.env, num_eval_envs(cfg.eval)), cfg.visuals, compute)
     mode = args.policy or "online"
     path = args.checkpoint or cfg.run_dir / f"stage3_{mode}" / "checkpoint.pt"
@@ -181,13 +184,19 @@ def choose(args: argparse.Namespace, cfg: Config) -> Player:
 
 def describe(result: dict) -> str:
     """What `evaluate` returns, in words."""
-    game = GAMES[result["game"]]
+    references = env_spec(result["game"]).reference_returns
+    relative = f"unknown: {result['game']} has no reference returns"
+    if references:
+        expert = "published expert" if result["game"] in GAMES else "expert"
+        relative = (
+            f"{result['relative_return']:.2f}"
+            f" (0: random, {references[0]:.2f}; 1: {expert}, {references[1]:.2f})"
+        )
     error = "" if result["return_stderr"] is None else f" ± {result['return_stderr']:.2f}"
     return (
         f"return    {result['return_mean']:.2f}{error}"
         f" (mean ± standard error of {result['episodes']} episodes, {result['mean_length']:.0f} steps long)\n"
-        f"relative  {result['relative_return']:.2f}"
-        f" (0: random, {game.random_return:.2f}; 1: published expert, {game.expert_return:.2f})"
+        f"relative  {relative}"
     )
 
 

@@ -9,10 +9,11 @@
 #   bash launch.sh maze --seeds 0,1 --list    check everything, print the runs, start none
 #   bash launch.sh maze --seeds 0,1 --task 1  only this one of them, counted from 0, as slurm.sh does
 #
-# A game is one of Procgen's, or any name with a folder of frames in the config's data_dir (stage 3 plays,
-# so it needs Procgen). Names and arguments are checked before anything starts. A run that fails is
-# reported, its later stages are skipped and the other runs go on. A stage that has finished returns at
-# once and a stopped one resumes, so the same command continues where it was.
+# A game is one of Procgen's, an environment of your own as module:function, or any name with a folder of
+# frames in the config's data_dir (which the modes of stage 3 that play cannot use). Names and arguments are
+# checked before anything starts. A run that fails is reported, its later stages are skipped and the other
+# runs go on. A stage that has finished returns at once and a stopped one resumes, so the same command
+# continues where it was.
 # Exit status: 0 all runs finished, 1 some failed, 2 a mistake on the command line.
 # PYTHON=... names the interpreter; otherwise it is the repository's .venv, or python3 where there is none.
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lapo.errors import UserError
-from lapo.games.table import ACTIONS
 from lapo.models import make_acting_policy, restore
 from lapo.runs.checkpoints import load_checkpoint, saved_config
 from lapo.runs.compute import Compute
@@ -33,8 +32,14 @@ def load_policy_checkpoint(path: Path, command: str | None = None) -> dict:
 def restore_policy(checkpoint: dict, compute: Compute) -> torch.nn.Module:
     """The network of a `load_policy_checkpoint`, frozen and in eval mode."""
     cfg = saved_config(checkpoint)
-    network = make_acting_policy(cfg, cfg.stage3.mode, len(ACTIONS))
-    return restore(network, checkpoint["state"]["policy"], compute)
+    weights = checkpoint["state"]["policy"]
+    return restore(make_acting_policy(cfg, cfg.stage3.mode, count_actions(weights)), weights, compute)
+
+
+def count_actions(weights: dict[str, Tensor]) -> int:
+    """Number of actions of an acting policy: the size of its decoder's last layer or its policy head."""
+    names = [name for name in weights if name.startswith("decoder.") or name == "policy_head.bias"]
+    return len(weights[names[-1]])
 
 
 def sample(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from lapo.config import Config, PPOConfig
 from lapo.decoding import OnlineDecoder
-from lapo.errors import UserError
+from lapo.errors import UserError, say
 from lapo.frames import resize
-from lapo.games.table import ACTIONS
-from lapo.games.vec_env import EpisodeTracker, VecEnv
+from lapo.games.env import Env
+from lapo.games.make import make_env
+from lapo.games.vec_env import EpisodeTracker
 from lapo.models import make_acting_policy
 from lapo.policies import sample
 from lapo.runs.compute import Compute, TransferBuffer
@@ -246,7 +247,7 @@ class Collector:
         recent   raw returns of the last 100 finished episodes
     """
 
-    def __init__(self, env: VecEnv, gamma: float, compute: Compute, image_size: int = 64):
+    def __init__(self, env: Env, gamma: float, compute: Compute, image_size: int = 64):
         self.env, self.compute, self.image_size = env, compute, image_size
         self.normalize = ReturnNormalizer(env.num_envs, gamma=gamma)
         self.tracker = EpisodeTracker(env.num_envs)
@@ -284,11 +285,15 @@ class Collector:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore `state_dict`."""
-        self.env.set_state([part.numpy().tobytes() for part in state["env"]])
-        self.frames = self.observations.to_device(state["frames"].numpy())
+        """Restore `state_dict`. Where the environment could not save its state, new episodes begin."""
         self.normalize.load_state_dict(state["normalize"])
-        self.tracker.load_state_dict(state["tracker"])
+        if state["env"]:
+            self.env.set_state([part.numpy().tobytes() for part in state["env"]])
+            self.frames = self.observations.to_device(state["frames"].numpy())
+            self.tracker.load_state_dict(state["tracker"])
+        else:
+            say("the environment does not save its state: new episodes begin")
+            self.normalize.returns[:] = 0
         self.recent = deque(state["recent"], maxlen=RECENT_EPISODES)
 
 
@@ -317,7 +322,7 @@ class PPOTrainer:
         self,
         cfg: Config,
         compute: Compute,
-        env: VecEnv,
+        env: Env,
         policy: nn.Module,
         optimizer: torch.optim.Optimizer,
         set_lrs: Callable[[int], None] = lambda env_steps: None,
@@ -375,11 +380,13 @@ class PPOTrainer:
         """Restore `state_dict`."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
+        if self.decoder and not state["collector"]["env"]:
+            self.decoder.last_steps = None  # no window may reach into the new episodes
 
 
-def make_env(cfg: Config) -> VecEnv:
+def training_env(cfg: Config) -> Env:
     """The training environments."""
-    return VecEnv(cfg.env, cfg.ppo.num_envs, seed=cfg.seed, visuals=cfg.visuals)
+    return make_env(cfg.env, cfg.ppo.num_envs, seed=cfg.seed, visuals=cfg.visuals)
 
 
 def train_ppo(cfg: Config, run: Run, trainer: PPOTrainer) -> None:
@@ -406,8 +413,9 @@ def train_ppo(cfg: Config, run: Run, trainer: PPOTrainer) -> None:
 
 def train_from_scratch(cfg: Config, compute: Compute, run: Run) -> nn.Module:
     """Train the acting policy's network by PPO from random weights, end to end; returns the policy."""
-    policy = compute.place(make_acting_policy(cfg, "scratch", len(ACTIONS)))
+    env = training_env(cfg)
+    policy = compute.place(make_acting_policy(cfg, "scratch", env.num_actions))
     groups = [{"params": list(policy.parameters()), "lr": cfg.ppo.scratch_lr}]
     optimizer = make_optimizer(torch.optim.Adam, groups, [policy])
-    train_ppo(cfg, run, PPOTrainer(cfg, compute, make_env(cfg), policy, optimizer))
+    train_ppo(cfg, run, PPOTrainer(cfg, compute, env, policy, optimizer))
     return policy

@@ -28,14 +28,16 @@ from lapo.command_line import Parser
 from lapo.config import ROOT
 from lapo.data.chunks import CHUNK_FRAMES, write_chunk
 from lapo.errors import UserError, run_main
-from lapo.experts.recording import LEVELS, Chunk, Dataset, PolicyFile, play_chunk
-from lapo.games.table import check_game
+from lapo.experts.recording import SPLITS, Chunk, Dataset, PolicyFile, play_chunk
+from lapo.games.make import check_env
+from lapo.games.table import GAMES
 from lapo.games.vec_env import num_cores
 from lapo.runs.files import locked
 
 SHIPPED = ROOT / "expert_data" / "experts"
 """Where the learned experts of the games lie that have one, as <game>.pt."""
-MIN_FRAMES = 3  # one window of the data loader
+MIN_FRAMES = 3
+"""A window of the published length."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,14 +89,20 @@ def find_policy(args: argparse.Namespace) -> PolicyFile | None:
 
     Raises UserError for a checkpoint that is missing, damaged or cannot act, or of another game or visuals.
     """
-    check_game(args.env)
+    check_env(args.env)
     path = Path(args.expert).expanduser().resolve() if args.expert else SHIPPED / f"{args.env}.pt"
     if args.expert == "planner" or not (args.expert or path.exists()):
+        if args.env not in GAMES:
+            raise UserError(
+                f"there is no planner for {args.env}; train a policy with `python train_expert.py --env"
+                f" {args.env}`, then name its checkpoint: --expert CHECKPOINT"
+            )
         return None
     from lapo.experts import learned
 
     description = learned.describe_policy(path)
-    for key, wanted in (("game", args.env), ("visuals", args.visuals)):
+    visuals = {"visuals": args.visuals} if args.env in GAMES else {}  # nothing to others
+    for key, wanted in ({"game": args.env} | visuals).items():
         found = description[key]
         if found != wanted:
             if key == "visuals" and not args.expert:
@@ -218,7 +226,7 @@ def main() -> None:
     print(f"{folder}: recording {dataset.settings['expert']}, {kept}")
     try:
         if rest:
-            for split in LEVELS:
+            for split in SPLITS:
                 (folder / split).mkdir(parents=True, exist_ok=True)
             busy = f"another process is recording into {folder}; wait for it, or choose another --data-dir"
             with locked(folder / "lock", busy):
@@ -233,7 +241,7 @@ def main() -> None:
             "a worker process died, perhaps for lack of memory; the finished chunks are kept, "
             "run the same command again with fewer --workers"
         ) from None
-    for split in LEVELS:
+    for split in SPLITS:
         summary = dataset.summary(split)
         mean = ""
         if summary["standard_error"] is not None:

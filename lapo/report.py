@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from lapo.config import Config, load_config
 from lapo.data.checks import check_data, check_frames
 from lapo.errors import UserError, run_main
+from lapo.games.table import GAMES
 from lapo.modes import MODES
 from lapo.reporting import figures
 from lapo.reporting.inspection import Inspection
@@ -79,11 +80,19 @@ def to_markdown(summary: dict) -> str:
             table(
                 ["policy", "trained on", "return", "relative", "episodes"], return_rows(summary["returns"])
             ),
-            "Relative: 0 is the random policy's mean return, 1 that of the published expert frames.",
+            relative_note(summary["env"], summary["returns"]),
         ]
     stages = [stage_row(stage, progress) for stage, progress in summary["stages"].items()]
     parts += ["## Stages", table(["stage", "steps", "time", "state"], stages)]
     return "\n\n".join(parts) + "\n"
+
+
+def relative_note(env: str, returns: dict[str, dict]) -> str:
+    """What relative returns refer to."""
+    if any(row["relative_return"] is None for row in returns.values()):
+        return f"Relative returns are left out: {env} has no reference returns."
+    expert = "the published expert frames" if env in GAMES else f"the expert that {env} names"
+    return f"Relative: 0 is the random policy's mean return, 1 that of {expert}."
 
 
 def learnt_rows(learnt: dict) -> list[list[str]]:
@@ -116,14 +125,14 @@ def return_rows(returns: dict[str, dict]) -> list[list[str]]:
         if row is None:
             rows.append([NAMES[policy], "", "missing", "", ""])
             continue
-        relative = round(row["relative_return"], 2) + 0.0  # no -0.00
+        relative = row["relative_return"]
         error = "" if row["return_stderr"] is None else f" ± {row['return_stderr']:.2f}"
         rows.append(
             [
                 NAMES[policy],
                 row["source"],
                 f"{row['return_mean']:.2f}{error}",
-                f"{relative:.2f}",
+                "" if relative is None else f"{round(relative, 2) + 0.0:.2f}",  # no -0.00
                 str(row["episodes"] or ""),
             ]
         )

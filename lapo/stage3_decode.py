@@ -20,11 +20,12 @@ from lapo.data.chunks import KEYS, data_checksums, num_chunks_for
 from lapo.data_loader import INFERENCE_BATCH, Windows
 from lapo.decoding import Fit, OnlineDecoder, training_updates
 from lapo.errors import UserError, run_main
-from lapo.games.table import ACTIONS, GAMES
-from lapo.games.vec_env import VecEnv
+from lapo.games.env import Env
+from lapo.games.make import can_be_played, env_spec
+from lapo.games.table import GAMES
 from lapo.models import infer_latents, make_acting_policy, make_idm, restore
 from lapo.modes import MODES
-from lapo.ppo import PPOTrainer, make_env, num_updates, train_from_scratch, train_ppo
+from lapo.ppo import PPOTrainer, num_updates, train_from_scratch, train_ppo, training_env
 from lapo.runs.checkpoints import inherit, load_stages, weights_checksum
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, ramp_schedule, set_lr
@@ -71,14 +72,14 @@ def train(cfg: Config) -> None:
 
 def online(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
     """Train the RL and SL paths on a frozen trunk, see `models.TwoPathPolicy`."""
-    trainer = online_trainer(cfg, compute, earlier, make_env(cfg))
+    trainer = online_trainer(cfg, compute, earlier, training_env(cfg))
     train_ppo(cfg, run, trainer)
     return trainer.policy
 
 
-def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: VecEnv) -> PPOTrainer:
+def online_trainer(cfg: Config, compute: Compute, earlier: dict, env: Env) -> PPOTrainer:
     """The trainer of online mode; `earlier` holds the states of stages 1 and 2."""
-    policy = compute.place(make_acting_policy(cfg, "online", len(ACTIONS), earlier["stage2"]["policy"]))
+    policy = compute.place(make_acting_policy(cfg, "online", env.num_actions, earlier["stage2"]["policy"]))
     groups = [
         {"params": list(getattr(policy, name).parameters()), "lr": 0.0}
         for name in ("policy_head", "value_head", "fc")
@@ -117,7 +118,8 @@ def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
     windows, ids, ta = labelled(cfg, compute)
     idm = restore(make_idm(cfg), earlier["stage1"]["idm"], compute)
     la = infer_latents(idm, windows.iter_frames(ids), compute)
-    policy = compute.place(make_acting_policy(cfg, "offline", len(ACTIONS), earlier["stage2"]["policy"]))
+    num_actions = env_spec(cfg.env).num_actions
+    policy = compute.place(make_acting_policy(cfg, "offline", num_actions, earlier["stage2"]["policy"]))
     fit = Fit(lambda batch: policy.decoder(la[batch]), policy.decoder, ta, cfg.offline.lr)
     train_on_labels(cfg, compute, run, policy, fit)
     return policy
@@ -126,7 +128,7 @@ def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
 def bc(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
     """Train the policy network from random weights on the pairs (frame, ta) of the labelled frames."""
     windows, ids, ta = labelled(cfg, compute)
-    policy = compute.place(make_acting_policy(cfg, "bc", len(ACTIONS)))
+    policy = compute.place(make_acting_policy(cfg, "bc", env_spec(cfg.env).num_actions))
 
     def predict(batch: Tensor) -> Tensor:
         with compute.autocast():
@@ -154,10 +156,11 @@ def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
             f"{lacking} true actions `ta`, which mode {cfg.stage3.mode} learns from; add them to its"
             " chunks, see docs/data.md"
         )
-    if windows.ta.max() >= len(ACTIONS):
+    num_actions = env_spec(cfg.env).num_actions
+    if windows.ta.max() >= num_actions:
         raise UserError(
             f"{folder} holds true actions up to {windows.ta.max()}, but policies of stage 3 choose among"
-            f" {len(ACTIONS)}; number them from 0 to {len(ACTIONS) - 1}"
+            f" {num_actions}; number them from 0 to {num_actions - 1}"
         )
     if len(windows) < count:
         raise UserError(f"offline.labels is {count}, but {folder} has {len(windows)} windows; lower it")
@@ -217,11 +220,11 @@ def check_mode(cfg: Config) -> None:
     """Raise `UserError` if the mode cannot use the configured game or data set."""
     if not MODES[cfg.stage3.mode].plays:
         check_data(cfg.env, cfg.game_data)
-    elif cfg.env not in GAMES:
+    elif not can_be_played(cfg.env):
         raise UserError(
             f"mode {cfg.stage3.mode} learns by playing, and '{cfg.env}' is not a Procgen game; frames of your"
-            " own can be decoded with --stage3.mode offline, if they come with true actions `ta` (the games"
-            f" are {', '.join(GAMES)})"
+            " own can be decoded with --stage3.mode offline, if they come with true actions `ta`, and an"
+            f" environment of your own is named as module:function (the games are {', '.join(GAMES)})"
         )
 
 

@@ -20,8 +20,8 @@ from lapo.config import Config, parse_with_config
 from lapo.errors import run_main
 from lapo.experts import registry as experts
 from lapo.experts.dagger import Dagger
-from lapo.games.table import ACTIONS, check_game
-from lapo.games.vec_env import VecEnv, simulator_version
+from lapo.games.make import check_env, env_version, make_env
+from lapo.games.table import check_game
 from lapo.models import make_acting_policy
 from lapo.ppo import num_updates, train_from_scratch
 from lapo.runs.compute import Compute, seed_everything
@@ -44,8 +44,10 @@ def main() -> None:
 def train(cfg: Config) -> None:
     """Train the expert; the result is the run's checkpoint."""
     compute = Compute.from_config(cfg)
-    check_game(cfg.env)
     distils = cfg.expert.teacher == "planner"
+    if distils:
+        check_game(cfg.env)
+    check_env(cfg.env)
     # The networks are those of stage 3, so that experts can be used wherever its policies can.
     cfg = replace(
         cfg,
@@ -76,8 +78,8 @@ def train(cfg: Config) -> None:
 
 def distil(cfg: Config, compute: Compute, run: Run) -> nn.Module:
     """A policy distilled from the game's planner."""
-    policy = compute.place(make_acting_policy(cfg, "bc", len(ACTIONS)))
-    env = VecEnv(cfg.env, cfg.dagger.num_envs, seed=cfg.seed, visuals=cfg.visuals)
+    env = make_env(cfg.env, cfg.dagger.num_envs, seed=cfg.seed, visuals=cfg.visuals)
+    policy = compute.place(make_acting_policy(cfg, "bc", env.num_actions))
     dagger = Dagger(cfg.dagger, compute, env, partial(experts.make_expert, cfg.env), policy)
     if run.state:
         dagger.load_state_dict(run.state)
@@ -94,7 +96,7 @@ def distil(cfg: Config, compute: Compute, run: Run) -> nn.Module:
 
 def origin(cfg: Config) -> dict[str, str]:
     """How the expert was made, in addition to what every checkpoint holds."""
-    made = {"method": "PPO from scratch", "procgen": simulator_version()}
+    made = {"method": "PPO from scratch"} | env_version(cfg.env)
     if cfg.expert.teacher == "planner":
         teacher = experts.expert_name(cfg.env)
         made |= {"method": f"DAgger, taught by {teacher}", "experts": experts.source_hash()}

@@ -14,7 +14,8 @@ import torch
 from finished_run import finished_run
 from lapo import evaluate
 from lapo.acting import Evaluation, evaluate_actor, random_actor
-from lapo.games.table import GAMES, relative_return
+from lapo.games.make import relative_return
+from lapo.games.table import GAMES
 from lapo.runs.checkpoints import load_checkpoint
 from support import LAPO, Workplace
 

@@ -169,7 +169,7 @@ def test_online_mode_pairs_latent_actions_with_what_the_agent_did_at_their_frame
     numbered, fits, monkeypatch
 ):
     env = CountingEnv(4, episode=11)
-    monkeypatch.setattr(stage3_decode, "make_env", lambda cfg: env)
+    monkeypatch.setattr(stage3_decode, "training_env", lambda cfg: env)
     schedule = {"start": 10_000, "every_update_until": 1_000_000, "every": 40_000, "until": 3_400_000}
     options = [word for key, value in schedule.items() for word in (f"--decoder.{key}", str(value))]
     stage3_decode.train(numbered.config("--stage3.mode", "online", *options))

@@ -26,6 +26,7 @@ from lapo.data.chunks import (
     read_npy_header,
 )
 from lapo.errors import UserError
+from lapo.games.make import can_be_played
 from lapo.games.table import GAMES, Visuals
 from lapo.runs.files import reading
 
@@ -36,7 +37,7 @@ def check_data(name: str, folder: Path) -> None:
     """Raise `UserError` unless `name` is a Procgen game or its data `folder` exists."""
     with reading(folder):
         missing = not folder.is_dir()
-    if name not in GAMES and missing:
+    if not can_be_played(name) and missing:
         raise UserError(
             f"'{name}' is neither a Procgen game nor a folder {folder}; the games are {', '.join(GAMES)},"
             f" and `python import_video.py --env {name}` makes such a folder from videos"
@@ -46,12 +47,15 @@ def check_data(name: str, folder: Path) -> None:
 def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
     """Raise `UserError` unless `folder` holds data of `name`; those of a Procgen game must show `visuals`."""
     check_data(name, folder)
-    if name not in GAMES:
+    if not can_be_played(name):
         return
     if not folder.is_dir():
         record = f"python record_expert.py --env {name} --visuals {visuals} --data-dir {folder.parent}"
-        download = f" or download it with `bash setup_data.sh {name}`" if visuals == "full" else ""
+        published = visuals == "full" and name in GAMES
+        download = f" or download it with `bash setup_data.sh {name}`" if published else ""
         raise UserError(f"the data folder {folder} does not exist; make it with `{record}`{download}")
+    if name not in GAMES:
+        return
     path = folder / "dataset.json"
     try:
         with reading(path):

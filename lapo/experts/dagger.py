@@ -19,7 +19,8 @@ from torch import Tensor
 from lapo.config import DaggerConfig
 from lapo.experts.expert import Expert
 from lapo.frames import CHANNELS, resize
-from lapo.games.vec_env import EpisodeTracker, VecEnv, num_cores
+from lapo.games.env import Env
+from lapo.games.vec_env import EpisodeTracker, num_cores
 from lapo.models import Policy, image_size_of
 from lapo.policies import sample
 from lapo.ppo import RECENT_EPISODES
@@ -70,7 +71,7 @@ class Dagger:
         self,
         cfg: DaggerConfig,
         compute: Compute,
-        env: VecEnv,
+        env: Env,
         make_expert: Callable[[int], Expert],
         policy: Policy,
     ):

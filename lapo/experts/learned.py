@@ -17,8 +17,7 @@ from lapo import models
 from lapo.acting import steps_played
 from lapo.errors import UserError
 from lapo.frames import resize
-from lapo.games.table import ACTIONS
-from lapo.policies import load_policy_checkpoint, restore_policy, sample
+from lapo.policies import count_actions, load_policy_checkpoint, restore_policy, sample
 from lapo.runs.compute import Compute
 
 CPU = Compute(torch.device("cpu"), bf16=False, compile=False)
@@ -68,13 +67,14 @@ def make_player(path: Path, expected: str, noise: float, seed: int) -> Player:
     network = _read(path, expected)
     image_size = models.image_size_of(network)
     torch.manual_seed(seed)  # after the network was built, which draws random numbers
-    log_keep, log_other = torch.tensor([1 - noise, noise / len(ACTIONS)]).log()
+    num_actions = count_actions(network.state_dict())
+    log_keep, log_other = torch.tensor([1 - noise, noise / num_actions]).log()
 
     @torch.inference_mode()
     def act(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logprobs = network.logits(torch.from_numpy(resize(frames, image_size))).log_softmax(-1)
         action, _ = sample(logprobs)
-        other, instead = torch.randint(len(ACTIONS), action.shape), torch.rand(action.shape) < noise
+        other, instead = torch.randint(num_actions, action.shape), torch.rand(action.shape) < noise
         action = torch.where(instead, other, action)
         chosen = logprobs.gather(-1, action[:, None]).squeeze(-1)
         return action.numpy(), torch.logaddexp(log_keep + chosen, log_other).numpy()

@@ -12,6 +12,7 @@ A chunk holds E environments one after another, T frames of each:
 
 import json
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,14 @@ import numpy as np
 from lapo.errors import UserError
 from lapo.experts import registry as experts
 from lapo.experts.expert import NoisyExpert
+from lapo.games.env import Env
+from lapo.games.make import LEVELS, env_version, make_env
 from lapo.games.table import GAMES, Visuals
-from lapo.games.vec_env import HELD_OUT_LEVELS, TRAIN_LEVELS, EpisodeTracker, VecEnv, simulator_version
+from lapo.games.vec_env import EpisodeTracker
 from lapo.runs.files import reading, write_json
 
-LEVELS = {"train": TRAIN_LEVELS, "test": HELD_OUT_LEVELS}
+SPLITS = {"train": "train", "test": "held_out"}
+"""The levels of each split, see `make_env`."""
 DISCOUNT = 0.999
 
 
@@ -71,21 +75,23 @@ class Chunk:
     @property
     def simulator_seed(self) -> int:
         """Seed of the environments, different for every chunk."""
-        key = (self.seed, list(GAMES).index(self.game), list(LEVELS).index(self.split), self.number)
+        names = list(GAMES)
+        game = names.index(self.game) if self.game in names else zlib.crc32(self.game.encode())
+        key = (self.seed, game, list(SPLITS).index(self.split), self.number)
         return int(np.random.SeedSequence(key).generate_state(1)[0]) % 2**31
 
-    def make_env(self) -> VecEnv:
+    def make_env(self) -> Env:
         """New environments; the recorded actions reproduce the recorded frames in them."""
-        return VecEnv(
+        return make_env(
             self.game,
             self.num_envs,
             seed=self.simulator_seed,
-            levels=LEVELS[self.split],
+            levels=SPLITS[self.split],
             visuals=self.visuals,
             num_threads=0,
         )
 
-    def make_player(self, env: VecEnv) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    def make_player(self, env: Env) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """The expert at `env`: frames (E, H, W, C) → actions (E,) and their log-probabilities (E,)."""
         if self.policy:
             from lapo.experts.learned import make_player
@@ -172,11 +178,11 @@ class Dataset:
             "seed": seed,
             "noise": noise,
             "visuals": visuals,
-            "levels": {split: list(levels) for split, levels in LEVELS.items()},
+            "levels": {split: list(LEVELS[levels]) for split, levels in SPLITS.items()},
         }
         self.policy = policy.description if policy else None
         code = policy.versions if policy else {"experts": experts.source_hash()}
-        self.versions = {"procgen": simulator_version(), **code}
+        self.versions = env_version(game) | code
         self.way_out = f"delete {folder} or choose another --data-dir"
         self.chunks: dict[str, dict[str, float]] = {}
         if self.file.exists():
@@ -216,7 +222,7 @@ class Dataset:
                 )
         if rest and self.chunks and self.recorded_versions != self.versions:
             raise UserError(
-                f"{self.folder} was begun with another version of the expert or of Procgen; {self.way_out}"
+                f"{self.folder} was begun with another version of the expert or the game; {self.way_out}"
             )
         return rest
 
@@ -238,7 +244,7 @@ class Dataset:
         record = {
             **self.settings,
             "versions": self.versions,
-            **{split: self.summary(split) for split in LEVELS},
+            **{split: self.summary(split) for split in SPLITS},
             **({"policy": self.policy} if self.policy else {}),
             "chunks": {name: self.chunks[name] for name in in_order},
         }

@@ -60,9 +60,3 @@ def check_game(name: str) -> Game:
     if name not in GAMES:
         raise UserError(f"'{name}' is not a Procgen game; choose one of {', '.join(GAMES)}")
     return GAMES[name]
-
-
-def relative_return(name: str, mean_return: float) -> float:
-    """Scale a return of game `name` so that the random policy has 0 and the published expert 1."""
-    game = check_game(name)
-    return (mean_return - game.random_return) / (game.expert_return - game.random_return)

@@ -1,4 +1,4 @@
-"""The vector environment: N copies of a Procgen game, stepped together.
+"""Procgen's environments: N copies of a game, stepped together.
 
 The only module that imports procgen. Dimensions: N environments, H = W = 64 pixels, C = 3 colours.
 """
@@ -9,7 +9,8 @@ from types import ModuleType
 import numpy as np
 
 from lapo.errors import UserError
-from lapo.games.table import Visuals, check_game
+from lapo.games.env import Env
+from lapo.games.table import ACTIONS, Visuals, check_game
 
 # Levels are seeded by int32 numbers, and a range is (first seed, how many). Procgen ignores the first seed
 # when the number is 0: levels then come from all int32 seeds. So only finite ranges can be disjoint.
@@ -49,13 +50,13 @@ def simulator_version() -> str:
     return _procgen().__version__.strip()
 
 
-class VecEnv:
+class VecEnv(Env):
     """N copies of one Procgen game in easy mode, stepped together.
 
-    A new environment shows the first frames at once, and starts the next episode by itself when one ends, so
-    there is no `reset`. Frames are a function of the constructor's arguments and the actions, on any number
-    of threads. Returned arrays are not overwritten later.
+    Frames are a function of the constructor's arguments and the actions, on any number of threads.
     """
+
+    num_actions = len(ACTIONS)
 
     def __init__(
         self,
@@ -74,7 +75,8 @@ class VecEnv:
         least work per step; the default is one thread per core that we may use. Raises UserError for an
         unknown game or a seed out of range.
         """
-        check_game(game)
+        known = check_game(game)
+        self.reference_returns = known.random_return, known.expert_return
         if not 0 <= seed < 2**31:
             raise UserError(f"seed {seed} is out of range; choose one from 0 to {2**31 - 1}")
         start_level, num_levels = levels
@@ -108,16 +110,12 @@ class VecEnv:
         return self.result()[0]
 
     def act(self, actions: np.ndarray) -> None:
-        """Start one step with integer `actions` (N,) and return at once; `result` waits for its end."""
+        """See `Env`."""
         self._env.act(actions)
         self._stepping = True
 
     def result(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the step started by `act` led to; waits for its end.
-
-        Returns frames, uint8 (N, 64, 64, 3), rewards, float32 (N,), and dones, bool (N,): whether the
-        action ended the episode. The frame of a done environment is the first of its next episode.
-        """
+        """See `Env`."""
         rewards, obs, firsts = self._env.observe()
         self._stepping = False
         return obs["rgb"], rewards, firsts

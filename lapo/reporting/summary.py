@@ -9,7 +9,8 @@ from pathlib import Path
 from lapo.acting import evaluate_actor, random_actor
 from lapo.config import Config, to_dict
 from lapo.errors import UserError
-from lapo.games.table import GAMES, relative_return
+from lapo.games.make import env_spec, relative_return
+from lapo.games.table import GAMES
 from lapo.modes import MODES
 from lapo.runs.checkpoints import changed_inputs, load_checkpoint, saved_config, weights_checksum
 from lapo.runs.files import reading
@@ -130,7 +131,8 @@ def returns(cfg: Config, outputs: dict[str, StageOutput]) -> dict[str, dict]:
             rows[mode] = result(cfg, output.metrics, source=training_source(mode, output))
     if not rows:
         return {}
-    return {"random": random_return(cfg), **rows, "expert": expert_return(cfg)}
+    rows = {"random": random_return(cfg), **rows, "expert": expert_return(cfg)}
+    return {policy: row for policy, row in rows.items() if row}
 
 
 def result(cfg: Config, metrics: dict, source: str) -> dict:
@@ -159,13 +161,14 @@ def random_return(cfg: Config) -> dict:
         if (last["eval"], last["visuals"]) == (to_dict(cfg.eval), cfg.visuals):
             return last["returns"]["random"]
     print(f"the random policy plays {cfg.eval.episodes} episodes")
-    played = evaluate_actor(random_actor(cfg.seed), cfg.env, cfg.visuals, cfg.eval, cfg.seed)
+    act = random_actor(cfg.seed, env_spec(cfg.env).num_actions)
+    played = evaluate_actor(act, cfg.env, cfg.visuals, cfg.eval, cfg.seed)
     metrics = {"return_mean": played.mean, "return_stderr": played.stderr, "episodes": played.episodes}
     return result(cfg, metrics, source="uniform actions")
 
 
-def expert_return(cfg: Config) -> dict:
-    """The expert's row: that of the recorded frames if they have one, else of the published frames."""
+def expert_return(cfg: Config) -> dict | None:
+    """The expert's row: that of the recorded frames if they have one, else that of the reference returns."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         recording = json.loads((cfg.game_data / "dataset.json").read_text(encoding="utf-8"))
         played = recording["train"]
@@ -175,5 +178,8 @@ def expert_return(cfg: Config) -> dict:
             "episodes": played["episodes"],
         }
         return result(cfg, metrics, source=f"recorded frames, {recording['expert']}")
-    metrics = {"return_mean": GAMES[cfg.env].expert_return, "return_stderr": None, "episodes": None}
-    return result(cfg, metrics, source="published frames")
+    references = env_spec(cfg.env).reference_returns
+    if references is None:
+        return None
+    metrics = {"return_mean": references[1], "return_stderr": None, "episodes": None}
+    return result(cfg, metrics, source="published frames" if cfg.env in GAMES else "reference")

@@ -3,7 +3,8 @@
 import pytest
 
 from lapo.errors import UserError
-from lapo.games.table import GAMES, check_game, relative_return
+from lapo.games.make import relative_return
+from lapo.games.table import GAMES, check_game
 from lapo.games.vec_env import VecEnv
 
 
