@@ -57,6 +57,8 @@ class CountingEnv:
     An action is rewarded by its own number. Episodes end at different times in different environments.
     """
 
+    num_actions = 15
+
     def __init__(self, num_envs: int, episode: int):
         self.num_envs, self.episode = num_envs, episode
         self.time = 0
