@@ -1,6 +1,7 @@
 """Latent action policies: learning to act from videos without actions (Schmidt & Jiang, ICLR 2024).
 
-For code of your own (shapes and errors: `lapo.interface`; uint8 frames of 64×64 pixels, NumPy or PyTorch):
+For code of your own (NumPy or PyTorch; shapes and errors: `lapo.interface`; frames and windows are those of
+the training, by default 64×64 pixels, uint8, and two frames before a prediction):
 
     model = lapo.load_stage1(run)            IDM and world model of a run, frozen and in eval mode
     model.infer(video, done=None)            (T, 64, 64, 3), bool (T,)

@@ -39,16 +39,17 @@ class Bottleneck(nn.Module):
         num_codes    K
     """
 
-    EPSILON = 1e-10
-    """BatchNorm's: small, because the latents' variance may shrink to 1e-7 in training."""
-
     codes_shape = (0, 0)
     num_codes = 0
 
-    def __init__(self, la_dim: int, normalize: bool = False):
-        """`normalize`: standardise every dimension of the latents (BatchNorm without affine parameters)."""
+    def __init__(self, la_dim: int, normalize: bool = False, epsilon: float = 1e-5):
+        """`normalize`: standardise every dimension of the latents (BatchNorm without affine parameters).
+
+        `epsilon` is added to their variance, which may shrink to 1e-7 in training. EMA codebooks learn with
+        1e-5 and hardly with 1e-10, see docs/differences.md.
+        """
         super().__init__()
-        self.norm = nn.BatchNorm1d(la_dim, eps=self.EPSILON, affine=False) if normalize else None
+        self.norm = nn.BatchNorm1d(la_dim, eps=epsilon, affine=False) if normalize else None
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
@@ -182,7 +183,8 @@ class FiniteScalarQuantizer(Bottleneck):
     basis: Tensor
 
     def __init__(self, num_codebooks: int, num_latents: int, levels: list[int]):
-        super().__init__(num_codebooks * num_latents * len(levels), normalize=True)
+        # The levels are fixed, so latents of any variance must fill them.
+        super().__init__(num_codebooks * num_latents * len(levels), normalize=True, epsilon=1e-10)
         self.codes_shape, self.num_codes = (num_codebooks, num_latents), math.prod(levels)
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         basis = [math.prod(levels[:number]) for number in range(len(levels))]

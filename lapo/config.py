@@ -465,6 +465,14 @@ def _check_schedules(cfg: Config) -> None:
             )
 
 
+def _form(key: str) -> str:
+    """What the word at `key` must look like."""
+    if key == "device":
+        return "choose auto, cpu, cuda or cuda:N"
+    own = ", or module:function" if key == "env" else ""
+    return f"use letters, digits, '.', '_' and '-', a letter or digit first{own}"
+
+
 def _explain(error: ValidationError, kind: type, source: str) -> str:
     """The first problem of a validation as one sentence."""
     problem = error.errors()[0]
@@ -478,6 +486,8 @@ def _explain(error: ValidationError, kind: type, source: str) -> str:
         return f"{source}: unknown key '{key}'; allowed here: {allowed}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{source}: the key '{key}' is missing; config.yaml shows every key"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{source}: '{key}' is {problem['input']!r}; {_form(key)}"
     if problem["input"] is None:
         return f"{source}: '{key}' has no value; give it one (the word null in quotes), or leave the line out"
     return f"{source}: '{key}' is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -347,6 +347,11 @@ def test_files_on_the_command_line_are_looked_for_in_the_working_directory(monke
         ("--model.wm_width 3", "'model.wm_width' is '3': input should be a multiple of 2"),
         ("--vq.enabled maybe", "'vq.enabled' is 'maybe': input should be a valid boolean"),
         ("--vq.start best", "'vq.start' is 'best': input should be 'published' or 'data'"),
+        ("--device gpu", "'device' is 'gpu'; choose auto, cpu, cuda or cuda:N"),
+        (
+            "--env a:b:c",
+            "'env' is 'a:b:c'; use letters, digits, '.', '_' and '-', a letter or digit first, or m",
+        ),
         ("--stage3.mode x", "'stage3.mode' is 'x': input should be 'bc', 'scratch', 'offline' or 'online'"),
         ("--decoder.hidden 8 0", "'decoder.hidden.1' is '0'"),
         ("--decoder.hidden 8 x", "'decoder.hidden.1' is 'x'"),
