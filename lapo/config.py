@@ -81,6 +81,16 @@ class DataConfig:
 
 
 @dataclass
+class RecordConfig:
+    """What `launch.sh --data record` records for a game without frames."""
+
+    __pydantic_config__ = STRICT
+    frames: Annotated[Int, Field(ge=3)]
+    test_frames: Annotated[Int, Field(ge=3)]
+    noise: Fraction
+
+
+@dataclass
 class ModelConfig:
     """Sizes of the networks."""
 
@@ -291,6 +301,7 @@ class Config:
     wandb: Literal["online", "offline", "disabled"]
     save_minutes: Positive
     data: DataConfig
+    record: RecordConfig
     model: ModelConfig
     vq: VQConfig
     stage1: Stage1Config

@@ -6,6 +6,7 @@
 #   bash launch.sh bigfish --seeds 0,1,2      each game once with each of these seeds
 #   bash launch.sh maze --modes online,bc     stage 3 once in each of these modes, not in the config's
 #   bash launch.sh mygame --stages 1,2        only these stages
+#   bash launch.sh maze --data record         first record an expert, if there are no frames (or: --data published)
 #   bash launch.sh maze --seeds 0,1 --list    check everything, print the runs, start none
 #   bash launch.sh maze --seeds 0,1 --task 1  only this one of them, counted from 0, as slurm.sh does
 #
@@ -31,7 +32,7 @@ die() {
 # Of a script that it is given, sbatch runs a copy elsewhere.
 [[ -f $here/config.yaml ]] || die "$here/${0##*/} is a copy of launch.sh without the repository; on a cluster, start slurm.sh: bash slurm.sh --gpus=1 -- bigfish"
 
-games=() seeds="" stages=1,2,3 modes="" list="" task="" passed=()
+games=() seeds="" stages=1,2,3 modes="" data="" list="" task="" passed=()
 while (($#)); do
     case $1 in
         -h | --help)
@@ -40,7 +41,7 @@ while (($#)); do
             exit
             ;;
         --env | --env=*) die "games are named first and without --env, as in: bash launch.sh bigfish maze" ;;
-        --seeds=* | --stages=* | --modes=* | --task=*)
+        --seeds=* | --stages=* | --modes=* | --data=* | --task=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             continue
             ;;
@@ -52,6 +53,11 @@ while (($#)); do
         --seeds)
             [[ ${2-} =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--seeds is '${2-}', but must list some, as in: --seeds 0,1,2"
             seeds=$2
+            shift
+            ;;
+        --data)
+            [[ ${2-} =~ ^(record|published)$ ]] || die "--data is '${2-}', but must be record (an expert plays) or published (a download)"
+            data=$2
             shift
             ;;
         --task)
@@ -79,14 +85,14 @@ python=$here/../.venv/bin/python
 python=${PYTHON:-$python}
 command -v "$python" >/dev/null || die "there is no interpreter $python; run 'make venv', or set PYTHON"
 
-# The whole command line is checked by the code that the stages use; it prints the runs, a game and perhaps a
-# seed per line.
+# The whole command line is checked by the code that the stages use. It prints the runs, a game and perhaps a
+# seed per line, and before them, a $ and the commands that get missing frames.
 selected=$(
-    "$python" - "$here" "${games[*]-}" "${seeds//,/ }" "${modes//,/ }" "$@" <<'EOF'
+    "$python" - "$here" "${games[*]-}" "${seeds//,/ }" "${modes//,/ }" "$stages" "$data" "$@" <<'EOF'
 import os
 import sys
 
-here, games, seeds, modes, *arguments = sys.argv[1:]
+here, games, seeds, modes, stages, data, *arguments = sys.argv[1:]
 sys.argv[0] = "stage1.py"
 sys.path.insert(0, os.path.dirname(here))
 try:
@@ -94,6 +100,7 @@ try:
     from lapo.data.checks import check_data
     from lapo.errors import run_main
     from lapo.games.table import GAMES
+    from lapo.get_frames import commands, lacks_frames
 except ModuleNotFoundError as error:
     sys.exit(f"error: {sys.executable} has no module '{error.name}'; run 'make venv', or set PYTHON")
 
@@ -104,6 +111,11 @@ def main() -> None:
     chosen = dict.fromkeys(load_config([*arguments, "--seed", seed]).seed for seed in seeds.split())
     for game in games.split():
         check_data(game, load_config([*arguments, "--env", game]).game_data)
+    if {"1", "2"} & set(stages.split(",")):
+        configs = [load_config([*arguments, "--env", game]) for game in dict.fromkeys(games.split() or GAMES)]
+        configs = [cfg for cfg in configs if lacks_frames(cfg)]
+        for cfg, command in zip(configs, commands(configs, data)):
+            print("$", cfg.env, command)
     for game in dict.fromkeys(games.split() or GAMES):
         for seed in chosen or [""]:
             print(game, seed)
@@ -112,8 +124,10 @@ def main() -> None:
 run_main(main)
 EOF
 ) || exit 2
-runs=()
-while read -r run; do runs+=("$run"); done <<<"$selected"
+runs=() missing=()
+while read -r run; do
+    if [[ $run == '$ '* ]]; then missing+=("${run#* }"); else runs+=("$run"); fi
+done <<<"$selected"
 if [[ -n $task ]]; then
     ((task < ${#runs[@]})) || die "--task is $task, but there are ${#runs[@]} runs, counted from 0"
     runs=("${runs[task]}")
@@ -160,7 +174,20 @@ summary="" failed=0
 for run in "${runs[@]}"; do
     read -r game seed <<<"$run"
     name="$game${seed:+, seed $seed}" began=$SECONDS outcome=finished
+    for get in ${missing[@]+"${missing[@]}"}; do # the game's other runs find the frames there
+        [[ ${get%% *} == "$game" && $outcome == finished ]] || continue
+        echo "launch.sh: $game, frames"
+        code=0
+        eval "exec \"\$python\" \"\$here\"/${get#* }" &
+        wait $! || code=$?
+        if ((code)); then
+            outcome="failed to get frames, exit code $code"
+            failed=1
+            echo "launch.sh: $name $outcome" >&2
+        fi
+    done
     for step in "${steps[@]}"; do
+        [[ $outcome == finished ]] || break
         read -r stage script mode <<<"$step"
         echo "launch.sh: $name, stage $stage${mode:+ ($mode)}"
         code=0

@@ -28,14 +28,12 @@ from lapo.command_line import Parser
 from lapo.config import ROOT
 from lapo.data.chunks import CHUNK_FRAMES, write_chunk
 from lapo.errors import UserError, run_main
-from lapo.experts.recording import SPLITS, Chunk, Dataset, PolicyFile, play_chunk
+from lapo.experts.recording import SHIPPED, SPLITS, Chunk, Dataset, PolicyFile, play_chunk
 from lapo.games.make import check_env
 from lapo.games.table import GAMES
 from lapo.games.vec_env import num_cores
 from lapo.runs.files import locked
 
-SHIPPED = ROOT / "expert_data" / "experts"
-"""Where the learned experts of the games lie that have one, as <game>.pt."""
 MIN_FRAMES = 3
 """A window of the published length."""
 

@@ -52,8 +52,17 @@ class Repo:
         self.folder = folder
         self.log = folder / "calls"
         shutil.copytree(LAPO, folder / "lapo", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        for script in SCRIPTS:
+        for script in (*SCRIPTS, "record_expert", "download_data"):
             (folder / "lapo" / f"{script}.py").write_text(STUB)
+        for game in GAMES:
+            self.add_frames(game)
+
+    def add_frames(self, game: str) -> Path:
+        """Let `game` have a chunk to train on; returns its folder."""
+        folder = self.folder / "expert_data" / game
+        (folder / "train").mkdir(parents=True)
+        (folder / "train" / "0.npz").touch()
+        return folder
 
     def start(self, *arguments: str, script: str = "launch.sh", **env: str) -> subprocess.Popen[str]:
         """Start launch.sh as a shell would: as the leader of a process group, in some folder."""
@@ -129,8 +138,70 @@ def test_a_list_shows_the_runs_and_a_task_is_one_of_them(repo):
     assert repo.launch("--list")[1].split() == list(GAMES)
 
 
+def test_games_without_frames_are_named_in_one_message(repo):
+    for game in ("maze", "ninja", "heist", "bigfish", "miner"):
+        shutil.rmtree(repo.folder / "expert_data" / game)
+    status, out, err = repo.launch()
+    assert (status, out, repo.calls()) == (2, "", [])
+    assert err.count("error") == 1
+    assert "there are no frames of bigfish, heist, maze and 2 more in" in err
+    assert "--data record" in err
+    assert repo.launch("maze", "--stages", "3")[0] == 0  # a mode that plays needs none
+    assert repo.launch("coinrun")[0] == 0
+
+
+def test_missing_frames_are_got_first_and_only_those(repo):
+    shutil.copytree(LAPO.parent / "docs", repo.folder / "docs")
+    shutil.copytree(LAPO.parent / "expert_data" / "experts", repo.folder / "expert_data" / "experts")
+    folder = repo.folder / "expert_data"
+    for game in ("jumper", "maze"):
+        shutil.rmtree(folder / game)
+    grid = ("coinrun", "maze", "jumper", "--data=record", "--stages=1", "--visuals", "plain")
+    status, _, err = repo.launch(*grid, "--record.frames=1000", "--record.test_frames", "100")
+    assert status == 0
+    sizes = "--frames=1000 --test-frames=100 --visuals=plain"
+    stage1 = "--visuals plain --record.frames=1000 --record.test_frames 100"
+    assert repo.calls() == [
+        f"stage1_idm_wm --env coinrun {stage1}",
+        f"record_expert --env maze {sizes} --noise=0.0 --data-dir {folder}",
+        f"stage1_idm_wm --env maze {stage1}",
+        f"record_expert --env jumper {sizes} --noise=0.2 --data-dir {folder}",
+        f"stage1_idm_wm --env jumper {stage1}",
+    ]
+    assert "maze: records 1,100 frames of the learned expert, its actions sampled: about 1 min" in err
+    assert "jumper: records 1,100 frames of the planner, 20% of its actions at random: about 1 min" in err
+    assert repo.launch("maze", "--data", "published", "--stages", "2")[0] == 0
+    assert repo.calls() == [f"download_data maze --data-dir {folder}", "stage2_bc --env maze"]
+
+
+def test_a_game_whose_frames_cannot_be_got_is_reported_and_the_others_go_on(repo):
+    shutil.rmtree(repo.folder / "expert_data" / "maze")
+    status, out, _ = repo.launch("maze", "ninja", "--data", "published", "--stages", "1", FAILING="download")
+    assert status == 1
+    assert repo.calls()[1:] == ["stage1_idm_wm --env ninja"]
+    summary = out.split("summary\n")[1].splitlines()
+    assert summary[0].split(maxsplit=1) == ["maze", "failed to get frames, exit code 7 (0 min)"]
+    assert summary[1].split()[:2] == ["ninja", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("maze --data other", "--data is 'other', but must be record"),
+        ("maze --data published --visuals plain", "published frames have visuals full, not plain"),
+        ("holiday --data record", "--data record has no frames of holiday"),
+    ],
+)
+def test_frames_that_nobody_has_are_refused(repo, arguments, message):
+    shutil.rmtree(repo.folder / "expert_data" / "maze")
+    (repo.folder / "expert_data" / "holiday").mkdir()
+    status, _, err = repo.launch(*arguments.split())
+    assert (status, repo.calls()) == (2, [])
+    assert message in err
+
+
 def test_own_frames_need_no_procgen_game(repo):
-    (repo.folder / "expert_data" / "holiday").mkdir(parents=True)
+    repo.add_frames("holiday")
     status, out, _ = repo.launch("holiday", "--stages", "1,2")
     assert status == 0
     assert len(repo.calls()) == 2
@@ -252,7 +323,7 @@ def cluster(repo, monkeypatch) -> Repo:
         sbatch.write('exec cat >"$0.script"\n')
     monkeypatch.setenv("PATH", str(bin_folder), prepend=os.pathsep)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    (repo.folder / "expert_data" / "holiday").mkdir(parents=True)
+    repo.add_frames("holiday")
     return repo
 
 

@@ -31,7 +31,7 @@ LAYERS = (
     ("benchmarks",),
     (
         *("stage1", "stage2", "stage3", "evaluate", "report", "benchmark", "same_learning", "expert_table"),
-        *("record_expert", "train_expert", "import_video", "download_data"),
+        *("record_expert", "train_expert", "import_video", "download_data", "get_frames"),
     ),
 )
 """Modules at the top of lapo/ and packages, the lowest first: each imports from lower layers alone."""

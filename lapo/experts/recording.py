@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lapo.config import ROOT
 from lapo.errors import UserError
 from lapo.experts import registry as experts
 from lapo.experts.expert import NoisyExpert
@@ -31,6 +32,8 @@ from lapo.runs.files import reading, write_json
 SPLITS = {"train": "train", "test": "held_out"}
 """The levels of each split, see `make_env`."""
 DISCOUNT = 0.999
+SHIPPED = ROOT / "expert_data" / "experts"
+"""Where the learned experts of the games lie that have one, as <game>.pt."""
 
 
 @dataclass(frozen=True)
