@@ -157,8 +157,8 @@ def clones(tmp_path_factory) -> tuple[Path, Path]:
         (".", "{python} links/stage1.py"),
         ("linked", "{python} stage1.py"),
         ("installed/lapo", "{python} ../../here/lapo/stage1.py"),
-        (".", "bash here/lapo/launch.sh maze --stages 1"),
-        ("installed", "bash ../links/launch.sh maze --stages 1"),
+        (".", "bash here/lapo/launch.sh maze --stages 3 --modes bc"),
+        ("installed", "bash ../links/launch.sh maze --stages 3 --modes bc"),
     ],
 )
 def test_a_script_runs_the_checkout_that_it_lies_in(clones, cwd, command):
@@ -175,7 +175,8 @@ def test_a_script_runs_the_checkout_that_it_lies_in(clones, cwd, command):
     )
     assert done.returncode != 0
     assert f"the data folder {here}/expert_data/maze does not exist" in done.stderr
-    assert f"{here}/exp_results/here/maze/seed0/stage1" in done.stdout
+    stage = "stage3_bc" if command[0] == "bash" else "stage1"
+    assert f"{here}/exp_results/here/maze/seed0/{stage}" in done.stdout
 
 
 def test_only_the_package_is_installed():
