@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lapo import expert_table
+from lapo import expert_table, stage3_decode
 from lapo.games.table import GAMES
+from lapo.runs.checkpoints import load_checkpoint
 
 RESULT = {
     "game": "maze",
@@ -75,3 +76,37 @@ def test_what_is_no_result_changes_nothing(call, tmp_path, content):
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert str(tmp_path / "b.json") in err
     assert (tmp_path / "kept.json").read_bytes() == before
+
+
+def test_clones_stand_beside_the_expert_whose_frames_they_saw(call, workplace, tmp_path):
+    cfg = workplace.config("--stage3.mode", "bc")
+    record = {"train": {"frames": 80}}
+    file = cfg.game_data / "dataset.json"
+    file.write_text(json.dumps(record))
+    stage3_decode.train(cfg)
+    folder = str(workplace.run_dir("stage3_bc"))
+    game = workplace.GAME
+    for policy, mean in (("random", 1.0), ("planner", 3.0), ("scratch", 5.0)):
+        assert call("--add", write(tmp_path / "a.json", game=game, policy=policy, return_mean=mean))[0] == 0
+    assert call("--add-clones", folder)[0] == 0
+    file.write_text(json.dumps(record | {"policy": {}}))
+    status, out, _ = call("--add-clones", folder)
+    assert status == 0
+    metrics = load_checkpoint(workplace.run_dir("stage3_bc") / "checkpoint.pt")["metrics"]
+    clone = metrics["return_mean"]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in out.splitlines()[-2:]]
+    for row, (expert, mean) in zip(rows, (("planner", 3.0), ("learned", 5.0)), strict=True):
+        assert row[:3] == [game, expert, f"{mean:.2f} ± 0.25"]
+        assert row[3].startswith(f"{clone:.2f}")
+        assert row[4] == f"{(clone - 1) / (mean - 1):.2f}"
+        assert row[5] == f"{metrics['action_acc_test']:.0%}"
+        assert row[6] == f"{metrics['majority_acc_test']:.0%}"
+
+
+def test_what_is_no_clone_is_refused(call, workplace):
+    stage3_decode.train(workplace.config("--stage3.mode", "bc"))
+    status, _, err = call("--add-clones", str(workplace.run_dir("stage3_bc")))
+    assert (status, "dataset.json cannot be read" in err) == (2, True)
+    stage3_decode.train(workplace.config("--stage3.mode", "scratch"))
+    status, _, err = call("--add-clones", str(workplace.run_dir("stage3_scratch")))
+    assert (status, "is no finished stage 3 in mode bc" in err) == (2, True)
