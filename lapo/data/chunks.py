@@ -311,6 +311,23 @@ def data_checksums(cfg: Config, keys: tuple[str, ...] = ("obs", "done")) -> dict
     return found
 
 
+def summarize_episodes(chunks: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Frames and complete episodes of recorded chunks, their mean return and its standard error.
+
+    A chunk is described by `frames`, `episodes`, and the sum and sum of squares of its episodes' returns.
+    """
+    frames, episodes, total, squares = (
+        sum(chunk[key] for chunk in chunks)
+        for key in ("frames", "episodes", "return_sum", "return_square_sum")
+    )
+    mean = total / episodes if episodes else None
+    error = None
+    if episodes > 1:
+        variance = max(squares - total**2 / episodes, 0.0) / (episodes - 1)
+        error = math.sqrt(variance / episodes)
+    return {"frames": frames, "episodes": episodes, "mean_return": mean, "standard_error": error}
+
+
 def write_chunk(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write `arrays` as an npz file, atomically. Equal arrays give equal bytes."""
 
