@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -78,6 +79,7 @@ def set_up(game: str, data_dir: Path, frames: dict[str, int], revision: str = RE
         less = f", of {count:,} asked for: the revision has no more" if summary["frames"] < count else ""
         print(f"{game} {split}: {summary['frames']:,} frames{less}, {summary['episodes']:,} episodes", end="")
         print("" if summary["mean_return"] is None else f", mean return {summary['mean_return']:.2f}")
+    print("relative returns refer to the experts of the published frames, not to these")
 
 
 class Dataset:
@@ -189,9 +191,12 @@ class Dataset:
             size = sum(file.size for file in needed) / 1e9
             about = "about" if rows else "at most"
             parts.append(f"{about} {len(needed)} of {len(files)} files of {split} ({size:,.2f} GB)")
+        asked, commit = self.record["requested_revision"], self.record["revision"]
+        kept = (
+            "" if asked == commit else f" (what {asked} named first; the folder is continued with it alone)"
+        )
         print(
-            f"{self.game}: downloading {' and '.join(parts)} of {REPOSITORY}, revision"
-            f" {self.record['revision']}, one at a time",
+            f"{self.game}: downloading {' and '.join(parts)} of {REPOSITORY}, revision {commit}{kept}",
             flush=True,
         )
 
@@ -376,8 +381,8 @@ def asking(what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if _is_disk(error):
-            problem = f"the disk is full or cannot be written to ({reason}); make room"
+        if any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT)):
+            problem = f"the disk is full ({reason}); make room; {CONTINUES}"
         elif isinstance(error, RevisionNotFoundError):
             problem = "there is no such revision; choose another --revision"
         elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
@@ -385,22 +390,8 @@ def asking(what: str) -> Iterator[None]:
         elif status in (401, 403) or isinstance(error, RepositoryNotFoundError):
             problem = (
                 f"the hub refuses access ({reason}); accept the data set's terms in a browser if it has any,"
-                " and log in with `hf auth login` or set HF_TOKEN"
+                f" and log in with `hf auth login` or set HF_TOKEN; {CONTINUES}"
             )
         else:
-            problem = f"the hub cannot be reached ({reason}); check the network"
-        raise UserError(f"cannot get {what} of {REPOSITORY}: {problem}; {CONTINUES}") from None
-
-
-def _is_disk(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, is the disk's."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EROFS,
-            errno.EACCES,
-        ):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+            problem = f"the hub cannot be reached ({reason}); check the network; {CONTINUES}"
+        raise UserError(f"cannot get {what} of {REPOSITORY}: {problem}") from None
