@@ -24,7 +24,7 @@ from lapo.errors import UserError, run_main
 from lapo.modes import MODES
 from lapo.reporting import figures
 from lapo.reporting.inspection import Inspection
-from lapo.reporting.summary import StageOutput, read_outputs, summarize
+from lapo.reporting.summary import DOWNLOADED, StageOutput, read_outputs, summarize
 from lapo.reporting.tables import table
 from lapo.runs.checkpoints import inherit, saved_config
 from lapo.runs.compute import Compute
@@ -81,6 +81,8 @@ def to_markdown(summary: dict) -> str:
             ),
             "Relative: 0 is the random policy's mean return, 1 that of the published expert frames.",
         ]
+        if summary["returns"]["expert"]["source"].startswith(DOWNLOADED):
+            parts[-1] += " The expert of this run's frames is another one, which earns another return."
     stages = [stage_row(stage, progress) for stage, progress in summary["stages"].items()]
     parts += ["## Stages", table(["stage", "steps", "time", "state"], stages)]
     return "\n\n".join(parts) + "\n"

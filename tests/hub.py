@@ -58,7 +58,7 @@ def write_rows(path: Path, rows: dict[str, Any], group: int = 8) -> Path:
 
 
 class Hub:
-    """The files of a revision, of which `game` has `sizes` rows per file and split; and what was asked for."""
+    """The files of a revision, how they are answered for, and which were fetched."""
 
     def __init__(self, folder: Path):
         self.folder, self.fetched, self.commit = folder, [], COMMIT

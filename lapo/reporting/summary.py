@@ -15,6 +15,8 @@ from lapo.runs.checkpoints import changed_inputs, load_checkpoint, saved_config,
 from lapo.runs.files import reading
 
 STAGES = ("stage1", "stage2", *(f"stage3_{mode}" for mode in MODES))
+DOWNLOADED = "downloaded frames"
+"""What `setup_data.sh --source huggingface` has made: frames of other experts than the published ones."""
 
 
 def read_outputs(cfg: Config) -> dict[str, "StageOutput"]:
@@ -165,7 +167,7 @@ def random_return(cfg: Config) -> dict:
 
 
 def expert_return(cfg: Config) -> dict:
-    """The expert's row: that of the recorded frames if they have one, else of the published frames."""
+    """The expert's row: that of the run's recorded or downloaded frames, else of the published frames."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         recording = json.loads((cfg.game_data / "dataset.json").read_text(encoding="utf-8"))
         played = recording["train"]
@@ -174,6 +176,7 @@ def expert_return(cfg: Config) -> dict:
             "return_stderr": played["standard_error"],
             "episodes": played["episodes"],
         }
-        return result(cfg, metrics, source=f"recorded frames, {recording['expert']}")
+        origin = DOWNLOADED if recording.get("source") == "huggingface" else "recorded frames"
+        return result(cfg, metrics, source=f"{origin}, {recording['expert']}")
     metrics = {"return_mean": GAMES[cfg.env].expert_return, "return_stderr": None, "episodes": None}
     return result(cfg, metrics, source="published frames")
