@@ -2,6 +2,8 @@
 # Download and unpack the published expert data into expert_data/:
 #     bash setup_data.sh bigfish maze
 #     bash setup_data.sh all
+# Frames of other experts, from the Hugging Face hub, if the archives cannot be had:
+#     bash setup_data.sh --source huggingface bigfish maze --frames 2621440 --test-frames 65536
 # Several gigabytes per game. `bash setup_data.sh --help` shows the options.
 set -euo pipefail
 source=${BASH_SOURCE[0]}

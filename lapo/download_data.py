@@ -2,14 +2,20 @@
 
 The archives, one zip per game, lie on Google Drive, which limits bandwidth: a download may be refused or
 break off. The same command continues it. If it fails, save the zip by hand to the path in the message.
+
+`--source huggingface` downloads the frames of other experts from the Hugging Face hub: see docs/data.md.
 """
 
+import argparse
+import contextlib
+import json
 import os
 import re
 import shutil
 import sys
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import gdown
@@ -18,7 +24,7 @@ from tqdm import tqdm
 
 from lapo.command_line import Parser
 from lapo.config import ROOT
-from lapo.data.chunks import list_chunks
+from lapo.data.chunks import MIN_FRAMES, list_chunks
 from lapo.errors import UserError, run_main
 from lapo.runs.files import atomic_folder, folder_lock, is_absent_or_empty
 
@@ -57,22 +63,64 @@ def main() -> None:
         default=ROOT / "expert_data",
         help="folder that receives <game>/train and <game>/test, and meanwhile the archives (expert_data)",
     )
+    parser.add_argument(
+        "--source",
+        choices=("published", "huggingface"),
+        default="published",
+        help="published: the paper's archives; huggingface: frames of other experts (published)",
+    )
+    hub = parser.add_argument_group("--source huggingface")
+    hub.add_argument("--frames", type=int, help="frames to train on, in chunks of 32,768 (2621440)")
+    hub.add_argument("--test-frames", type=int, help="held-out frames, in chunks of 4,096 (65536)")
+    hub.add_argument(
+        "--revision", help="commit, branch or tag of the data set in place of the one this code names"
+    )
     args = parser.parse_args()
     unknown = [game for game in args.games if game not in (*ARCHIVES, "all")]
     if unknown or not args.games:
         found = f"'{unknown[0]}' has no archive" if unknown else "no game is given"
         raise UserError(f"{found}; name one or more of {', '.join(ARCHIVES)}, or all")
     games = list(ARCHIVES) if "all" in args.games else args.games
+    make = choose_source(args)
     missing = []
     for game in games:
         try:
-            set_up(game, args.data_dir.expanduser().absolute())
+            make(game, args.data_dir.expanduser().absolute())
         except (UserError, OSError) as error:
             print(f"error: {game}: {error}", file=sys.stderr)
             missing.append(game)
     if missing:
         print(f"{len(missing)} of {len(games)} games could not be set up: {', '.join(missing)}")
         sys.exit(2)
+
+
+def choose_source(args: argparse.Namespace) -> Callable[[str, Path], None]:
+    """The function that sets up a game in a folder from the source of the command line.
+
+    Raises `UserError` for options that do not fit the source, and for missing packages.
+    """
+    options = {"--frames": args.frames, "--test-frames": args.test_frames, "--revision": args.revision}
+    if args.source == "published":
+        given = next((option for option, value in options.items() if value is not None), None)
+        if given:
+            raise UserError(f"{given} needs --source huggingface: the published archives come as a whole")
+        return set_up
+    try:
+        from lapo.data import hub
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--source huggingface needs the package {error.name.split('.')[0]}; install it with"
+            f" `pip install -e '{ROOT}[huggingface]'`"
+        ) from None
+    frames = {
+        "train": 2_621_440 if args.frames is None else args.frames,
+        "test": 65_536 if args.test_frames is None else args.test_frames,
+    }
+    for option, count in zip(options, frames.values(), strict=False):
+        if count < MIN_FRAMES:
+            raise UserError(f"{option} is {count}; there must be at least {MIN_FRAMES}")
+    revision = hub.REVISION if args.revision is None else args.revision
+    return lambda game, data_dir: hub.set_up(game, data_dir, frames, revision)
 
 
 def set_up(game: str, data_dir: Path) -> None:
@@ -86,6 +134,7 @@ def set_up(game: str, data_dir: Path) -> None:
         if not is_absent_or_empty(target):
             check_chunks(target)
             print(f"{game}: {count_chunks(target)} are already in {target}: nothing to do")
+            print_other_source(target)
             return
         if not archive.exists():
             download(game, archive)
@@ -114,6 +163,14 @@ def check_chunks(folder: Path) -> None:
         )
 
 
+def print_other_source(folder: Path) -> None:
+    """Say so if a game's folder is a download from the hub, which may be unfinished."""
+    path = folder / "dataset.json"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if json.loads(path.read_text(encoding="utf-8")).get("source") == "huggingface":
+            print("they are from the other source; --source huggingface continues if it was interrupted")
+
+
 def download(game: str, archive: Path) -> None:
     """Download a game's archive, or continue a download that broke off. Raises `UserError` if that fails."""
     print(f"{game}: downloading {archive}", flush=True)
@@ -125,7 +182,7 @@ def download(game: str, archive: Path) -> None:
             f"the download failed ({reason}); run the command again later to continue it, or open "
             f"https://drive.google.com/file/d/{ARCHIVES[game]}/view (the folder of all games is "
             f"https://drive.google.com/drive/folders/{FOLDER}) in a browser, save the zip as {archive} "
-            "and run the command again"
+            f"and run the command again; or download other experts' frames with --source huggingface"
         ) from None
 
 

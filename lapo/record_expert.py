@@ -26,16 +26,13 @@ from tqdm import tqdm
 
 from lapo.command_line import Parser
 from lapo.config import ROOT
-from lapo.data.chunks import CHUNK_FRAMES, write_chunk
+from lapo.data.chunks import CHUNK_FRAMES, MIN_FRAMES, write_chunk
 from lapo.errors import UserError, run_main
 from lapo.experts.recording import SHIPPED, SPLITS, Chunk, Dataset, PolicyFile, play_chunk
 from lapo.games.make import check_env
 from lapo.games.table import GAMES
 from lapo.games.vec_env import num_cores
 from lapo.runs.files import locked
-
-MIN_FRAMES = 3
-"""A window of the published length."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ from lapo.games.table import GAMES
 from lapo.modes import MODES
 from lapo.reporting import figures
 from lapo.reporting.inspection import Inspection
-from lapo.reporting.summary import StageOutput, read_outputs, summarize
+from lapo.reporting.summary import DOWNLOADED, StageOutput, read_outputs, summarize
 from lapo.reporting.tables import table
 from lapo.runs.checkpoints import inherit, saved_config
 from lapo.runs.compute import Compute
@@ -82,6 +82,8 @@ def to_markdown(summary: dict) -> str:
             ),
             relative_note(summary["env"], summary["returns"]),
         ]
+        if summary["returns"].get("expert", {}).get("source", "").startswith(DOWNLOADED):
+            parts[-1] += " The expert of this run's frames is another one, which earns another return."
     stages = [stage_row(stage, progress) for stage, progress in summary["stages"].items()]
     parts += ["## Stages", table(["stage", "steps", "time", "state"], stages)]
     return "\n\n".join(parts) + "\n"

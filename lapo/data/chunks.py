@@ -29,6 +29,8 @@ from lapo.runs.files import atomic_write, reading
 
 KEYS = ("obs", "ta", "done")
 """The arrays that training reads."""
+MIN_FRAMES = 3
+"""Of the chunks that are made here: a window of the published length."""
 CHUNK_FRAMES = {"train": 32_768, "test": 4_096}
 """Frames of a full chunk, as in the published data."""
 MAX_ACTIONS = 256
@@ -321,6 +323,23 @@ def data_checksums(cfg: Config, keys: tuple[str, ...] = ("obs", "done")) -> dict
         if paths:
             found[f"{split} frames"] = digest.hexdigest()
     return found
+
+
+def summarize_episodes(chunks: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Frames and complete episodes of recorded chunks, their mean return and its standard error.
+
+    A chunk is described by `frames`, `episodes`, and the sum and sum of squares of its episodes' returns.
+    """
+    frames, episodes, total, squares = (
+        sum(chunk[key] for chunk in chunks)
+        for key in ("frames", "episodes", "return_sum", "return_square_sum")
+    )
+    mean = total / episodes if episodes else None
+    error = None
+    if episodes > 1:
+        variance = max(squares - total**2 / episodes, 0.0) / (episodes - 1)
+        error = math.sqrt(variance / episodes)
+    return {"frames": frames, "episodes": episodes, "mean_return": mean, "standard_error": error}
 
 
 def write_chunk(path: Path, arrays: dict[str, np.ndarray]) -> None:

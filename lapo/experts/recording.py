@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lapo.config import ROOT
+from lapo.data.chunks import summarize_episodes
 from lapo.errors import UserError
 from lapo.experts import registry as experts
 from lapo.experts.expert import NoisyExpert
@@ -255,14 +256,4 @@ class Dataset:
 
     def summary(self, split: str) -> dict[str, float | None]:
         """Frames and complete episodes of a split, their mean return and its standard error."""
-        chunks = [chunk for name, chunk in self.chunks.items() if name.startswith(split)]
-        frames, episodes, total, squares = (
-            sum(chunk[key] for chunk in chunks)
-            for key in ("frames", "episodes", "return_sum", "return_square_sum")
-        )
-        mean = total / episodes if episodes else None
-        error = None
-        if episodes > 1:
-            variance = max(squares - total**2 / episodes, 0.0) / (episodes - 1)
-            error = math.sqrt(variance / episodes)
-        return {"frames": frames, "episodes": episodes, "mean_return": mean, "standard_error": error}
+        return summarize_episodes([chunk for name, chunk in self.chunks.items() if name.startswith(split)])

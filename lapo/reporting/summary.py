@@ -16,6 +16,8 @@ from lapo.runs.checkpoints import changed_inputs, load_checkpoint, saved_config,
 from lapo.runs.files import reading
 
 STAGES = ("stage1", "stage2", *(f"stage3_{mode}" for mode in MODES))
+DOWNLOADED = "downloaded frames"
+"""What `setup_data.sh --source huggingface` has made: frames of other experts than the published ones."""
 
 
 def read_outputs(cfg: Config) -> dict[str, "StageOutput"]:
@@ -168,7 +170,7 @@ def random_return(cfg: Config) -> dict:
 
 
 def expert_return(cfg: Config) -> dict | None:
-    """The expert's row: that of the recorded frames if they have one, else that of the reference returns."""
+    """The expert's row: that of recorded or downloaded frames, else that of the reference returns."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         recording = json.loads((cfg.game_data / "dataset.json").read_text(encoding="utf-8"))
         played = recording["train"]
@@ -177,7 +179,8 @@ def expert_return(cfg: Config) -> dict | None:
             "return_stderr": played["standard_error"],
             "episodes": played["episodes"],
         }
-        return result(cfg, metrics, source=f"recorded frames, {recording['expert']}")
+        origin = DOWNLOADED if recording.get("source") == "huggingface" else "recorded frames"
+        return result(cfg, metrics, source=f"{origin}, {recording['expert']}")
     references = env_spec(cfg.env).reference_returns
     if references is None:
         return None
