@@ -82,7 +82,7 @@ class DataConfig:
 
 @dataclass
 class RecordConfig:
-    """What `launch.sh --data record` records for a game without frames."""
+    """What `launch.sh --data` gets for a game without frames."""
 
     __pydantic_config__ = STRICT
     frames: Annotated[Int, Field(ge=3)]

@@ -11,7 +11,7 @@ from lapo.experts.recording import SHIPPED
 from lapo.games.table import GAMES
 from lapo.games.vec_env import num_cores
 
-SOURCES = "record", "published"
+SOURCES = "record", "published", "huggingface"
 
 
 def lacks_frames(cfg: Config) -> bool:
@@ -33,19 +33,23 @@ def commands(configs: list[Config], source: str) -> list[str]:
     if source not in SOURCES:
         some = f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 4 else ", ".join(names)
         raise UserError(
-            f"there are no frames of {some} in {folder}; get them with --data record (an expert plays) or"
-            " --data published (a download of gigabytes per game), or see docs/data.md"
+            f"there are no frames of {some} in {folder}; get them with --data record (an expert plays),"
+            " --data published or --data huggingface (downloads of gigabytes per game), or see docs/data.md"
         )
     if others:
         raise UserError(f"--data {source} has no frames of {others[0]}; docs/data.md says how to make some")
-    return [record(cfg) if source == "record" else download(cfg) for cfg in configs]
+    return [record(cfg) if source == "record" else download(cfg, source) for cfg in configs]
 
 
-def download(cfg: Config) -> str:
-    """The command that downloads the published frames."""
+def download(cfg: Config, source: str) -> str:
+    """The command that downloads frames, from `huggingface` as many as `cfg.record` says."""
     if cfg.visuals != "full":
-        raise UserError("the published frames have visuals full, not plain; choose --data record")
-    return shlex.join(["download_data.py", cfg.env, "--data-dir", str(cfg.game_data.parent)])
+        raise UserError(f"the frames of {source} have visuals full, not plain; choose --data record")
+    words = ["download_data.py", cfg.env, "--data-dir", str(cfg.game_data.parent)]
+    if source == "huggingface":
+        words += [f"--source={source}", f"--frames={cfg.record.frames}"]
+        words += [f"--test-frames={cfg.record.test_frames}"]
+    return shlex.join(words)
 
 
 def record(cfg: Config) -> str:

@@ -6,7 +6,7 @@
 #   bash launch.sh bigfish --seeds 0,1,2      each game once with each of these seeds
 #   bash launch.sh maze --modes online,bc     stage 3 once in each of these modes, not in the config's
 #   bash launch.sh mygame --stages 1,2        only these stages
-#   bash launch.sh maze --data record         first record an expert, if there are no frames (or: --data published)
+#   bash launch.sh maze --data record         first record an expert, if there are no frames (or: published, huggingface)
 #   bash launch.sh maze --seeds 0,1 --list    check everything, print the runs, start none
 #   bash launch.sh maze --seeds 0,1 --task 1  only this one of them, counted from 0, as slurm.sh does
 #
@@ -56,7 +56,7 @@ while (($#)); do
             shift
             ;;
         --data)
-            [[ ${2-} =~ ^(record|published)$ ]] || die "--data is '${2-}', but must be record (an expert plays) or published (a download)"
+            [[ ${2-} =~ ^(record|published|huggingface)$ ]] || die "--data is '${2-}', but must be record (an expert plays), published or huggingface (downloads)"
             data=$2
             shift
             ;;

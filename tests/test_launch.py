@@ -172,6 +172,9 @@ def test_missing_frames_are_got_first_and_only_those(repo):
     assert "jumper: records 1,100 frames of the planner, 20% of its actions at random: about 1 min" in err
     assert repo.launch("maze", "--data", "published", "--stages", "2")[0] == 0
     assert repo.calls() == [f"download_data maze --data-dir {folder}", "stage2_bc --env maze"]
+    assert repo.launch("maze", "--data", "huggingface", "--stages", "2")[0] == 0
+    sizes = "--frames=2621440 --test-frames=65536"
+    assert repo.calls()[0] == f"download_data maze --data-dir {folder} --source=huggingface {sizes}"
 
 
 def test_a_game_whose_frames_cannot_be_got_is_reported_and_the_others_go_on(repo):
@@ -188,7 +191,7 @@ def test_a_game_whose_frames_cannot_be_got_is_reported_and_the_others_go_on(repo
     ("arguments", "message"),
     [
         ("maze --data other", "--data is 'other', but must be record"),
-        ("maze --data published --visuals plain", "published frames have visuals full, not plain"),
+        ("maze --data published --visuals plain", "frames of published have visuals full, not plain"),
         ("holiday --data record", "--data record has no frames of holiday"),
     ],
 )

@@ -16,7 +16,7 @@ from lapo.errors import UserError
 from lapo.games.env import Env
 from lapo.games.make import make_env
 from lapo.modes import MODES
-from lapo.ppo import Collector
+from lapo.ppo import Collector, PPOTrainer
 from lapo.runs.checkpoints import load_checkpoint
 from support import CPU, LAPO, ROOT, TINY
 
@@ -132,3 +132,19 @@ def test_without_a_saved_state_new_episodes_begin(capsys):
     assert not resumed.tracker.returns.any()
     assert not resumed.normalize.returns.any()
     assert resumed.normalize.var == played.normalize.var != 1.0
+
+
+class Part:
+    """Stands in for what a trainer consists of."""
+
+    def load_state_dict(self, state: dict) -> None:
+        self.last_steps = state
+
+
+@pytest.mark.parametrize("saved", [[], [b"state"]])
+def test_no_window_reaches_from_a_lost_episode_into_a_new_one(saved):
+    trainer = PPOTrainer.__new__(PPOTrainer)
+    trainer.policy, trainer.optimizer, trainer.collector, trainer.decoder = (Part() for _ in range(4))
+    names = "policy", "optimizer", "collector", "decoder"
+    trainer.load_state_dict({name: {"env": saved} for name in names})
+    assert (trainer.decoder.last_steps is None) == (saved == [])
