@@ -176,6 +176,7 @@ def test_refusal_says_what_to_do_by_hand_and_the_other_games_go_on(drive):
         f"https://drive.google.com/file/d/{download_data.ARCHIVES['maze']}/view",
         f"https://drive.google.com/drive/folders/{download_data.FOLDER}",
         f"save the zip as {drive.data / 'maze.zip'}",
+        "download other experts' frames with --source huggingface",
     ):
         assert part in error
     assert result.stdout.endswith("1 of 2 games could not be set up: maze\n")

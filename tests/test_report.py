@@ -117,9 +117,19 @@ def test_expert_is_the_recorded_one_where_it_is_known(cfg):
     row = summary.expert_return(cfg)
     assert (row["return_mean"], row["return_stderr"], row["episodes"]) == (9, 0.5, 70)
     assert row["source"] == "recorded frames, Boss"
+    file.write_text(json.dumps(recording | {"source": "huggingface"}))
+    assert summary.expert_return(cfg)["source"] == "downloaded frames, Boss"
     for unusable in ("", "[]", json.dumps(recording | {"train": recording["train"] | {"mean_return": None}})):
         file.write_text(unusable)
         assert summary.expert_return(cfg) == published
+
+
+@pytest.mark.parametrize("source", ["huggingface", None])
+def test_a_report_says_that_the_expert_is_not_the_published_one(cfg, source):
+    recording = {"expert": "Boss", "train": {"mean_return": 9, "standard_error": 0.5, "episodes": 70}}
+    (cfg.game_data / "dataset.json").write_text(json.dumps(recording | {"source": source}))
+    text = report.to_markdown(summary.summarize(cfg, summary.read_outputs(cfg)))
+    assert ("expert of this run's frames is another one" in text) == (source == "huggingface")
 
 
 def test_stages_that_have_not_run_and_data_that_has_gone_are_missing(cfg, capsys):
