@@ -29,7 +29,7 @@ from lapo.experts.registry import expert_name, make_expert
 from lapo.games.make import check_env, env_spec, relative_return
 from lapo.games.table import GAMES, Visuals, check_game
 from lapo.modes import MODES
-from lapo.policies import load_policy_checkpoint
+from lapo.policies import count_actions, load_policy_checkpoint
 from lapo.runs.checkpoints import saved_config
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.files import check_json, write_json
@@ -159,7 +159,8 @@ class Player:
 def choose(args: argparse.Namespace, cfg: Config) -> Player:
     """The player that the arguments select.
 
-    Raises `UserError` for a missing checkpoint, and for a stage whose networks cannot act.
+    Raises `UserError` for a missing checkpoint, a stage whose networks cannot act, and another number of
+    actions than the game's.
     """
     compute = Compute.from_config(cfg)
     if args.policy == "random":
@@ -174,12 +175,16 @@ def choose(args: argparse.Namespace, cfg: Config) -> Player:
     checkpoint = load_policy_checkpoint(path, None if args.checkpoint else command)
     saved = saved_config(checkpoint)
     compute = Compute.from_config(replace(cfg, precision=saved.precision))
+    game = args.env or saved.env
+    has, needs = count_actions(checkpoint["state"]["policy"]), env_spec(game).num_actions
+    if has != needs:
+        raise UserError(
+            f"{path} chooses among {has} actions, but {game} has {needs}; play {saved.env} with it"
+        )
     act = checkpoint_actor(checkpoint, compute, cfg.eval.greedy)
     unfinished_at = None if checkpoint["finished"] else steps_played(checkpoint)
     policy = "learned expert" if checkpoint["stage"] == "expert" else saved.stage3.mode
-    return Player(
-        args.env or saved.env, policy, act, args.visuals or saved.visuals, compute, path, unfinished_at
-    )
+    return Player(game, policy, act, args.visuals or saved.visuals, compute, path, unfinished_at)
 
 
 def describe(result: dict) -> str:

@@ -78,6 +78,8 @@ def test_the_grid_world_of_the_docs_runs_through_all_modes_and_scripts(module, t
         status, out, err = call_main(evaluate.main, *played, "--policy", policy, "--device=cpu")
         assert status == 0, err
         assert "(0: random, 0.50; 1: expert, 10.10)" in out
+    status, _, err = call_main(evaluate.main, "--env", "maze", "--checkpoint", expert, "--device=cpu")
+    assert (status, f"chooses among 4 actions, but maze has 15; play {NAME} with it" in err) == (2, True)
 
 
 def test_the_grid_world_goes_on_from_its_state(module):
