@@ -130,6 +130,28 @@ def test_one_file_lies_on_the_disk_beside_those_with_open_rows(tmp_path, server)
     assert 0 not in there[3]
 
 
+def test_a_file_that_ends_with_a_chunk_is_removed_with_it(tmp_path, server):
+    shutil.rmtree(server.folder)
+    server.add("maze", "train", [30, 30, 30, 30])
+    server.add("maze", "test", [20])
+    there = []
+    server.on_fetch = lambda name: there.append(
+        len(list((tmp_path / "maze").rglob("train-0000[01]*.parquet")))
+    )
+    set_up(tmp_path, train=120)
+    assert there[2] == 1  # of the first two, whose second chunk may still be written
+
+
+def test_what_a_killed_download_left_is_removed(tmp_path, server):
+    left = tmp_path / "maze" / hub.DOWNLOADS / ".cache" / "x.1234.incomplete"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half a file")
+    there = []
+    server.on_fetch = lambda name: there.append(left.exists())
+    set_up(tmp_path)
+    assert set(there) == {False}
+
+
 def test_dataset_json_says_where_the_frames_come_from(tmp_path, server):
     set_up(tmp_path, "main")
     record = record_of(tmp_path)
