@@ -250,6 +250,7 @@ class DaggerConfig:
     steps: Count
     num_envs: Count
     rollout_steps: Count
+    label_every: Count
     teacher_until: Annotated[float, Field(gt=0, le=1)]
     buffer: Count
     updates: Count

@@ -209,6 +209,7 @@ TINY = {
         "steps": 160,
         "num_envs": 4,
         "rollout_steps": 8,
+        "label_every": 1,
         "teacher_until": 0.5,
         "buffer": 64,
         "updates": 2,

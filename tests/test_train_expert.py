@@ -16,7 +16,7 @@ from lapo import stage3_decode, train_expert
 from lapo.acting import checkpoint_actor, steps_played
 from lapo.config import Config, DaggerConfig, to_dict, validate
 from lapo.errors import UserError
-from lapo.experts.dagger import Dagger, ParallelExpert
+from lapo.experts.dagger import UNKNOWN, Dagger, ParallelExpert
 from lapo.experts.expert import LEFT, RIGHT, Expert
 from lapo.experts.registry import expert_name, make_expert
 from lapo.games.vec_env import VecEnv
@@ -228,6 +228,30 @@ def test_labels_are_what_the_teacher_does_at_exactly_the_frames_seen(game):
     # At first the teacher acts alone, then the two take turns.
     assert torch.equal(dagger.actions[0], dagger.labels[0])
     assert not torch.equal(dagger.actions[1], dagger.labels[1])
+
+
+def test_every_third_frame_is_labelled_and_each_that_the_teacher_plays():
+    """The teacher is asked about an environment's every third frame, the policy is trained on these only."""
+    cfg = validate(to_dict(ROUNDS) | {"label_every": 3, "num_envs": 6, "buffer": 96}, DaggerConfig)
+    dagger = make_dagger(cfg, Counter(6), lambda number: Numberer())
+    dagger.collect()  # the teacher plays
+    assert (dagger.labels[0] != UNKNOWN).all()
+    dagger.count = 4
+    agreement = dagger.collect()["agreement"].item()
+    labels, numbers = dagger.labels[0], read_numbers(dagger.frames[0].flatten(0, 1)).reshape(8, 6)
+    for env in range(6):
+        known = (labels[:, env] != UNKNOWN).nonzero().squeeze(1)
+        assert known.diff().tolist() == [3] * (len(known) - 1)
+        assert known[0] < 3
+        assert np.array_equal(labels[known, env].numpy(), numbers[known, env] % 9)
+    known = labels != UNKNOWN
+    predicted = dagger.policy.logits(dagger.frames[0].flatten(0, 1)).argmax(-1).reshape(8, 6)
+    assert agreement == pytest.approx((predicted == labels)[known].float().mean().item())
+    trained = []
+    dagger.loss_of = lambda frames, labels: (trained.append(labels), dagger._loss_of(frames, labels))[1]
+    dagger.fit()
+    assert len(torch.cat(trained).unique()) > 1
+    assert torch.cat(trained).max() < 9
 
 
 def test_the_policy_acts_alone_in_the_end():

@@ -27,6 +27,9 @@ from lapo.ppo import RECENT_EPISODES
 from lapo.runs.compute import Compute
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr
 
+UNKNOWN = 255
+"""Label of a frame that the expert was not asked about."""
+
 
 class ParallelExpert(Expert):
     """Experts that plan in parallel, each for some of the N environments.
@@ -46,9 +49,17 @@ class ParallelExpert(Expert):
 
     def act(self, states: list[bytes]) -> np.ndarray:
         """See `Expert`."""
-        split = [states[part] for part in self.slices]
-        actions = self.pool.map(lambda expert, mine: expert.act(mine), self.experts, split)
-        return np.concatenate(list(actions))
+        return self.act_for(states, np.ones(len(states), bool))
+
+    def act_for(self, states: list[bytes], wanted: np.ndarray) -> np.ndarray:
+        """Actions (N,) int32; `UNKNOWN` from experts none of whose environments is `wanted` (N,)."""
+
+        def act(expert: Expert, part: slice) -> np.ndarray:
+            if wanted[part].any():
+                return expert.act(states[part])
+            return np.full(part.stop - part.start, UNKNOWN, np.int32)
+
+        return np.concatenate(list(self.pool.map(act, self.experts, self.slices)))
 
     def forget(self) -> None:
         """See `Expert`."""
@@ -62,7 +73,7 @@ class Dagger:
     Attributes
         count    rounds played; round k is stored at index k mod R
         frames   (R, S, N, H, W, C) uint8 on the device, the observations
-        labels   (R, S, N) uint8 on the device, the expert's actions
+        labels   (R, S, N) uint8 on the device, the expert's actions, or `UNKNOWN`
         actions  (R, S, N) uint8, the actions that were taken
         recent   raw returns of the last 100 finished episodes
     """
@@ -100,9 +111,10 @@ class Dagger:
 
         In a fraction of the steps, which decays from 1 to 0, the expert's action is taken instead of the
         policy's. The expert plans anew at every frame: a frame does not show a plan made some steps ago.
+        It is asked about every `label_every`-th frame of an environment, and wherever its action is taken.
         """
         fraction = piecewise_linear(self.count / self.cfg.rounds, [(0.0, 1.0), (self.cfg.teacher_until, 0.0)])
-        slot, agreed = self.count % self.cfg.rounds_kept, []
+        slot, agreed, every = self.count % self.cfg.rounds_kept, [], self.cfg.label_every
         states = self.env.get_state()
         self.starts.append(states)
         for step in range(self.cfg.rollout_steps):
@@ -110,18 +122,20 @@ class Dagger:
             self._observe(frames)
             with self.compute.autocast():
                 logits = self.policy.logits(frames)
+            instead = torch.rand(len(states)).numpy() < fraction
+            due = (np.arange(len(states)) * every // len(states) + step) % every == 0
             self.teacher.forget()
-            label = self.teacher.act(states)  # runs concurrently with the policy on a GPU
-            instead = torch.rand(len(label)).numpy() < fraction
+            label = self.teacher.act_for(states, due | instead)  # runs concurrently with the policy on a GPU
             action = np.where(instead, label, sample(logits)[0].cpu().numpy()).astype(np.int32)
             self.actions[slot, step] = torch.from_numpy(action)
             self.labels[slot, step] = torch.from_numpy(label)
-            agreed.append((logits.argmax(-1) == self.labels[slot, step]).float().mean())
+            agreed.append(logits.argmax(-1) == self.labels[slot, step])
             _, rewards, dones = self.env.step(action)
             self.recent.extend(self.tracker.update(rewards, dones)[0].tolist())
             states = self.env.get_state()
         self.count += 1
-        return {"agreement": torch.stack(agreed).mean()}
+        known = self.labels[slot] != UNKNOWN
+        return {"agreement": (torch.stack(agreed) & known).sum() / known.sum()}
 
     def fit(self) -> dict[str, Tensor]:
         """Do the round's optimisation steps on random stored frames; returns the mean loss."""
@@ -129,9 +143,12 @@ class Dagger:
         set_lr(self.optimizer.param_groups[0], self.cfg.lr * (1 - done))
         filled = min(self.count, self.cfg.rounds_kept)
         frames, labels = self.frames[:filled].flatten(0, 2), self.labels[:filled].flatten()
+        examples = torch.arange(len(labels), device=labels.device)
+        if self.cfg.label_every > 1:
+            examples = examples[labels != UNKNOWN]
         total = torch.zeros((), device=self.compute.device)
         for _ in range(self.cfg.updates):
-            ids = torch.randint(len(labels), (self.cfg.batch_size,), device=self.compute.device)
+            ids = examples[torch.randint(len(examples), (self.cfg.batch_size,), device=self.compute.device)]
             loss = self.loss_of(frames[ids], labels[ids].long())
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
