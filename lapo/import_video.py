@@ -11,6 +11,7 @@ starts again.
 A chunk holds N frames:
     obs   (N, S, S, 3) uint8 RGB with S = `--image-size` (64), scaled by area averaging
     done  (N,) bool: last frame of a shot
+    ta    (N,) int16, with `--actions`: the true action, -1 where unknown
 
 A shot ends where its clip ends, where the clip's held-out part begins, and where the picture changes by more
 than `--cut-threshold` from one frame to the next. Shots shorter than a window are left out.
@@ -27,8 +28,9 @@ from tqdm import tqdm
 
 from lapo.command_line import Parser
 from lapo.config import ROOT, load_config
-from lapo.data.chunks import CHUNK_FRAMES, write_chunk
+from lapo.data.chunks import CHUNK_FRAMES, UNKNOWN, write_chunk
 from lapo.data.clips import Clip, checksum, cropped, open_clip, shrink, versions
+from lapo.data.labels import labels_checksum, read_labels
 from lapo.data.pictures import find_files
 from lapo.errors import UserError, run_main
 from lapo.frames import CHANNELS, SIZES
@@ -77,6 +79,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="mean absolute difference (0 to 255) of two frames that makes a cut; 255: no cuts (35)",
     )
     parser.add_argument(
+        "--actions",
+        type=Path,
+        metavar="FILE",
+        help="CSV with the columns clip, frame (from 0) or second, and action (a name); frames without a row"
+        " have no known action",
+    )
+    parser.add_argument(
         "--data-dir",
         type=Path,
         default=ROOT / "expert_data",
@@ -108,6 +117,7 @@ def settings_of(args: argparse.Namespace) -> dict:
             }
             for path in args.sources
         ],
+        "actions": args.actions and labels_checksum(args.actions),
         **{
             key: getattr(args, key)
             for key in ("crop", "image_size", "frame_skip", "test_share", "cut_threshold")
@@ -118,23 +128,26 @@ def settings_of(args: argparse.Namespace) -> dict:
 class Split:
     """Writer of the chunks of `train` or `test`. Memory holds one chunk at a time."""
 
-    def __init__(self, folder: Path, chunk_frames: int, image_size: int):
+    def __init__(self, folder: Path, chunk_frames: int, image_size: int, with_actions: bool = False):
         """Chunks of at most `chunk_frames` frames, in `folder`."""
         self.folder = folder
         self.obs = np.empty((chunk_frames, image_size, image_size, CHANNELS), np.uint8)
         self.done = np.zeros(chunk_frames, bool)
+        self.ta = np.empty(chunk_frames, np.int16) if with_actions else None
         self.filled = 0
         self.shot_frames = 0
         """Frames of the current shot in the current chunk."""
         self.spans_chunks = False
         """Whether the current shot began in an earlier chunk."""
-        self.chunks = self.frames = self.shots = self.left_out = 0
+        self.chunks = self.frames = self.shots = self.left_out = self.labels = 0
 
-    def add(self, obs: np.ndarray) -> None:
-        """Add a frame (S, S, 3) uint8 to the current shot."""
+    def add(self, obs: np.ndarray, ta: int = UNKNOWN) -> None:
+        """Add a frame (S, S, 3) uint8, and the action taken at it, to the current shot."""
         if self.filled == len(self.obs):
             self.flush()
         self.obs[self.filled] = obs
+        if self.ta is not None:
+            self.ta[self.filled] = ta
         self.filled += 1
         self.shot_frames += 1
 
@@ -154,6 +167,9 @@ class Split:
         if self.filled:
             self.folder.mkdir(exist_ok=True)
             arrays = {"obs": self.obs[: self.filled], "done": self.done[: self.filled]}
+            if self.ta is not None:
+                arrays["ta"] = self.ta[: self.filled]
+                self.labels += int((arrays["ta"] != UNKNOWN).sum())
             write_chunk(self.folder / f"{self.chunks}.npz", arrays)
             self.chunks, self.frames = self.chunks + 1, self.frames + self.filled
         self.done[:] = False
@@ -185,7 +201,11 @@ def import_clips(args: argparse.Namespace, folder: Path) -> dict:
     decoded before any chunk is written.
     """
     clips = [open_clip(path, args.crop) for path in args.sources]
-    splits = {name: Split(folder / name, size, args.image_size) for name, size in CHUNK_FRAMES.items()}
+    labels = read_labels(args.actions, clips) if args.actions else None
+    splits = {
+        name: Split(folder / name, size, args.image_size, labels is not None)
+        for name, size in CHUNK_FRAMES.items()
+    }
     decoded, notes = [], []
     with tqdm(
         total=sum(clip.frames for clip in clips), unit=" frames", unit_scale=True, mininterval=1
@@ -193,6 +213,8 @@ def import_clips(args: argparse.Namespace, folder: Path) -> dict:
         firsts = first_held_out(clips, args.test_share, args.frame_skip)
         for clip, first_test in zip(clips, firsts, strict=True):
             split, previous, index = splits["train"], None, -1
+            name, every = clip.path.resolve().name, args.frame_skip
+            actions = labels.of(name, every, clip.frames) if labels else None
             for index, rgb in enumerate(clip.read(args.frame_skip)):
                 bar.update()
                 if rgb is None:
@@ -201,7 +223,7 @@ def import_clips(args: argparse.Namespace, folder: Path) -> dict:
                 target = splits["test" if index >= first_test else "train"]
                 if target is not split or is_cut(previous, obs, args.cut_threshold):
                     split.end_shot()
-                target.add(obs)
+                target.add(obs, UNKNOWN if actions is None else actions[index // every])
                 split, previous = target, obs
             split.end_shot()
             decoded.append(index + 1)
@@ -215,9 +237,10 @@ def import_clips(args: argparse.Namespace, folder: Path) -> dict:
             f"there are no training frames: no shot outside the held-out part has {MIN_SHOT} frames; lower"
             " --frame-skip or --test-share, raise --cut-threshold, or name more clips"
         )
-    counts = ("frames", "shots", "chunks", "left_out")
-    return {"decoded": decoded} | {
-        name: {key: getattr(split, key) for key in counts} for name, split in splits.items()
+    counts = ["frames", "shots", "chunks", "left_out"] + ["labels"] * (labels is not None)
+    return ({"action_names": labels.names} if labels else {}) | {
+        "decoded": decoded,
+        **{name: {key: getattr(split, key) for key in counts} for name, split in splits.items()},
     }
 
 
@@ -233,7 +256,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
     remedy = "choose another --env or --data-dir, or delete it"
     try:
         text = (folder / "dataset.json").read_text(encoding="utf-8")
-        record = {"image_size": 64} | json.loads(text)  # which older versions did not write
+        record = {"image_size": 64, "actions": None} | json.loads(text)  # which older versions did not write
         found = {key: record[key] for key in settings}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} already holds something else; {remedy}") from None
@@ -241,6 +264,11 @@ def is_finished(folder: Path, settings: dict) -> bool:
         raise UserError(
             f"{folder} was imported from other clips, or from clips of the same names but other content;"
             f" {remedy}"
+        )
+    if found.pop("actions") != settings["actions"]:
+        raise UserError(
+            f"{folder} was imported with other labels or none; delete it and run the command again (stages 1"
+            " and 2 of the same frames remain valid), or choose another --env or --data-dir"
         )
     for key, value in found.items():
         if value != settings[key]:
@@ -272,7 +300,8 @@ def main() -> None:
     for name in CHUNK_FRAMES:
         split = summary[name]
         left_out = f", {split['left_out']:,} frames of too short shots left out" if split["left_out"] else ""
-        print(f"{name}: {split['frames']:,} frames in {split['shots']:,} shots{left_out}")
+        labels = f", {split['labels']:,} with actions" if "labels" in split else ""
+        print(f"{name}: {split['frames']:,} frames in {split['shots']:,} shots{labels}{left_out}")
     if args.test_share and not summary["test"]["frames"]:
         print(
             f"there are no held-out frames: they need {MIN_SHOT} kept frames at a clip's end, or more clips;"

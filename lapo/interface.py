@@ -21,6 +21,7 @@ from lapo.data.chunks import window_starts
 from lapo.data_loader import INFERENCE_BATCH
 from lapo.errors import UserError
 from lapo.frames import CHANNELS
+from lapo.games.table import ACTIONS, GAMES
 from lapo.models import (
     IDM,
     WorldModel,
@@ -152,11 +153,18 @@ class ActingPolicy:
     """A policy of stage 3 or of train_expert.py, frozen and in eval mode.
 
     Both methods accept NumPy and PyTorch, and raise `UserError` for another shape or type than they name.
-    The policy was trained on observations of `frame_shape` (H, W, C).
+    The policy was trained on observations of `frame_shape` (H, W, C). `actions` (A) are the names of its
+    actions, None for an environment of one's own.
     """
 
-    def __init__(self, network: torch.nn.Module, compute: Compute, image_size: int = 64):
-        self.network, self.compute = network, compute
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        compute: Compute,
+        image_size: int = 64,
+        actions: list[str] | None = None,
+    ):
+        self.network, self.compute, self.actions = network, compute, actions
         self.frame_shape = image_size, image_size, CHANNELS
 
     @torch.no_grad()
@@ -205,7 +213,8 @@ def load_policy(path: str | Path, device: str = "auto") -> ActingPolicy:
     path = _checkpoint_path(path)
     checkpoint = load_policy_checkpoint(path, "python stage3.py")
     cfg, compute = _prepare(path, checkpoint, device)
-    return ActingPolicy(restore_policy(checkpoint, compute), compute, cfg.data.image_size)
+    names = list(ACTIONS) if cfg.env in GAMES else checkpoint["state"].get("actions")
+    return ActingPolicy(restore_policy(checkpoint, compute), compute, cfg.data.image_size, names)
 
 
 def _checkpoint_path(path: str | Path, stage: str = "") -> Path:

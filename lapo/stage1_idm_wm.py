@@ -121,6 +121,9 @@ class Trainer:
             self.idm, self.world_model, held_out, ids[subset], la[subset], self.compute
         )
         if held_out.ta is not None:
+            if held_out.has_gaps:
+                ids = held_out.evenly_spaced(self.cfg.probe.windows, held_out.labelled())
+                la = infer_latents(self.idm, held_out.iter_frames(ids), self.compute)
             metrics |= train_probe(la, held_out.actions(ids), self.cfg.probe, self.cfg.seed)
         return metrics
 

@@ -13,11 +13,12 @@ from lapo.data.checks import check_data, check_frames
 from lapo.data.chunks import data_checksums
 from lapo.data_loader import Windows, read_splits
 from lapo.errors import run_main
+from lapo.games.make import can_be_played
 from lapo.models import Policy, infer_latents, make_idm, make_latent_policy, normalize, restore
 from lapo.runs.checkpoints import inherit, load_stages, weights_checksum
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr, warmup_schedule
-from lapo.runs.ranks import average, distributed, per_rank_batch
+from lapo.runs.ranks import average, distributed, is_main, per_rank_batch
 from lapo.runs.run import Run
 
 STAGE = "stage2"
@@ -63,6 +64,13 @@ def train(cfg: Config) -> None:
         if results or done % cfg.stage2.log_every == 0:
             run.log(done, results)
     run.finish(trainer.state_dict())
+    if windows.ta is None and is_main() and not can_be_played(cfg.env):
+        print(
+            f"The frames of {cfg.env} have no true actions. A few hundred of them, from a key log or labelled"
+            " by hand, show what the latent actions mean, and turn this policy into one that chooses among"
+            " them: import the clips with `import_video.py --actions FILE`, then run `report.py` and"
+            " `stage3.py --stage3.mode offline`; see docs/data.md"
+        )
 
 
 class Trainer:

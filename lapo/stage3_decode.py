@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lapo.acting import evaluate_policy
 from lapo.config import PUBLISHED_STEPS, Config, load_config
-from lapo.data.checks import check_data, check_frames
+from lapo.data.checks import action_names, check_data, check_frames
 from lapo.data.chunks import KEYS, data_checksums, num_chunks_for
 from lapo.data_loader import INFERENCE_BATCH, Windows
 from lapo.decoding import Fit, OnlineDecoder, training_updates
@@ -64,7 +64,9 @@ def train(cfg: Config) -> None:
     policy = TRAIN[cfg.stage3.mode](
         cfg, compute, run, {stage: saved["state"] for stage, saved in earlier.items()}
     )
-    run.finish({"policy": policy.state_dict()}, evaluate_policy(policy, cfg, compute))
+    names = None if can_be_played(cfg.env) else action_names(cfg.game_data)
+    state = {"policy": policy.state_dict()} | ({"actions": names} if names else {})
+    run.finish(state, evaluate_policy(policy, cfg, compute))
 
 
 # ---------------------------------------------------------------- with rewards: online, scratch
@@ -118,7 +120,7 @@ def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
     windows, ids, ta = labelled(cfg, compute)
     idm = restore(make_idm(cfg), earlier["stage1"]["idm"], compute)
     la = infer_latents(idm, windows.iter_frames(ids), compute)
-    num_actions = env_spec(cfg.env).num_actions
+    num_actions = choices(cfg)
     policy = compute.place(make_acting_policy(cfg, "offline", num_actions, earlier["stage2"]["policy"]))
     fit = Fit(lambda batch: policy.decoder(la[batch]), policy.decoder, ta, cfg.offline.lr)
     train_on_labels(cfg, compute, run, policy, fit)
@@ -128,7 +130,7 @@ def offline(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module
 def bc(cfg: Config, compute: Compute, run: Run, earlier: dict) -> nn.Module:
     """Train the policy network from random weights on the pairs (frame, ta) of the labelled frames."""
     windows, ids, ta = labelled(cfg, compute)
-    policy = compute.place(make_acting_policy(cfg, "bc", env_spec(cfg.env).num_actions))
+    policy = compute.place(make_acting_policy(cfg, "bc", choices(cfg)))
 
     def predict(batch: Tensor) -> Tensor:
         with compute.autocast():
@@ -146,27 +148,37 @@ def labelled(cfg: Config, compute: Compute) -> tuple[Windows, Tensor, Tensor]:
     """
     folder, count = cfg.game_data / "train", cfg.offline.labels
     check_frames(cfg.env, cfg.game_data, cfg.visuals)
-    limit = num_chunks_for(folder, 4 * count, cfg.data.skip_bad_chunks)
+    limit = None  # labels made by hand may lie anywhere
+    if action_names(cfg.game_data) is None:
+        limit = num_chunks_for(folder, 4 * count, cfg.data.skip_bad_chunks)
     windows = Windows.read(cfg, "train", compute.device, limit=limit)
     if windows.ta is None:
         lacking = f"{folder} holds no"
         if len(windows.unlabelled) < windows.num_chunks:
             lacking = f"{folder}: {windows.describe_unlabelled()} the"
         raise UserError(
-            f"{lacking} true actions `ta`, which mode {cfg.stage3.mode} learns from; add them to its"
-            " chunks, see docs/data.md"
+            f"{lacking} true actions `ta`, which mode {cfg.stage3.mode} learns from; import them with"
+            " `import_video.py --actions`, or add them to its chunks, see docs/data.md"
         )
-    num_actions = env_spec(cfg.env).num_actions
+    num_actions = choices(cfg)
     if windows.ta.max() >= num_actions:
         raise UserError(
             f"{folder} holds true actions up to {windows.ta.max()}, but policies of stage 3 choose among"
             f" {num_actions}; number them from 0 to {num_actions - 1}"
         )
-    if len(windows) < count:
-        raise UserError(f"offline.labels is {count}, but {folder} has {len(windows)} windows; lower it")
+    known = windows.labelled()
+    if len(known) < count:
+        what = "labelled windows" if windows.has_gaps else "windows"
+        raise UserError(f"offline.labels is {count}, but {folder} has {len(known)} {what}; lower it")
     generator = torch.Generator().manual_seed(cfg.seed)
-    ids = torch.randperm(len(windows), generator=generator)[:count].to(compute.device)
+    ids = known[torch.randperm(len(known), generator=generator)[:count].to(compute.device)]
     return windows, ids, windows.actions(ids)
+
+
+def choices(cfg: Config) -> int:
+    """How many actions the policy chooses among: those named in the data set, or the game's."""
+    names = None if can_be_played(cfg.env) else action_names(cfg.game_data)
+    return len(names) if names else env_spec(cfg.env).num_actions
 
 
 def train_on_labels(cfg: Config, compute: Compute, run: Run, policy: nn.Module, fit: Fit) -> None:
@@ -194,11 +206,12 @@ def accuracy(policy: nn.Module, cfg: Config, compute: Compute) -> dict[str, Tens
     test = Windows.read(cfg, "test", compute.device)
     if test.ta is None:
         return {}
+    known = test.labelled()
     with torch.no_grad(), compute.autocast():
         predicted = [
-            policy.logits(test.current_frames(ids)).argmax(-1) for ids in test.all().split(INFERENCE_BATCH)
+            policy.logits(test.current_frames(ids)).argmax(-1) for ids in known.split(INFERENCE_BATCH)
         ]
-    ta = test.actions(test.all())
+    ta = test.actions(known)
     return {
         "action_acc_test": (torch.cat(predicted) == ta).float().mean(),
         "majority_acc_test": (ta == ta.bincount().argmax()).float().mean(),

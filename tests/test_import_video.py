@@ -160,6 +160,7 @@ def test_the_record_says_how_the_data_were_made(tmp_path, importing):
     assert record.pop("versions").items() >= {"av": av.__version__, "pillow": PIL.__version__}.items()
     assert record == {
         "sources": [{"name": "shots", "bytes": size, "crc32": checksum(clip)}],
+        "actions": None,
         "crop": [1, 2, 8, 4],
         "image_size": 64,
         "frame_skip": 2,

@@ -71,6 +71,20 @@ def check_frames(name: str, folder: Path, visuals: Visuals) -> None:
         )
 
 
+def action_names(folder: Path) -> list[str] | None:
+    """The names of the true actions in the data set `folder`, None if it was imported without any.
+
+    Raises `UserError` if its record is damaged.
+    """
+    path = folder / "dataset.json"
+    try:
+        with reading(path):
+            text = path.read_text(encoding="utf-8") if path.exists() else "{}"
+        return json.loads(text).get("action_names")
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is damaged; make the data again, or delete this file") from None
+
+
 # ---------------------------------------------------------------- chunks
 
 
@@ -170,7 +184,7 @@ def check_chunk(path: Path) -> CheckResult:
         if "done" in chunk:
             result.cuts = int(np.count_nonzero(chunk["done"]))
         if "ta" in chunk:
-            result.actions = len(np.unique(chunk["ta"]))
+            result.actions = len(np.unique(chunk["ta"][chunk["ta"] >= 0]))
         _check_other_arrays(path, result.frames)
     except UserError as error:
         message = str(error).removeprefix(str(path)).lstrip(": ")

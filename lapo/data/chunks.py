@@ -1,8 +1,8 @@
 """Chunks of frames on disk: finding, validating, reading and writing them.
 
 A chunk is an npz file `<game>/<split>/<k>.npz` with `obs` (N, S, S, 3) uint8 and, optionally, `ta` (N,)
-integer true actions, `done` (N,) bool, and the other arrays of the published chunks. S is 64 in Procgen's,
-and a power of two in others. This module needs NumPy only.
+integer true actions (-1: unknown), `done` (N,) bool, and the other arrays of the published chunks. S is 64 in
+Procgen's, and a power of two in others. This module needs NumPy only.
 
 Dimensions
     N frames of a chunk · M windows of a chunk · T frames of a window
@@ -34,6 +34,8 @@ MIN_FRAMES = 3
 CHUNK_FRAMES = {"train": 32_768, "test": 4_096}
 """Frames of a full chunk, as in the published data."""
 MAX_ACTIONS = 256
+UNKNOWN = -1
+"""The true action of a frame that has no label."""
 MAX_READERS = 4
 """Threads that decompress chunks, and so the most decoded chunks in host memory (0.4 GB each)."""
 # Level 4 compresses frames twice as fast as zlib's default, into files about a quarter larger.
@@ -161,8 +163,11 @@ def read_chunk(
         names = archive.namelist()
         chunk = {key: read_npy(archive, key) for key in keys if f"{key}.npy" in names}
     ta = chunk.get("ta")
-    if ta is not None and not (ta.min() >= 0 and ta.max() < MAX_ACTIONS):
-        raise BadChunk(f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, found {ta.min()}..{ta.max()}")
+    if ta is not None and not (ta.min() >= UNKNOWN and ta.max() < MAX_ACTIONS):
+        raise BadChunk(
+            f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, or be {UNKNOWN} where unknown,"
+            f" found {ta.min()}..{ta.max()}"
+        )
     if image_size and "obs" in chunk:
         chunk["obs"] = resize(chunk["obs"], image_size)
     return chunk

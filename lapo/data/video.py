@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,6 +59,8 @@ class Video:
     """Decoding time of the last packet. No frame is shown before it is decoded."""
     end_pts: int | None
     """Frames from this time on are left out, because frames before them are missing."""
+    rate: Fraction | None
+    """Frames per second, on average; None if unknown."""
     notes: list[str]
     """What the user should know; each note continues a sentence that begins with the file's name."""
 
@@ -176,7 +179,7 @@ def scan(file: Path) -> Video:
                 f" {reencode_command(file, decoder=other)}"
             )
         declared = (container.duration or 0) / av.time_base
-        evenly_spaced = container.format.name in EVENLY_SPACED
+        evenly_spaced, rate = container.format.name in EVENLY_SPACED, stream.average_rate
         if container.format.name not in DURATION_IN_HEADER:
             declared = 0.0
         end -= min(0, container.start_time or 0) / av.time_base
@@ -223,6 +226,7 @@ def scan(file: Path) -> Video:
         mid_gop=mid_gop,
         last_dts=track.last_dts,
         end_pts=end_pts,
+        rate=rate,
         notes=notes,
     )
 

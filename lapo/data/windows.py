@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lapo.config import Config, diff
 from lapo.data.chunks import (
+    UNKNOWN,
     BadChunk,
     find_chunks,
     print_chunk_limit,
@@ -54,8 +55,10 @@ class Windows:
         frames      (F, H, W, C) uint8
         starts      (M,) int64: index of every window's first frame
         window      T, the frames of a window
-        ta          (F,) int64 true actions, or None if a chunk lacks them; for evaluation and offline modes
+        ta          (F,) int64 true actions, `UNKNOWN` in gaps; None if a chunk lacks them, or none is known;
+                    for evaluation and offline modes
         num_chunks  chunks that were read
+        has_gaps    whether true actions of some frames are unknown
         num_bad     bad chunks that were skipped
         unlabelled  paths of the chunks without `ta`
     """
@@ -129,10 +132,12 @@ class Windows:
                 f"{folder}: every window of its {num_frames:,} frames touches an episode's end;"
                 " set data.skip_resets to false, or use longer episodes"
             )
-        has_actions = all(ta is not None for ta in actions)
-        self.ta = (
-            torch.from_numpy(np.concatenate(actions).astype(np.int64)).to(device) if has_actions else None
-        )
+        self.ta, self.has_gaps = None, False
+        if all(ta is not None for ta in actions):
+            ta = np.concatenate(actions).astype(np.int64)
+            known = ta != UNKNOWN
+            self.ta = torch.from_numpy(ta).to(device) if known.any() else None
+            self.has_gaps = not known.all()
         self._offsets = torch.arange(self.window, device=device)
         self._orders: dict[tuple[int, int], Tensor] = {}
 
@@ -164,6 +169,8 @@ class Windows:
     def summary(self) -> str:
         """One line on frames, chunks, windows, true actions and memory."""
         labels = "with true actions" if self.ta is not None else "without true actions"
+        if self.ta is not None and self.has_gaps:
+            labels = f"{len(self.labelled()):,} of them with true actions"
         if 0 < len(self.unlabelled) < self.num_chunks:
             labels += f" (which {self.describe_unlabelled()})"
         skipped = f" ({self.num_bad} bad skipped)" if self.num_bad else ""
@@ -181,11 +188,22 @@ class Windows:
         """Indices of all windows, in data order: (M,) int64."""
         return torch.arange(len(self), device=self.frames.device)
 
-    def evenly_spaced(self, count: int) -> Tensor:
-        """Indices of `count` windows (all if there are fewer), evenly spaced, ascending: (count,) int64."""
-        if count >= len(self):
-            return self.all()
-        return torch.linspace(0, len(self) - 1, count, device=self.frames.device, dtype=torch.float64).long()
+    def labelled(self) -> Tensor:
+        """Indices of all windows whose true action is known, in data order, int64. Needs `ta`."""
+        windows = self.all()
+        return windows[self.actions(windows) != UNKNOWN] if self.has_gaps else windows
+
+    def evenly_spaced(self, count: int, among: Tensor | None = None) -> Tensor:
+        """`count` windows (all if there are fewer) `among` ascending ones (default: all), evenly spaced.
+
+        Returns indices (count,) int64, ascending.
+        """
+        among = self.all() if among is None else among
+        if count >= len(among):
+            return among
+        return among[
+            torch.linspace(0, len(among) - 1, count, device=among.device, dtype=torch.float64).long()
+        ]
 
     def iter_batches(self, windows: Tensor, size: int = INFERENCE_BATCH) -> Iterator[Tensor]:
         """Split ascending window indices (M,) into batches of at most `size`; use each before the next."""
@@ -209,7 +227,7 @@ class Windows:
         return self.frames[self.frame_index(windows) + self.window - 2]
 
     def actions(self, windows: Tensor) -> Tensor:
-        """True actions (B,) int64, taken at o[t], of windows (B,). Needs `ta`."""
+        """True actions (B,) int64, taken at o[t], of windows (B,), or `UNKNOWN`. Needs `ta`."""
         return self.ta[self.starts[windows] + self.window - 2]
 
     def batch(self, step: int, batch_size: int, seed: int) -> Tensor:

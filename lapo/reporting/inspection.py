@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lapo.config import Config
+from lapo.data.checks import action_names
 from lapo.data.chunks import num_chunks_for
 from lapo.data_loader import INFERENCE_BATCH, Windows
 from lapo.games.table import ACTIONS, GAMES
@@ -78,7 +79,7 @@ class Inspection:
     """The IDM and world model of a stage-1 checkpoint on up to `MAX_WINDOWS` held-out windows.
 
     Attributes
-        ids      (M,) indices of the windows
+        ids      (M,) indices of the windows; if only some have true actions, of these
         la       (M, D) their latent actions
         ta       (M,) their true actions, or None where the data has none
         fitted   (M,) bool: windows that maps are fitted to; the others are shown
@@ -91,12 +92,15 @@ class Inspection:
 
         Raises `UserError` if the data cannot be read.
         """
-        self.game, self.compute = cfg.env, compute
+        self.compute = compute
+        self.action_names = list(ACTIONS) if cfg.env in GAMES else action_names(cfg.game_data) or []
         # As in stage 1, training windows are used if nothing is held out.
         split = "test" if (cfg.game_data / "test").is_dir() else "train"
         limit = num_chunks_for(cfg.game_data / split, 4 * MAX_WINDOWS, cfg.data.skip_bad_chunks)
         self.windows = Windows.read(cfg, split, compute.device, limit=limit)
-        self.ids = self.windows.all()[:: -(-len(self.windows) // MAX_WINDOWS)]
+        gaps = self.windows.ta is not None and self.windows.has_gaps
+        ids = self.windows.labelled() if gaps else self.windows.all()
+        self.ids = ids[:: -(-len(ids) // MAX_WINDOWS)]
         self.ta = None if self.windows.ta is None else self.windows.actions(self.ids)
         block = max(1, min(BLOCK, len(self.ids) // 8))
         self.fitted = torch.arange(len(self.ids), device=self.ids.device) // block % 2 == 0
@@ -113,8 +117,7 @@ class Inspection:
         self.names = [self._name(action) for action in self.actions.tolist()]
 
     def _name(self, action: int) -> str:
-        known = self.game in GAMES and action < len(ACTIONS)
-        return ACTIONS[action] if known else f"action {action}"
+        return self.action_names[action] if action < len(self.action_names) else f"action {action}"
 
     def latent_projections(self) -> tuple[list[LatentProjection], np.ndarray]:
         """Projections of latent actions after and before training; true actions as indices of `actions`.
