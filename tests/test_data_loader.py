@@ -317,7 +317,7 @@ def bad_chunk(kind: str, path: Path) -> None:
         case "two frames":
             arrays = good(2)
         case "negative ta":
-            arrays["ta"] = arrays["ta"] - 1
+            arrays["ta"] = arrays["ta"] - 2
         case "huge ta":
             arrays["ta"] = np.full(5, 2**63, np.uint64)
         case "float ta":
@@ -359,7 +359,7 @@ FAULTS = {
     "no colours": "`obs` must be uint8 (N, 64, 64, 3), found uint8 (5, 64, 64)",
     "wrong dtype": "`obs` must be uint8 (N, 64, 64, 3), found float32",
     "two frames": "holds 2 frames; a chunk needs at least 3",
-    "negative ta": "`ta` must lie in 0..255, found -1..3",
+    "negative ta": "`ta` must lie in 0..255, found -2..2 (-1: unknown)",
     "huge ta": "`ta` must lie in 0..255, found",
     "float ta": "`ta` must be integers (5,), found float32",
     "ta of wrong length": "`ta` must be integers (5,), found int64 (4,)",

@@ -159,7 +159,9 @@ def test_a_few_labels_lead_to_a_policy_with_named_actions(walks, capsys):
         counts = np.bincount(held_out[held_out >= 0])
         assert metrics["majority_acc_test"] == pytest.approx(counts.max() / counts.sum())
     with pytest.raises(UserError, match=r"offline\.labels is 400, but .* has 8\d labelled windows"):
-        stage3_decode.train(place.config(*options, "--stage3.mode", "bc", "--offline.labels", "400"))
+        stage3_decode.train(
+            place.config(*options, "--exp", "many", "--stage3.mode", "bc", "--offline.labels", "400")
+        )
 
     # The probe is trained on the labelled windows alone, and figures show the names.
     stage1_idm_wm.train(place.config(*options, "--exp", "probed"))

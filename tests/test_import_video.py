@@ -125,7 +125,7 @@ def test_an_mp4_a_gif_and_images_train_stages_1_and_2(tmp_path):
     assert load_checkpoint(place.results / "main/mygame/seed0/stage2/checkpoint.pt")["finished"]
     for mode, sentence in (
         ("online", "learns by playing, and 'mygame' is not a Procgen game"),
-        ("offline", "holds no true actions `ta`, which mode offline learns from; add them"),
+        ("offline", "holds no true actions `ta`, which mode offline learns from; import them"),
     ):
         with pytest.raises(UserError, match=sentence):
             stage3_decode.train(place.config("--env", "mygame", "--stage3.mode", mode))
