@@ -165,7 +165,8 @@ def read_chunk(
     ta = chunk.get("ta")
     if ta is not None and not (ta.min() >= UNKNOWN and ta.max() < MAX_ACTIONS):
         raise BadChunk(
-            f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, found {ta.min()}..{ta.max()} ({UNKNOWN}: unknown)"
+            f"{path}: `ta` must lie in 0..{MAX_ACTIONS - 1}, found {ta.min()}..{ta.max()}"
+            f" ({UNKNOWN}: unknown)"
         )
     if image_size and "obs" in chunk:
         chunk["obs"] = resize(chunk["obs"], image_size)
