@@ -1,8 +1,8 @@
 """ILPO (Edwards, Sahni, Schroecker and Isbell, ICML 2019): pretraining of the trunk of mode ilpo.
 
-A policy chooses among Z discrete latent actions from o[t], and a generator predicts the change to o[t+1] under
-each of them. Differences from the original are those of the LAPO paper's baseline: Z is 15, the policy has the
-trunk of stage 2's, the generator is a U-Net like stage 1's world model, and PPO on the frozen trunk follows.
+A policy chooses among Z discrete latent actions from o[t], and a generator predicts the change to o[t+1]
+under each of them. Unlike in the original, which maps latent actions to true ones, PPO on the policy's frozen
+trunk follows, as in LAPO's baseline. That trunk is of stage 2's kind, the generator of the world model's.
 
 Dimensions: B batch · Z latent actions · C, H, W image
 """

@@ -1,8 +1,8 @@
 """Stage 3: turn the latent policy into a policy that acts in the game.
 
 Modes (`--stage3.mode`)
-    online         PPO on the frozen trunk of the latent policy, and a decoder latent → true action, trained on
-                   the agent's own actions and the latents that the IDM infers for them
+    online         PPO on the frozen trunk of the latent policy, and a decoder latent → true action, trained
+                   on the agent's own actions and the latents that the IDM infers for them
     offline        the decoder is trained on a few labelled expert frames, without rewards
 Comparisons
     scratch        PPO with the same network from random weights, end to end
