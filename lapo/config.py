@@ -221,13 +221,38 @@ class DecoderConfig:
 
 @dataclass
 class OfflineConfig:
-    """Learning from a few labelled frames, in the modes offline and bc."""
+    """Learning from a few labelled frames."""
 
     __pydantic_config__ = STRICT
     labels: Count
     steps: Count
     batch_size: Count
     lr: Positive
+
+
+@dataclass
+class RelabelConfig:
+    """The policy that learns from labels of an IDM, in the modes idm_labelling and lapo_plus."""
+
+    __pydantic_config__ = STRICT
+    idm_steps: Count
+    policy_steps: Count
+    batch_size: Count
+    lr: Positive
+    save_every: Count
+
+
+@dataclass
+class ILPOConfig:
+    """The trunk that mode ilpo pretrains."""
+
+    __pydantic_config__ = STRICT
+    num_actions: Count
+    steps: Count
+    batch_size: Count
+    lr: Positive
+    log_every: Count
+    save_every: Count
 
 
 @dataclass
@@ -312,6 +337,8 @@ class Config:
     ppo: PPOConfig
     decoder: DecoderConfig
     offline: OfflineConfig
+    relabel: RelabelConfig
+    ilpo: ILPOConfig
     expert: ExpertConfig
     dagger: DaggerConfig
     eval: EvalConfig

@@ -43,7 +43,7 @@ class Fit:
         lr: float,
         label_smoothing: float = 0.0,
     ):
-        self.predict, self.ta, self.label_smoothing = predict, ta, label_smoothing
+        self.predict, self.network, self.ta, self.label_smoothing = predict, network, ta, label_smoothing
         groups = [{"params": list(network.parameters()), "lr": lr}]
         self.optimizer = make_optimizer(torch.optim.Adam, groups, [network])
         self.total, self.count = torch.zeros((), device=ta.device), 0

@@ -198,8 +198,43 @@ def pixel_to_square(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
     return square.unflatten(1, (-1, 2, 2))
 
 
-class WorldModel(nn.Module):
-    """U-Net (Ronneberger et al. 2015) that predicts o[t+1] from the frames before it and the latent action.
+class UNet(nn.Module):
+    """The U-Net (Ronneberger et al. 2015) of `WorldModel` and `Generator`.
+
+    Each level halves the image and doubles the width; the bottleneck makes one pixel of the last 2×2, which
+    is concatenated with `la_dim` numbers.
+    """
+
+    def __init__(self, in_channels: int, image_channels: int, la_dim: int, width: int, image_size: int):
+        """`in_channels` of the first convolution; `image_channels` are concatenated to the last level."""
+        super().__init__()
+        levels = image_size.bit_length() - 2
+        widths = [width << level for level in range(levels)]
+        self.down = nn.ModuleList(
+            DownBlock(i, o) for i, o in zip((in_channels, *widths[:-1]), widths, strict=True)
+        )
+        self.bottleneck = nn.Conv2d(widths[-1], 2 * widths[-1], 2)
+        inputs = (2 * widths[-1] + la_dim, *(2 * w for w in reversed(widths)))
+        outputs = (*reversed(widths), width)
+        self.up = nn.ModuleList(UpBlock(i, o) for i, o in zip(inputs, outputs, strict=True))
+        self.out = nn.Sequential(
+            nn.Conv2d(width + image_channels, width, 3, padding=1),
+            ResidualBlock(width, width // 2),
+            nn.ReLU(),
+            nn.Conv2d(width, CHANNELS, 1),
+        )
+
+    def ascend(self, skips: list[Tensor], action: Tensor, images: Tensor) -> Tensor:
+        """All levels' outputs (B, b, h, w), action (B, la_dim), images (B, I, H, W) → (B, C, H, W)."""
+        compiled = torch.compiler.is_compiling()
+        x = square_to_pixel(skips[-1], self.bottleneck) if compiled else self.bottleneck(skips[-1])
+        for block, skip in zip(self.up, [action[:, :, None, None], *reversed(skips)], strict=True):
+            x = block(x, skip.to(x.dtype))
+        return self.out(torch.cat([x, images.to(x.dtype)], 1)).float()
+
+
+class WorldModel(UNet):
+    """A U-Net that predicts o[t+1] from the frames before it and the latent action.
 
     The latent action enters twice: as constant input channels, and at the 1×1 bottleneck. With
     `fold_action=True` the first convolution over the constant channels is computed in a cheaper, equal form
@@ -211,25 +246,9 @@ class WorldModel(nn.Module):
     def __init__(
         self, la_dim: int, width: int, fold_action: bool = True, context: int = 1, image_size: int = 64
     ):
-        super().__init__()
-        self.fold_action = fold_action
-        self.past_channels = (context + 1) * CHANNELS
-        # Each level halves the image and doubles the width; the bottleneck makes one pixel of the last 2×2.
-        levels = image_size.bit_length() - 2
-        widths = [width << level for level in range(levels)]
-        self.down = nn.ModuleList(
-            DownBlock(i, o) for i, o in zip((self.past_channels + la_dim, *widths[:-1]), widths, strict=True)
-        )
-        self.bottleneck = nn.Conv2d(widths[-1], 2 * widths[-1], 2)
-        inputs = (2 * widths[-1] + la_dim, *(2 * w for w in reversed(widths)))
-        outputs = (*reversed(widths), width)
-        self.up = nn.ModuleList(UpBlock(i, o) for i, o in zip(inputs, outputs, strict=True))
-        self.out = nn.Sequential(
-            nn.Conv2d(width + self.past_channels, width, 3, padding=1),
-            ResidualBlock(width, width // 2),
-            nn.ReLU(),
-            nn.Conv2d(width, CHANNELS, 1),
-        )
+        past_channels = (context + 1) * CHANNELS
+        super().__init__(past_channels + la_dim, past_channels, la_dim, width, image_size)
+        self.fold_action, self.past_channels = fold_action, past_channels
         # edge_taps[y, k]: 1 if tap k of a 3-tap kernel at position y reads a pixel, 0 if it reads padding.
         source = torch.arange(image_size)[:, None] + torch.arange(-1, 2)
         self.register_buffer("edge_taps", ((source >= 0) & (source < image_size)).float(), persistent=False)
@@ -247,7 +266,6 @@ class WorldModel(nn.Module):
 
     def forward(self, images: Tensor, la_q: Tensor) -> Tensor:
         """Frames up to o[t] (B, (T-1)·C, H, W), la_q (B, la_dim) → predicted o[t+1] (B, C, H, W)."""
-        action = la_q[:, :, None, None]
         if self.fold_action:
             first = self.down[0].conv
             x = F.conv2d(
@@ -255,16 +273,37 @@ class WorldModel(nn.Module):
             ) + self.action_map(la_q)
             x = self.down[0].finish(x)
         else:
-            x = self.down[0](torch.cat([images, action.expand(-1, -1, *images.shape[2:])], 1))
+            action = la_q[:, :, None, None].expand(-1, -1, *images.shape[2:])
+            x = self.down[0](torch.cat([images, action], 1))
         skips = [x]
         for block in self.down[1:]:
             x = block(x)
             skips.append(x)
-        compiled = torch.compiler.is_compiling()
-        x = square_to_pixel(x, self.bottleneck) if compiled else self.bottleneck(x)
-        for block, skip in zip(self.up, [action, *reversed(skips)], strict=True):
-            x = block(x, skip.to(x.dtype))
-        return self.out(torch.cat([x, images.to(x.dtype)], 1)).float().tanh() / 2
+        return self.ascend(skips, la_q, images).tanh() / 2
+
+
+class Generator(UNet):
+    """ILPO's generator (Edwards et al. 2019): the change o[t+1] - o[t] under each of Z latent actions.
+
+    The latent action enters at the bottleneck, as a one-hot vector, so that the way down is computed once.
+    The output is linear: changes span ±1.
+    """
+
+    def __init__(self, num_actions: int, width: int, image_size: int = 64):
+        super().__init__(CHANNELS, CHANNELS, num_actions, width, image_size)
+        self.num_actions = num_actions
+
+    def forward(self, images: Tensor) -> Tensor:
+        """o[t] (B, C, H, W) → changes (B, Z, C, H, W)."""
+        x, skips = images, []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        one_hot = torch.eye(self.num_actions, device=images.device).repeat(len(images), 1)  # (B·Z, Z)
+        skips, (images,) = (
+            [level.repeat_interleave(self.num_actions, 0) for level in levels] for levels in (skips, [images])
+        )
+        return self.ascend(skips, one_hot, images).unflatten(0, (-1, self.num_actions))
 
 
 # ---------------------------------------------------------------- policies
@@ -340,6 +379,39 @@ class DecodedPolicy(nn.Module):
         return self.decoder(self.latent_policy(normalize(frames)))
 
 
+def make_policy_head(num_actions: int) -> Head:
+    """The RL path's head, 256 → A: zero, so that it prefers no action."""
+    head = Head(HIDDEN, num_actions)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class FrozenTrunkPolicy(nn.Module):
+    """PPO's policy on a frozen trunk: the RL path of `TwoPathPolicy` alone, whose logits are not halved."""
+
+    def __init__(self, pretrained: Policy, num_actions: int):
+        super().__init__()
+        self.trunk = pretrained.trunk.requires_grad_(False)
+        self.fc = pretrained.fc
+        self.policy_head = make_policy_head(num_actions)
+        self.value_head = make_value_head()
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> tuple[Tensor]:
+        """Frames (B, H, W, C) uint8 → what a rollout stores: features (B, out_dim)."""
+        return (self.trunk(normalize(frames)),)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, out_dim) → logits (B, A), value (B,)."""
+        hidden = F.relu(self.fc(features))
+        return self.policy_head(hidden), self.value_head(hidden).squeeze(-1)
+
+    def logits(self, frames: Tensor) -> Tensor:
+        """Frames (B, H, W, C) uint8 → logits (B, A)."""
+        return self(*self.encode(frames))[0]
+
+
 class TwoPathPolicy(nn.Module):
     """The acting policy of online mode, on the frozen trunk of a latent policy.
 
@@ -355,9 +427,7 @@ class TwoPathPolicy(nn.Module):
         self.sl_head = latent_policy.policy_head.requires_grad_(False)
         self.decoder = decoder.requires_grad_(False)
         self.fc = copy.deepcopy(self.sl_fc).requires_grad_(True)
-        self.policy_head = Head(HIDDEN, num_actions)
-        nn.init.zeros_(self.policy_head.weight)
-        nn.init.zeros_(self.policy_head.bias)
+        self.policy_head = make_policy_head(num_actions)
         self.value_head = make_value_head()
 
     @torch.no_grad()
@@ -416,21 +486,35 @@ def make_decoder(cfg: Config, num_actions: int) -> Decoder:
     return Decoder(cfg.vq.la_dim, num_actions, tuple(cfg.decoder.hidden))
 
 
+def make_supervised_idm(cfg: Config, num_actions: int) -> nn.Sequential:
+    """An IDM without bottleneck, and a decoder: windows (B, T·C, H, W) → logits of true actions (B, A)."""
+    idm = IDM(cfg.model.idm_scale, cfg.vq.la_dim, None, cfg.data.context, cfg.data.image_size)
+    return nn.Sequential(idm.trunk, idm.fc, nn.ReLU(), idm.head, make_decoder(cfg, num_actions))
+
+
+def make_ilpo_policy(cfg: Config) -> Policy:
+    """ILPO's latent policy: frame → logits of its discrete latent actions."""
+    return Policy(cfg.ilpo.num_actions, cfg.model.policy_scale, cfg.data.image_size)
+
+
 def make_acting_policy(
-    cfg: Config, mode: str, num_actions: int, latent_policy: dict | None = None
-) -> Policy | DecodedPolicy | TwoPathPolicy:
+    cfg: Config, mode: str, num_actions: int, pretrained: dict | None = None
+) -> Policy | DecodedPolicy | FrozenTrunkPolicy | TwoPathPolicy:
     """Stage 3's acting policy in `mode`. Its `logits` maps frames to logits of `num_actions` true actions.
 
-    `latent_policy` holds the latent policy's initial weights, in the modes that use one.
+    `pretrained` holds the initial weights of the latent policy, in the modes that use one.
     """
     kind = MODES[mode].network
     if kind == "policy":
         return Policy(num_actions, cfg.model.policy_scale, cfg.data.image_size)
     if kind == "actor-critic":
         return ActorCritic(num_actions, cfg.model.policy_scale, cfg.data.image_size)
-    policy, decoder = make_latent_policy(cfg), make_decoder(cfg, num_actions)
-    if latent_policy:
-        policy.load_state_dict(latent_policy)
+    policy = make_ilpo_policy(cfg) if mode == "ilpo" else make_latent_policy(cfg)
+    decoder = None if kind == "frozen-trunk" else make_decoder(cfg, num_actions)
+    if pretrained:
+        policy.load_state_dict(pretrained)
+    if kind == "frozen-trunk":
+        return FrozenTrunkPolicy(policy, num_actions)
     return (
         DecodedPolicy(policy, decoder) if kind == "decoded" else TwoPathPolicy(policy, decoder, num_actions)
     )

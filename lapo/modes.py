@@ -1,6 +1,7 @@
 """The modes of stage 3 and what distinguishes them.
 
-Their training functions are in stage3_decode.py. A new mode is an entry here and a function there.
+Their training functions are in stage3_decode.py and imitation.py. A new mode is an entry here and a function
+there.
 """
 
 from dataclasses import dataclass
@@ -17,22 +18,48 @@ class Mode:
     """Colour of its curves and bars; LAPO's modes are blue."""
     config_keys: tuple[str, ...]
     """Keys and groups of the config that its results depend on, beside those of every mode."""
-    network: Literal["policy", "actor-critic", "decoded", "two-path"]
+    network: Literal["policy", "actor-critic", "decoded", "two-path", "frozen-trunk"]
     """The network that acts, see `models.make_acting_policy`."""
-    needs_latents: bool
-    """Whether it uses stages 1 and 2."""
-    plays: bool
-    """Whether it is trained on rewards in the game; otherwise, on labelled frames."""
+    stages: tuple[str, ...]
+    """The stages that it builds on."""
+    learns_from: tuple[Literal["frames", "labels", "rewards"], ...]
+    """Frames of the expert, true actions of some of them, rewards of the game; stages included."""
 
+    @property
+    def plays(self) -> bool:
+        """Whether it is trained in the game."""
+        return "rewards" in self.learns_from
+
+
+BOTH = "stage1", "stage2"
+LABELS = "data", "offline", "eval"
 
 MODES = {
-    "bc": Mode("behaviour cloning", "#e0a03c", ("data", "offline", "eval"), "policy", False, False),
-    "scratch": Mode("PPO from scratch", "#c8553d", ("ppo", "eval"), "actor-critic", False, True),
+    "bc": Mode("behaviour cloning", "#e0a03c", LABELS, "policy", (), ("labels",)),
+    "idm_labelling": Mode(
+        *("IDM labelling", "#a9772a", (*LABELS, "relabel", "vq", "decoder"), "policy", ()),
+        learns_from=("frames", "labels"),
+    ),
+    "scratch": Mode("PPO from scratch", "#c8553d", ("ppo", "eval"), "actor-critic", (), ("rewards",)),
+    "ilpo": Mode(
+        *("ILPO", "#8a8a3c", ("ppo", "eval", "data", "ilpo"), "frozen-trunk", ("ilpo_trunk",)),
+        learns_from=("frames", "rewards"),
+    ),
     "offline": Mode(
-        *("LAPO offline", "#7fb2e5", ("data", "offline", "vq", "decoder", "eval"), "decoded", True, False)
+        *("LAPO offline", "#7fb2e5", (*LABELS, "vq", "decoder"), "decoded", BOTH),
+        learns_from=("frames", "labels"),
+    ),
+    "lapo_plus": Mode(
+        *("LAPO+", "#4a90c2", (*LABELS, "relabel", "vq", "decoder"), "policy", ("stage1",)),
+        learns_from=("frames", "labels"),
+    ),
+    "no_sl": Mode(
+        *("LAPO without SL", "#5b7fa6", ("ppo", "vq", "eval"), "frozen-trunk", ("stage2",)),
+        learns_from=("frames", "rewards"),
     ),
     "online": Mode(
-        "LAPO online", "#1f5fa8", ("ppo", "vq", "decoder", "eval", "data.context"), "two-path", True, True
+        *("LAPO online", "#1f5fa8", ("ppo", "vq", "decoder", "eval", "data.context"), "two-path", BOTH),
+        learns_from=("frames", "rewards"),
     ),
 }
 """In the order in which tables and figures show them."""

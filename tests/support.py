@@ -204,6 +204,8 @@ TINY = {
         "every_update_until": 4_000_000,
     },
     "offline": {"labels": 32, "steps": 20, "batch_size": 16},
+    "relabel": {"idm_steps": 6, "policy_steps": 14, "batch_size": 16, "save_every": 5},
+    "ilpo": {"num_actions": 3, "steps": 8, "batch_size": 4, "log_every": 2, "save_every": 3},
     "expert": {"steps": 192, "log_every": 1, "save_every": 1},
     "dagger": {
         "steps": 160,

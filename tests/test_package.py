@@ -23,7 +23,7 @@ LAYERS = (
     ("data", "bottleneck"),
     ("models",),
     ("data_loader", "decoding", "policies"),
-    ("probe", "ppo"),
+    ("probe", "ppo", "imitation", "ilpo"),
     ("acting",),
     ("interface",),
     ("experts", "reporting"),

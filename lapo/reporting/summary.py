@@ -153,7 +153,8 @@ def training_source(mode: str, output: StageOutput) -> str:
     """The data that the policy of a mode of stage 3 was trained on, in words."""
     labels = f"{output.checkpoint['config']['offline']['labels']:,} labels"
     rewards = f"{output.progress()['steps']:,} env steps"
-    return "frames, " * MODES[mode].needs_latents + (rewards if MODES[mode].plays else labels)
+    frames = "frames" in MODES[mode].learns_from
+    return "frames, " * frames + (rewards if MODES[mode].plays else labels)
 
 
 def random_return(cfg: Config) -> dict:

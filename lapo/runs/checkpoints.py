@@ -25,7 +25,7 @@ FIELDS = (
     *("wandb_id", "provenance"),
 )
 """Fields of every checkpoint, beside `format`. Newer ones also have `built_on`, `seconds` and `checksum`."""
-STAGE3_GROUPS = "stage3", "ppo", "decoder", "offline", "eval"
+STAGE3_GROUPS = "stage3", "ppo", "decoder", "offline", "relabel", "ilpo", "eval"
 """Groups of the config that stages 1 and 2 do not read."""
 NETWORKS = "idm", "world_model", "policy"
 """Entries of a stage's state that later stages use."""
