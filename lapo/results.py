@@ -213,24 +213,23 @@ def draw_final(comparison: Comparison) -> dict[str, Figure]:
         title = "Final returns on held-out levels (± standard error over seeds; of a single seed, within it)"
         drawn["final"] = curves.bars(games, title, "mean return per episode")
 
-    estimates = [
-        (
-            comparison.names[found.setting] + amount(found.labels, found.env_steps),
-            *(found.setting.mode, comparison.variant(found.setting)),
-            {
-                "mean": (found.mean, found.mean_interval),
-                "interquartile mean": (found.iqm, found.iqm_interval),
-            },
-        )
-        for found in comparison.aggregates
-    ]
-    if estimates:
-        counts = {len(found.games) for found in comparison.aggregates}
-        without = [found for found in comparison.aggregates if found.mean_interval is None]
+    shown = [found for found in comparison.aggregates if found.main]
+    if shown:
+        estimates = [
+            (
+                comparison.names[found.setting] + amount(found.labels, found.env_steps),
+                *(found.setting.mode, comparison.variant(found.setting)),
+                {
+                    "mean": (found.mean, found.mean_interval),
+                    "interquartile mean": (found.iqm, found.iqm_interval),
+                },
+            )
+            for found in shown
+        ]
         note = "boxes: 95 % stratified bootstrap intervals"
-        if without:
+        if any(found.mean_interval is None for found in shown):
             note += "; none where a game has a single seed"
-        title = f"Relative returns over {games_in_words(counts)}\n({note})"
+        title = f"Relative returns over {games_in_words({len(found.games) for found in shown})}\n({note})"
         xlabel = "relative return (0: random play, 1: published expert)"
         drawn["relative"] = curves.intervals(estimates, title, xlabel)
     return drawn

@@ -81,6 +81,8 @@ class Aggregate:
     setting: Setting
     labels: int | None
     env_steps: int | None
+    main: bool
+    """Whether `labels` is the run's own number in some game, see `Row`."""
     games: tuple[str, ...]
     seeds: tuple[int, ...]
     """How many seeds each game has."""
@@ -239,6 +241,7 @@ def aggregates(found: list[Row]) -> list[Aggregate]:
         made.append(
             Aggregate(
                 *(first.setting, first.labels, first.env_steps),
+                main=any(row.main for row, _ in scored),
                 games=tuple(row.game for row, _ in scored),
                 seeds=tuple(map(len, samples)),
                 mean=float(mean_over_games(*samples)),

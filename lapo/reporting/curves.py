@@ -14,7 +14,13 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from lapo.reporting.figures import COLORS, new_figure
 from lapo.reporting.published import LAPO_PLUS, PAPER
 
-OTHER_COLORS = {"no_sl": "#5b3a8c", "no_sl_no_vq": "#b48ad6", "ilpo": "#8a5a2b"}
+OTHER_COLORS = {
+    "no_sl": "#5b3a8c",
+    "no_sl_no_vq": "#b48ad6",
+    "ilpo": "#8a5a2b",
+    "idm_labelling": "#4f9a68",
+    "lapo_plus": "#12365e",
+}
 """Of published methods that are no mode here."""
 DASHES = {PAPER: (0, (4, 1.5)), LAPO_PLUS: (0, (1, 1.5))}
 DOTS = (0, (1, 1))
@@ -89,7 +95,8 @@ def curves(panels: list[Panel], title: str, xlabel: str, ylabel: str) -> Figure:
     figure, axes = grid_of(len(panels), title, *((8.5, 4.6) if single else ()))
     for ax, panel in zip(axes, panels, strict=True):
         draw_panel(ax, panel, markers=single)
-    figure.supxlabel(xlabel, fontsize=10)
+        if len(panels) - panels.index(panel) <= COLUMNS:  # the lowest of its column
+            ax.set_xlabel(xlabel, fontsize=9.5)
     figure.supylabel(ylabel, fontsize=10)
     legend(figure, axes)
     return figure
@@ -113,7 +120,7 @@ def draw_panel(ax: Axes, panel: Panel, *, markers: bool) -> None:
             low, high = line.y - line.error, line.y + line.error
             ax.fill_between(line.x, low, high, color=color, alpha=0.22, linewidth=0, zorder=2)
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(numticks=5))
+    ax.xaxis.set_major_locator(LogLocator(numticks=9))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_locator(MaxNLocator(5))

@@ -13,7 +13,13 @@ FILES = {
     PAPER: ROOT / "docs" / "paper_results.json",
     LAPO_PLUS: ROOT / "docs" / "lapo_plus_results.json",
 }
-EXTRA_TITLES = {"no_sl": "RL alone", "no_sl_no_vq": "RL alone, no VQ", "ilpo": "ILPO"}
+EXTRA_TITLES = {
+    "no_sl": "online without SL",
+    "no_sl_no_vq": "online without SL and VQ",
+    "ilpo": "ILPO",
+    "idm_labelling": "IDM labelling",
+    "lapo_plus": "LAPO+",
+}
 """Names of methods that are no mode here."""
 
 Curves = dict[str, tuple[list[int], list[float]]]
