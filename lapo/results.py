@@ -142,7 +142,7 @@ def draw_online(comparison: Comparison) -> dict[str, Figure]:
         ]
         if lines:
             panels.append(Panel(game, [*lines, *papers(published.online(game))], levels(game)))
-    title = f"Returns while learning from rewards ({bands})"
+    title = f"Returns while learning from rewards\n({bands})"
     drawn["online"] = curves.curves(panels, title, "environment steps (log scale)", what)
 
     lines, counts = [], set()
@@ -180,7 +180,7 @@ def draw_labels(comparison: Comparison) -> dict[str, Figure]:
             panels.append(
                 Panel(game, [*lines, *papers(published.offline(published.PAPER, game))], levels(game))
             )
-    title = f"Returns of learning from few labels ({bands})"
+    title = f"Returns of learning from few labels\n({bands})"
     drawn["labels"] = curves.curves(panels, title, xlabel, "mean return on held-out levels")
 
     lines, counts = [], set()
@@ -210,7 +210,7 @@ def draw_final(comparison: Comparison) -> dict[str, Figure]:
             bar = Final(names, row.setting.mode, row.mean, error, variant, paper)
             games.setdefault(row.game, []).append(bar)
     if games:
-        title = "Final returns on held-out levels (± standard error over seeds; of a single seed, within it)"
+        title = "Final returns on held-out levels\n(± standard error over seeds; of one seed, see results.md)"
         drawn["final"] = curves.bars(games, title, "mean return per episode")
 
     shown = [found for found in comparison.aggregates if found.main]

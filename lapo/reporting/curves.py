@@ -143,7 +143,8 @@ def legend(figure: Figure, axes: list[Axes]) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     ordered = sorted(found, key=lambda label: (label in ("random", "expert"), ":" in label))
-    columns = max(1, min(4, round(figure.get_figwidth() / 2.6)))
+    widest = 0.7 + 0.066 * max(map(len, ordered), default=0)  # inches of an entry: a line, and its letters
+    columns = max(1, min(4, int(figure.get_figwidth() / widest)))
     style = {"ncols": columns, "fontsize": 8.5, "frameon": False, "handlelength": 2.6}
     figure.legend([found[label] for label in ordered], ordered, loc="outside lower center", **style)
 

@@ -180,7 +180,10 @@ def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int) -> None:
             absent.append(stage)
         elif not found.finished:
             of = asked_for(found.cfg, stage)
-            note(stage, "unfinished", f"unfinished, at step {found.steps:,} of {of:,}")
+            at = (
+                f"at step {found.steps:,} of {of:,}" if found.steps < of else "trained, but not evaluated yet"
+            )
+            note(stage, "unfinished", f"unfinished, {at}")
 
     built = False
     for mode in modes:
