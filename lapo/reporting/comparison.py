@@ -194,18 +194,19 @@ def aggregate_table(comparison: Comparison) -> str:
 
 def aggregate_note(comparison: Comparison) -> str:
     """How the intervals were made, and what they do not cover."""
-    note = (
-        f"In brackets: 95 % intervals of the stratified percentile bootstrap ({RESAMPLES:,} resamples; seeds"
-        " are drawn within each game)."
-    )
-    found = comparison.aggregates
+    found, note = comparison.aggregates, ""
+    if any(each.mean_interval for each in found):
+        note = (
+            f"In brackets: 95 % intervals of the stratified percentile bootstrap ({RESAMPLES:,} resamples;"
+            " seeds are drawn within each game). "
+        )
     if any(len(each.games) < len(GAMES) for each in found):
-        note += f" Aggregates over fewer than the {len(GAMES)} games say nothing about the others."
+        note += f"Aggregates over fewer than the {len(GAMES)} games say nothing about the others. "
     if any(each.mean_interval is None for each in found):
-        note += " Where a game has one seed only there is no interval: it takes two seeds of every game."
+        note += "Where a game has one seed only there is no interval: it takes two seeds of every game. "
     if len({each.games for each in found}) > 1:
-        note += " Settings that have other games than the rest cannot be compared with it."
-    return note
+        note += "Settings that have other games than the rest cannot be compared with it."
+    return note.strip()
 
 
 def missing_lines(grid: Grid) -> list[str]:
