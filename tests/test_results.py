@@ -217,7 +217,7 @@ def test_keys_in_which_runs_differ_become_columns(runs):
     text = runs.text
     assert "stage1.lr" in line_of(text, "| game", "return")
     assert "0.0003" in line_of(text, "| maze", "7.00")
-    assert "LAPO offline, lr 0.0003" in text
+    assert "LAPO offline, stage1.lr 0.0003" in text
 
 
 def test_seeds_of_several_experiments_are_pooled_unless_they_repeat(runs):
@@ -246,6 +246,15 @@ def test_a_sweep_over_labels_is_a_row_per_number_and_averages_draws_first(runs):
     assert set(figures) == {"labels", "labels_all", "final", "relative"}
     ours = next(line for line in figures["labels"].axes[0].lines if line.get_label() == "behaviour cloning")
     assert ours.get_xydata().tolist() == [[16, 5.5], [64, 7.5], [256, 4]]
+
+
+def test_a_sweep_without_the_runs_own_number_is_shown_by_its_largest(runs):
+    sweep = [{"labels": labels, "draw": 0, "return_mean": 1.0} for labels in (16, 64)]
+    runs.write("a", "maze", 0, "stage3_bc", {"sweep": sweep})
+    runs.compare("--exp", "a")
+    figures = results.draw(Comparison(runs.grid("a")))
+    (bar,) = figures["final"].axes[0].get_legend_handles_labels()[1]
+    assert bar == "behaviour cloning, 64 labels"
 
 
 def test_draws_of_a_single_seed_give_its_error(runs):
@@ -436,7 +445,7 @@ def test_every_figure_shows_something(runs, tmp_path, call_main, monkeypatch):
         )
         if name in ("online", "online_all", "labels", "labels_all"):
             labels = [text.get_text() for text in figure.legends[0].get_texts()]
-            assert sum(label.startswith("LAPO o") and ", lr " in label for label in labels) == 2
+            assert sum(label.startswith("LAPO o") and ", decoder.lr " in label for label in labels) == 2
             assert any(label.startswith("paper: ") for label in labels)
 
 

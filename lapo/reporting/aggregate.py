@@ -16,7 +16,7 @@ from scipy import stats
 from lapo.errors import UserError
 from lapo.games.make import relative_return
 from lapo.modes import MODES
-from lapo.reporting.grid import Policy, game_order
+from lapo.reporting.grid import Policy, evaluations, game_order
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -46,7 +46,7 @@ class Row:
     labels: int | None
     env_steps: int | None
     main: bool
-    """Whether `labels` is the run's own number, not another one of its sweep."""
+    """Whether `labels` stands for the run, see `own_labels`; the others are points of its curve."""
     policies: tuple[Policy, ...]
     returns: np.ndarray
     """(S,) mean returns, each over the seed's draws of labels."""
@@ -82,7 +82,7 @@ class Aggregate:
     labels: int | None
     env_steps: int | None
     main: bool
-    """Whether `labels` is the run's own number in some game, see `Row`."""
+    """As `Row.main`, in any game."""
     games: tuple[str, ...]
     seeds: tuple[int, ...]
     """How many seeds each game has."""
@@ -159,7 +159,7 @@ def name_settings(settings: Iterable[Setting]) -> dict[Setting, str]:
     for setting in settings:
         others = [other for other in settings if other.mode == setting.mode]
         differing = [
-            f"{key.split('.')[-1]} {value}"
+            f"{key} {value}"
             for key, value in setting.values
             if any(dict(other.values).get(key) != value for other in others)
         ]
@@ -190,7 +190,7 @@ def rows(groups: dict[Setting, list[Policy]]) -> list[Row]:
             found.append(
                 Row(
                     *(game, setting, labels, env_steps),
-                    main=labels is None or any(labels == policy.labels for policy, _, _ in seeds),
+                    main=any(labels == own_labels(policy) for policy, _, _ in seeds),
                     policies=tuple(policy for policy, _, _ in seeds),
                     returns=np.array([np.mean(means) for _, means, _ in seeds]),
                     inner_error=inner_error,
@@ -211,11 +211,18 @@ def rows(groups: dict[Setting, list[Policy]]) -> list[Row]:
 def results(policy: Policy) -> dict[int | None, list[dict]]:
     """The evaluations of a finished policy by number of labels: one, or one per draw of a sweep."""
     found: dict[int | None, list[dict]] = defaultdict(list)
-    for entry in policy.stage.metrics.get("sweep") or []:
-        found[entry["labels"]].append(entry)
-    if policy.labels not in found:
-        found[policy.labels] = [policy.stage.metrics]
+    for entry in evaluations(policy.stage.metrics):
+        if entry is not policy.stage.metrics:
+            found[entry["labels"]].append(entry)
+        elif policy.labels not in found:  # else, the run's own number is among the sweep's
+            found[policy.labels].append(entry)
     return dict(found)
+
+
+def own_labels(policy: Policy) -> int | None:
+    """The number of labels that stands for the run: its own or, if a sweep lacks that, its largest."""
+    found = results(policy)
+    return policy.labels if policy.labels in found else max(found)
 
 
 def number(value: float | None) -> float | None:

@@ -68,7 +68,7 @@ class Policy:
     @property
     def finished(self) -> bool:
         """Whether it was trained to the end and evaluated."""
-        return self.stage.finished and "return_mean" in self.stage.metrics
+        return self.stage.finished and bool(evaluations(self.stage.metrics))
 
     @property
     def labels(self) -> int | None:
@@ -200,7 +200,7 @@ def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int) -> None:
         )
         if changed:
             note(f"stage3_{mode}", "stale", f"trained on another {' and '.join(changed)} than is there now")
-        if found.finished and "return_mean" not in found.metrics:
+        if found.finished and not evaluations(found.metrics):
             note(f"stage3_{mode}", "unfinished", "finished, but not evaluated: its game cannot be played")
         chosen = settings(mode, found, earlier)
         policy = Policy(exp, game, seed, mode, found, earlier, chosen, None)
@@ -231,6 +231,11 @@ def read_stage(folder: Path, root: Path) -> StageRun | None:
         weights=weights_checksum(checkpoint) if checkpoint["stage"] in EARLIER else "",
         built_on=checkpoint.get("built_on", {}),
     )
+
+
+def evaluations(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """What has a `return_mean` in a stage's metrics: entries of a sweep over labels, then the metrics."""
+    return [entry for entry in (*(metrics.get("sweep") or ()), metrics) if "return_mean" in entry]
 
 
 def asked_for(cfg: Config, stage: str) -> int:
