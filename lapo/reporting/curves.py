@@ -187,7 +187,9 @@ def intervals(rows: list[tuple[str, str, int, dict[str, Estimate]]], title: str,
             ax.annotate(f"{value:.2f}", (value, y - 0.32), (0, 1), textcoords="offset points", fontsize=8)
         ax.set_title(name, fontsize=10.5)
         finish(ax)
+        ax.use_sticky_edges = False  # else a box may touch the frame
         ax.margins(x=0.12)
+        ax.xaxis.set_major_locator(MaxNLocator(6))
     axes[0].set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=9)
     axes[0].invert_yaxis()
     figure.supxlabel(xlabel, fontsize=10)
