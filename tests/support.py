@@ -253,7 +253,7 @@ def logged(folder: Path) -> list[dict]:
 def result(folder: Path) -> dict[str, Any]:
     """A run's checkpoint but for what made it and how long that took, and its lines of metrics."""
     checkpoint = load_checkpoint(folder / "checkpoint.pt")
-    del checkpoint["provenance"], checkpoint["config"]["exp"], checkpoint["seconds"]
+    del checkpoint["provenance"], checkpoint["config"]["exp"], checkpoint["seconds"], checkpoint["device"]
     return leaves({"checkpoint": checkpoint, "metrics": logged(folder)})
 
 

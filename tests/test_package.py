@@ -30,8 +30,8 @@ LAYERS = (
     ("stage1_idm_wm", "stage2_bc", "stage3_decode"),
     ("benchmarks",),
     (
-        *("stage1", "stage2", "stage3", "evaluate", "report", "benchmark", "same_learning", "expert_table"),
-        *("record_expert", "train_expert", "import_video", "download_data", "get_frames"),
+        *("stage1", "stage2", "stage3", "evaluate", "report", "results", "benchmark", "same_learning"),
+        *("expert_table", "record_expert", "train_expert", "import_video", "download_data", "get_frames"),
     ),
 )
 """Modules at the top of lapo/ and packages, the lowest first: each imports from lower layers alone."""
@@ -118,6 +118,7 @@ def test_packages_say_what_they_hold_and_what_not(package):
         ("interface", "procgen gym gym3 matplotlib wandb lapo.games.vec_env lapo.ppo lapo.experts"),
         ("reporting.summary", "matplotlib lapo.experts"),
         ("reporting.inspection", "matplotlib lapo.experts"),
+        ("reporting.comparison", "matplotlib lapo.experts"),
         ("record_expert", "torch matplotlib"),
     ],
 )

@@ -24,7 +24,8 @@ FIELDS = (
     *("stage", "config", "step", "finished", "metrics", "state", "sums", "count", "logged", "rng"),
     *("wandb_id", "provenance"),
 )
-"""Fields of every checkpoint, beside `format`. Newer ones also have `built_on`, `seconds` and `checksum`."""
+"""Fields of every checkpoint, beside `format`. Newer ones also have `built_on`, `seconds`, `device`
+and `checksum`."""
 STAGE3_GROUPS = "stage3", "ppo", "decoder", "offline", "relabel", "ilpo", "eval"
 """Groups of the config that stages 1 and 2 do not read."""
 NETWORKS = "idm", "world_model", "policy"

@@ -79,6 +79,7 @@ class Run:
         self.precision_is_auto = cfg.precision == "auto"
         self.cfg, self.stage = replace(cfg, precision="bf16" if compute.bf16 else "fp32"), stage
         self.device, self.built_on, self.provenance = compute.device, built_on or {}, provenance()
+        self._hardware = str(compute)
         self.dir = cfg.run_dir / stage
         self.checkpoint_path = self.dir / "checkpoint.pt"
         self.metrics_path = self.dir / "metrics.jsonl"
@@ -255,6 +256,7 @@ class Run:
             "rng": rng_state(self.device),
             "wandb_id": self._wandb_id,
             "provenance": self.provenance,
+            "device": self._hardware,
             "built_on": self.built_on,
         }
         checkpoint["checksum"] = checksum(checkpoint)

@@ -248,6 +248,7 @@ def test_a_checkpoint_is_plain_data_with_its_provenance(workplace):
     assert checkpoint["stage"] == "stage1"
     assert checkpoint["config"] == to_dict(run.cfg)
     assert checkpoint["provenance"].keys() == {"revision", "python", "torch"}
+    assert checkpoint["device"] == str(CPU)
 
 
 def test_loop_saves_at_its_interval_and_overdue_by_the_clock(workplace):

@@ -1,0 +1,372 @@
+"""Statistics of many runs: over seeds, over games, over draws of labels.
+
+Dimensions: S seeds · G games · X points of a curve
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from scipy import stats
+
+from lapo.errors import UserError
+from lapo.games.make import relative_return
+from lapo.modes import MODES
+from lapo.reporting.grid import Policy, evaluations, game_order
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+"""Of the bootstrap."""
+
+Statistic = Callable[..., np.ndarray]
+"""Of one array (…, S) per game and an `axis`, as `scipy.stats.bootstrap` calls it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is compared: a mode under one choice of the keys in which runs differ."""
+
+    mode: str
+    values: tuple[tuple[str, str], ...]
+    """Keys and values, of the keys that matter to the mode and differ between its runs or other modes'."""
+    exp: str
+    """Empty, unless experiments repeat the same seeds under the same settings."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The final returns of all seeds of one game under one setting, with one number of labels."""
+
+    game: str
+    setting: Setting
+    labels: int | None
+    env_steps: int | None
+    main: bool
+    """Whether `labels` stands for the run, see `own_labels`; the others are points of its curve."""
+    policies: tuple[Policy, ...]
+    returns: np.ndarray
+    """(S,) mean returns, each over the seed's draws of labels."""
+    inner_error: float | None
+    """Of a single seed: standard error over its draws of labels or, of a single draw, over its episodes."""
+
+    @property
+    def mean(self) -> float:
+        """Mean return over the seeds."""
+        return float(self.returns.mean())
+
+    @property
+    def error(self) -> float | None:
+        """Standard error over the seeds, see `standard_error`."""
+        return standard_error(self.returns)
+
+    @property
+    def relative(self) -> np.ndarray | None:
+        """(S,) relative returns; None for a game without reference returns."""
+        return relative(self.game, self.returns)
+
+    def average(self, value: Callable[[Policy], float | None]) -> float | None:
+        """Mean of `value` over the seeds that have one."""
+        values = [x for policy in self.policies if (x := value(policy)) is not None]
+        return sum(values) / len(values) if values else None
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Relative returns of one setting over all its games."""
+
+    setting: Setting
+    labels: int | None
+    env_steps: int | None
+    main: bool
+    """As `Row.main`, in any game."""
+    games: tuple[str, ...]
+    seeds: tuple[int, ...]
+    """How many seeds each game has."""
+    mean: float
+    mean_interval: tuple[float, float] | None
+    iqm: float
+    iqm_interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A mean over seeds or games at points along x (X,), with its standard error; NaN where unknown."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    error: np.ndarray
+    evaluated: bool = False
+    """Whether the values are returns on held-out levels, not those of training episodes."""
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """Standard error of the mean of `values` (S,); None if there is only one."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def relative(game: str, returns: np.ndarray) -> np.ndarray | None:
+    """`returns` scaled such that random play has 0 and the published expert 1; None without references."""
+    with suppress(UserError):  # a game of one's own whose module is not there
+        scaled = relative_return(game, returns)
+        return None if scaled is None else np.asarray(scaled)
+    return None
+
+
+def has_references(game: str) -> bool:
+    """Whether a game's relative returns are known."""
+    return relative(game, np.zeros(1)) is not None
+
+
+# ---------------------------------------------------------------- settings
+
+
+def differing_keys(policies: Iterable[Policy]) -> list[str]:
+    """The keys of the config in which policies differ, among those that have the key."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for policy in policies:
+        for key, value in policy.settings.items():
+            found[key].add(value)
+    return [key for key, values in found.items() if len(values) > 1]
+
+
+def by_setting(policies: Sequence[Policy]) -> dict[Setting, list[Policy]]:
+    """The policies of each setting, in the order of the modes.
+
+    Seeds may come from several experiments. Where these repeat a seed, they are settings of their own.
+    """
+    keys = differing_keys(policies)
+    grouped: dict[Setting, list[Policy]] = defaultdict(list)
+    for mode in MODES:
+        of_mode = [policy for policy in policies if policy.mode == mode]
+
+        def values(policy: Policy) -> tuple[tuple[str, str], ...]:
+            return tuple((key, policy.settings[key]) for key in keys if key in policy.settings)
+
+        runs = [(p.game, p.seed, p.labels, p.env_steps, values(p)) for p in of_mode]
+        repeated = len(set(runs)) < len(runs)
+        for policy in of_mode:
+            grouped[Setting(mode, values(policy), policy.exp if repeated else "")].append(policy)
+    return dict(grouped)
+
+
+def name_settings(settings: Iterable[Setting]) -> dict[Setting, str]:
+    """A name for each setting: its mode and, where these differ within the mode, its values."""
+    settings, names = list(settings), {}
+    for setting in settings:
+        others = [other for other in settings if other.mode == setting.mode]
+        differing = [
+            f"{key} {value}"
+            for key, value in setting.values
+            if any(dict(other.values).get(key) != value for other in others)
+        ]
+        names[setting] = ", ".join([MODES[setting.mode].title, *differing, *filter(None, [setting.exp])])
+    return names
+
+
+# ---------------------------------------------------------------- final returns
+
+
+def rows(groups: dict[Setting, list[Policy]]) -> list[Row]:
+    """A row for each game, setting and number of labels or env steps, of finished policies."""
+    found: list[Row] = []
+    for setting, policies in groups.items():
+        # By game, labels, env steps: per seed, its returns and their errors
+        cells: dict[tuple, list[tuple[Policy, list[float], list[float | None]]]] = defaultdict(list)
+        for policy in policies:
+            if policy.finished:
+                for labels, entries in results(policy).items():
+                    means = [entry["return_mean"] for entry in entries]
+                    errors = [entry.get("return_stderr") for entry in entries]
+                    cells[policy.game, labels, policy.env_steps].append((policy, means, errors))
+        for (game, labels, env_steps), seeds in cells.items():
+            inner_error = None
+            if len(seeds) == 1:
+                _, means, errors = seeds[0]
+                inner_error = standard_error(np.array(means)) if len(means) > 1 else number(errors[0])
+            found.append(
+                Row(
+                    *(game, setting, labels, env_steps),
+                    main=any(labels == own_labels(policy) for policy, _, _ in seeds),
+                    policies=tuple(policy for policy, _, _ in seeds),
+                    returns=np.array([np.mean(means) for _, means, _ in seeds]),
+                    inner_error=inner_error,
+                )
+            )
+    modes = list(MODES)
+    found.sort(
+        key=lambda row: (
+            game_order(row.game),
+            modes.index(row.setting.mode),
+            row.labels or 0,
+            row.env_steps or 0,
+        )
+    )
+    return found
+
+
+def results(policy: Policy) -> dict[int | None, list[dict]]:
+    """The evaluations of a finished policy by number of labels: one, or one per draw of a sweep."""
+    found: dict[int | None, list[dict]] = defaultdict(list)
+    for entry in evaluations(policy.stage.metrics):
+        if entry is not policy.stage.metrics:
+            found[entry["labels"]].append(entry)
+        elif policy.labels not in found:  # else, the run's own number is among the sweep's
+            found[policy.labels].append(entry)
+    return dict(found)
+
+
+def own_labels(policy: Policy) -> int | None:
+    """The number of labels that stands for the run: its own or, if a sweep lacks that, its largest."""
+    found = results(policy)
+    return policy.labels if policy.labels in found else max(found)
+
+
+def number(value: float | None) -> float | None:
+    """`value`, None if it is NaN."""
+    return None if value is None or math.isnan(value) else value
+
+
+# ---------------------------------------------------------------- over games
+
+
+def aggregates(found: list[Row]) -> list[Aggregate]:
+    """Mean and IQM of relative returns, one for each setting and number of labels or env steps."""
+
+    def cell(row: Row) -> tuple:
+        return (list(MODES).index(row.setting.mode), repr(row.setting), row.labels or 0, row.env_steps or 0)
+
+    made = []
+    for _, group in groupby(sorted(found, key=cell), key=cell):
+        scored = [(row, scores) for row in group if (scores := row.relative) is not None]
+        if not scored:
+            continue
+        first, samples = scored[0][0], [scores for _, scores in scored]
+        made.append(
+            Aggregate(
+                *(first.setting, first.labels, first.env_steps),
+                main=any(row.main for row, _ in scored),
+                games=tuple(row.game for row, _ in scored),
+                seeds=tuple(map(len, samples)),
+                mean=float(mean_over_games(*samples)),
+                mean_interval=interval(samples, mean_over_games),
+                iqm=float(iqm(*samples)),
+                iqm_interval=interval(samples, iqm),
+            )
+        )
+    return made
+
+
+def mean_over_games(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean over games of each game's mean over its seeds; arrays (…, S), one per game."""
+    return np.mean([np.mean(scores, axis=axis) for scores in samples], axis=0)
+
+
+def iqm(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Interquartile mean over all seeds of all games: a quarter at either end is left out.
+
+    Agarwal et al., Deep reinforcement learning at the edge of the statistical precipice, NeurIPS 2021.
+    """
+    return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+
+
+def interval(samples: list[np.ndarray], statistic: Statistic, seed: int = 0) -> tuple[float, float] | None:
+    """95 % interval of a statistic by the stratified percentile bootstrap: seeds are drawn within each game.
+
+    `samples` are one array (S,) per game. None if a game has one seed only: nothing varies there.
+    """
+    if min(map(len, samples)) < 2:
+        return None
+    found = stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=RESAMPLES,
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+# ---------------------------------------------------------------- curves
+
+
+def learning_curve(policies: list[Policy], *, scaled: bool = False) -> Curve | None:
+    """Mean return over env steps of the seeds of one game and setting, as relative return if `scaled`.
+
+    Returns on held-out levels where all seeds have been evaluated along the way, else those of training
+    episodes. At every step, the mean is over the seeds that have come so far. None if there is nothing yet.
+    """
+    for key in ("eval_return_mean", "train_return"):
+        seeds = [
+            np.array([(line["step"], line[key]) for line in policy.stage.lines if key in line], dtype=float)
+            for policy in policies
+        ]
+        if key == "eval_return_mean" and not all(map(len, seeds)):
+            continue
+        seeds = [points.T for points in seeds if len(points)]
+        if not seeds:
+            return None
+        x = np.unique(np.concatenate([steps for steps, _ in seeds]))
+        values = np.array([within(x, steps, returns) for steps, returns in seeds])
+        if scaled:
+            values = relative(policies[0].game, values)
+            if values is None:
+                return None
+        return Curve(x, *mean_and_error(values), evaluated=key == "eval_return_mean")
+    return None
+
+
+def within(x: np.ndarray, steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`values` at `steps`, interpolated at `x` (X,); NaN before the first step and after the last."""
+    return np.interp(x, steps, values, left=np.nan, right=np.nan)
+
+
+def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error (X,) over the seeds of `values` (S, X) that are not NaN; NaN if unknown."""
+    known = ~np.isnan(values)
+    count = known.sum(0)
+    mean = np.where(known, values, 0).sum(0) / np.maximum(count, 1)
+    spread = (np.where(known, values - mean, 0) ** 2).sum(0) / np.maximum(count - 1, 1)
+    return np.where(count, mean, np.nan), np.where(count > 1, np.sqrt(spread / np.maximum(count, 1)), np.nan)
+
+
+def over_games(curves: list[Curve]) -> Curve:
+    """Mean over games where every game has a value; its error is that of the seeds, games being fixed.
+
+    With standard errors e_g of G games, that is √(Σ e_g²) / G.
+    """
+    x = np.unique(np.concatenate([curve.x for curve in curves]))
+    means = np.array([within(x, curve.x, curve.mean) for curve in curves])
+    errors = np.array([within(x, curve.x, curve.error) for curve in curves])
+    known = ~np.isnan(means).any(0)
+    error = np.sqrt((errors**2).sum(0)) / len(curves)
+    evaluated = all(curve.evaluated for curve in curves)
+    return Curve(x[known], means.mean(0)[known], error[known], evaluated)
+
+
+def label_curve(group: list[Row], *, scaled: bool = False) -> Curve:
+    """Mean return over the number of labels of one game's rows, as relative return if `scaled`."""
+    group = sorted(group, key=lambda row: row.labels)
+    values = [row.relative if scaled else row.returns for row in group]
+    errors = [standard_error(scores) for scores in values]
+    return Curve(
+        np.array([row.labels for row in group], dtype=float),
+        np.array([scores.mean() for scores in values]),
+        np.array([np.nan if error is None else error for error in errors]),
+        evaluated=True,
+    )
+
+
+def labels_over_games(groups: list[list[Row]]) -> Curve | None:
+    """Mean relative return of games' rows, at the numbers of labels that all games have; None without any."""
+    shared = set.intersection(*({row.labels for row in group} for group in groups))
+    if not shared:
+        return None
+    return over_games(
+        [label_curve([row for row in group if row.labels in shared], scaled=True) for group in groups]
+    )

@@ -1,0 +1,295 @@
+"""All runs of experiments on disk: games × seeds × modes × settings, and what is missing among them.
+
+Nothing is aggregated here; see aggregate.py.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from lapo.config import Config, resolve, to_dict
+from lapo.data.chunks import find_chunks, read_header
+from lapo.errors import UserError
+from lapo.games.table import GAMES
+from lapo.modes import MODES
+from lapo.reporting.summary import STAGES, StageOutput
+from lapo.runs.checkpoints import changed_inputs, saved_config, weights_checksum
+from lapo.sources import leaves
+
+EARLIER = STAGES[:2]
+PLAYING = tuple(f"stage3_{mode}" for mode in MODES if MODES[mode].plays)
+NO_SETTINGS = "log_every", "save_every", "probe_every"
+"""Keys of groups on which no result depends."""
+AXES = "offline.labels", "stage3.steps", "stage3.mode"
+"""Keys that every table and figure shows in any case."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What the folder of one stage holds, its networks left out."""
+
+    cfg: Config
+    """The config it was trained with, but for `results_dir`, which is the one where it was found."""
+    metrics: dict[str, Any]
+    lines: list[dict]
+    """Of metrics.jsonl."""
+    steps: int
+    """So far: training steps, or env steps in the modes with rewards."""
+    finished: bool
+    seconds: int
+    device: str | None
+    """In words; None if an older version wrote the checkpoint."""
+    weights: str
+    """Checksum of what later stages use."""
+    built_on: dict[str, str]
+    """Checksums of its inputs."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One run of stage 3, with what it was built on."""
+
+    exp: str
+    game: str
+    seed: int
+    mode: str
+    stage: StageRun
+    earlier: dict[str, StageRun]
+    """Stages 1 and 2, if the mode needs them and they are still there."""
+    settings: dict[str, str]
+    """The config's keys that its results depend on, as `group.key`, but for `AXES`."""
+    frames: int | None
+    """Frames without actions that it was trained on, None if there are none or their folder has gone."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained to the end and evaluated."""
+        return self.stage.finished and bool(evaluations(self.stage.metrics))
+
+    @property
+    def labels(self) -> int | None:
+        """Labelled frames; None in the modes with rewards."""
+        return None if MODES[self.mode].plays else self.stage.cfg.offline.labels
+
+    @property
+    def env_steps(self) -> int | None:
+        """Env steps of its training; None in the modes without rewards."""
+        return self.stage.cfg.stage3.steps if MODES[self.mode].plays else None
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A stage of a run that is missing, unfinished, damaged or stale."""
+
+    exp: str
+    game: str
+    seed: int
+    stage: str
+    state: str
+    detail: str
+    """In words."""
+
+
+@dataclass
+class Grid:
+    """The runs of some experiments."""
+
+    policies: list[Policy] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
+    expected: dict[str, tuple[list[str], list[int], list[str]]] = field(default_factory=dict)
+    """Games, seeds and modes of each experiment; every combination of them is expected."""
+
+    @property
+    def finished(self) -> list[Policy]:
+        """Policies that were trained to the end and evaluated."""
+        return [policy for policy in self.policies if policy.finished]
+
+    def progress(self, exp: str) -> tuple[int, int]:
+        """How many policies of an experiment are finished, and how many are expected."""
+        games, seeds, modes = self.expected[exp]
+        done = sum(policy.exp == exp for policy in self.finished)
+        return done, len(games) * len(seeds) * len(modes)
+
+
+def read_grid(
+    results_dir: str, exps: list[str], games: list[str], seeds: list[int], modes: list[str]
+) -> Grid:
+    """Read all runs of `exps`; of these games, seeds and modes alone, if any are given.
+
+    Expected is every combination of games, seeds and modes: those given or, where none are given, those that
+    the experiment has a folder of. Raises `UserError` if the experiments have no run at all.
+    """
+    grid, root = Grid(), resolve(results_dir)
+    folders = {exp: list(run_folders(root / exp)) for exp in exps}
+    if not any(folders.values()):
+        others = ", ".join(sorted({path.parents[1].name for path in root.glob("*/*/seed*")}))
+        raise UserError(
+            f"{root} has no run of {' or '.join(exps)}; name experiments with --exp and their folder with"
+            f" --results_dir (this one holds {others or 'none'})"
+        )
+    for exp, found in folders.items():
+        names = {path.name for _, _, folder in found for path in folder.iterdir()}
+        grid.expected[exp] = (
+            games or sorted({game for game, _, _ in found}, key=game_order),
+            seeds or sorted({seed for _, seed, _ in found}),
+            [mode for mode in MODES if mode in modes or (not modes and f"stage3_{mode}" in names)],
+        )
+        for game, seed in product(*grid.expected[exp][:2]):
+            read_run(grid, root, exp, game, seed)
+    return grid
+
+
+def run_folders(folder: Path) -> Iterator[tuple[str, int, Path]]:
+    """Game, seed and folder of every run of an experiment."""
+    for path in sorted(folder.glob("*/seed*")):
+        if path.is_dir() and (number := re.fullmatch(r"seed(\d+)", path.name)):
+            yield path.parent.name, int(number[1]), path
+
+
+def game_order(game: str) -> tuple[int, str]:
+    """Sorts Procgen's games as the paper does, others behind them."""
+    return (list(GAMES).index(game) if game in GAMES else len(GAMES), game)
+
+
+def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int) -> None:
+    """Add the policies of one run to the grid, and what is missing of it."""
+    folder, modes = root / exp / game / f"seed{seed}", grid.expected[exp][2]
+    stages: dict[Path, StageRun | None] = {}
+
+    def note(stage: str, state: str, detail: str) -> None:
+        grid.missing.append(Missing(exp, game, seed, stage, state, detail))
+
+    def read(path: Path) -> StageRun | None:
+        if path not in stages:
+            stages[path] = read_stage(path, root)
+        return stages[path]
+
+    absent = []
+    for stage in (*EARLIER, *(f"stage3_{mode}" for mode in modes)):
+        try:
+            found = read(folder / stage)
+        except UserError as error:
+            stages[folder / stage] = None
+            note(stage, "damaged", str(error))
+            continue
+        if found is None:
+            absent.append(stage)
+        elif not found.finished:
+            of = asked_for(found.cfg, stage)
+            at = (
+                f"at step {found.steps:,} of {of:,}" if found.steps < of else "trained, but not evaluated yet"
+            )
+            note(stage, "unfinished", f"unfinished, {at}")
+
+    built = False
+    for mode in modes:
+        found = stages[folder / f"stage3_{mode}"]
+        if found is None:
+            continue
+        earlier = {}
+        built = built or bool(stages_below(mode))
+        with suppress(UserError):  # damage is noted above, or belongs to another experiment
+            for stage in stages_below(mode):
+                if run := read(found.cfg.stage_dir(stage)):
+                    earlier[stage] = run
+        changed = changed_inputs(
+            {"built_on": found.built_on}, {stage: run.weights for stage, run in earlier.items()}
+        )
+        if changed:
+            note(f"stage3_{mode}", "stale", f"trained on another {' and '.join(changed)} than is there now")
+        if found.finished and not evaluations(found.metrics):
+            note(f"stage3_{mode}", "unfinished", "finished, but not evaluated: its game cannot be played")
+        chosen = settings(mode, found, earlier)
+        policy = Policy(exp, game, seed, mode, found, earlier, chosen, None)
+        grid.policies.append(replace(policy, frames=count_frames(policy)))
+
+    # Stages 1 and 2 may be another experiment's (stages_from), where a policy was built on them.
+    needed = set() if built else {stage for mode in modes for stage in stages_below(mode)}
+    for stage in absent:
+        if stage not in EARLIER or stage in needed:
+            begun = (folder / stage).is_dir()
+            note(stage, "missing", "begun, without a checkpoint yet" if begun else "missing")
+
+
+def stages_below(mode: str) -> tuple[str, ...]:
+    """The stages 1 and 2 that a mode builds on, directly or through another."""
+    stages = MODES[mode].stages
+    return EARLIER if "stage2" in stages else tuple(stage for stage in stages if stage in EARLIER)
+
+
+def read_stage(folder: Path, root: Path) -> StageRun | None:
+    """The stage in `folder`, None if it has no checkpoint. Raises `UserError` if something is damaged."""
+    output = StageOutput.read(folder)
+    if output is None:
+        return None
+    checkpoint, progress = output.checkpoint, output.progress()
+    return StageRun(
+        cfg=replace(saved_config(checkpoint), results_dir=str(root)),
+        metrics=output.metrics,
+        lines=output.lines,
+        steps=progress["steps"] if checkpoint["stage"] in PLAYING else checkpoint["step"],
+        finished=checkpoint["finished"],
+        seconds=progress["seconds"],
+        device=checkpoint.get("device"),
+        weights=weights_checksum(checkpoint) if checkpoint["stage"] in EARLIER else "",
+        built_on=checkpoint.get("built_on", {}),
+    )
+
+
+def evaluations(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """What has a `return_mean` in a stage's metrics: entries of a sweep over labels, then the metrics."""
+    return [entry for entry in (*(metrics.get("sweep") or ()), metrics) if "return_mean" in entry]
+
+
+def asked_for(cfg: Config, stage: str) -> int:
+    """Steps of a whole stage, in the unit of `StageRun.steps`."""
+    if stage in EARLIER:
+        return getattr(cfg, stage).steps
+    if stage in PLAYING:
+        return cfg.stage3.steps
+    taught = {
+        "stage3_idm_labelling": cfg.relabel.idm_steps + cfg.relabel.policy_steps,
+        "stage3_lapo_plus": cfg.offline.steps + cfg.relabel.policy_steps,
+    }
+    return taught.get(stage, cfg.offline.steps)
+
+
+def settings(mode: str, stage: StageRun, earlier: dict[str, StageRun]) -> dict[str, str]:
+    """What `Policy.settings` says. Keys of stages 1 and 2 have the values that those were trained with."""
+    values = leaves(to_dict(stage.cfg))
+    for name, run in earlier.items():
+        there = leaves(to_dict(run.cfg))
+        values |= {key: there[key] for key in there if key.split(".")[0] == name}
+    chosen = ["visuals", "precision", "model.policy_scale", "data.image_size", *MODES[mode].config_keys]
+    if below := stages_below(mode):
+        chosen += ["data_dir", "data", "model", "vq", *below]
+    elif MODES[mode].learns_from != ("rewards",):
+        chosen += ["data_dir"]
+    return {
+        key: shown(value)
+        for key, value in values.items()
+        if (key in chosen or key.split(".")[0] in chosen)
+        and key not in AXES
+        and key.split(".")[-1] not in NO_SETTINGS
+    }
+
+
+def shown(value: Any) -> str:
+    """A value of the config as a command line would have it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def count_frames(policy: Policy) -> int | None:
+    """Training frames in the policy's data folder, as far as its config uses them; see `Policy.frames`."""
+    if "frames" not in MODES[policy.mode].learns_from:
+        return None
+    cfg = policy.earlier["stage1"].cfg if "stage1" in policy.earlier else policy.stage.cfg
+    with suppress(OSError, UserError):
+        return sum(read_header(path) for path in find_chunks(cfg.game_data / "train", cfg.data.train_chunks))
+    return None
