@@ -27,6 +27,8 @@ DEFAULTS = Path(__file__).resolve().parent / "config.yaml"
 HELP = {"-h", "--help"}
 PUBLISHED_STEPS = {"stage1": 50_000, "stage2": 60_000, "stage3": 4_000_000}
 """Steps of the published runs, in stage 3 env steps: the lengths that schedules are given for."""
+PUBLISHED_UPDATE_STEPS = 64 * 64
+"""Env steps per PPO update of the published runs."""
 
 
 def _whole(value: Any) -> Any:
@@ -168,6 +170,7 @@ class Stage3Config:
     steps: Count
     log_every: Count
     save_every: Count
+    eval_every: Annotated[Int, Field(ge=0)]
 
 
 @dataclass
