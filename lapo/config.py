@@ -60,7 +60,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Widths = Annotated[list[Count], BeforeValidator(_items)]
 ImageSize = Annotated[Literal[SIZES], BeforeValidator(lambda x: int(x) if str(x).isdecimal() else x)]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z_][A-Za-z0-9_]*)?$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")]
 
 
 @dataclass
@@ -292,7 +292,7 @@ class Config:
     __pydantic_config__ = STRICT
     env: EnvName
     exp: Name
-    stages_from: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")]
+    stages_from: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._=-]*)?$")]
     seed: Annotated[Int, Field(ge=0, lt=2**31)]
     visuals: Literal["full", "plain"]
     data_dir: str

@@ -33,6 +33,7 @@ LAYERS = (
         *("stage1", "stage2", "stage3", "evaluate", "report", "benchmark", "same_learning", "expert_table"),
         *("record_expert", "train_expert", "import_video", "download_data", "get_frames"),
     ),
+    ("grid",),
 )
 """Modules at the top of lapo/ and packages, the lowest first: each imports from lower layers alone."""
 MODULES = sorted(path for path in LAPO.rglob("*.py") if path != LAPO / "lapo.py")
