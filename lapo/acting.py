@@ -21,7 +21,7 @@ from lapo.games.vec_env import EpisodeTracker
 from lapo.modes import MODES
 from lapo.policies import restore_policy, sample
 from lapo.runs.checkpoints import saved_config
-from lapo.runs.compute import Compute
+from lapo.runs.compute import Compute, rng_state, set_rng_state
 
 Act = Callable[[np.ndarray], np.ndarray]
 
@@ -156,3 +156,22 @@ def evaluate_policy(policy: torch.nn.Module, cfg: Config, compute: Compute) -> d
     if relative is not None:
         metrics["relative_return"] = relative
     return metrics | {"episodes": evaluation.episodes}
+
+
+def evaluate_aside(policy: torch.nn.Module, cfg: Config, compute: Compute) -> dict[str, float]:
+    """Evaluate a policy that is still being trained: `evaluate_policy` without a trace in the training.
+
+    The random state is that of the seed meanwhile, so all evaluations of a run draw the same numbers; it is
+    restored afterwards, and so are the modules' modes. Returns the metrics `eval_return_mean` and, for two
+    episodes or more, `eval_return_stderr`.
+    """
+    rng, modes = rng_state(compute.device), {module: module.training for module in policy.modules()}
+    torch.manual_seed(cfg.seed)
+    try:
+        metrics = evaluate_policy(policy, cfg, compute)
+    finally:
+        set_rng_state(rng, compute.device)
+        for module, mode in modes.items():
+            module.training = mode
+    kept = {f"eval_{key}": metrics[key] for key in ("return_mean", "return_stderr")}
+    return {key: value for key, value in kept.items() if not math.isnan(value)}

@@ -27,6 +27,8 @@ DEFAULTS = Path(__file__).resolve().parent / "config.yaml"
 HELP = {"-h", "--help"}
 PUBLISHED_STEPS = {"stage1": 50_000, "stage2": 60_000, "stage3": 4_000_000}
 """Steps of the published runs, in stage 3 env steps: the lengths that schedules are given for."""
+PUBLISHED_UPDATE_STEPS = 64 * 64
+"""Env steps per PPO update of the published runs."""
 
 
 def _whole(value: Any) -> Any:
@@ -58,7 +60,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Widths = Annotated[list[Count], BeforeValidator(_items)]
 ImageSize = Annotated[Literal[SIZES], BeforeValidator(lambda x: int(x) if str(x).isdecimal() else x)]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z_][A-Za-z0-9_]*)?$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")]
 
 
 @dataclass
@@ -168,6 +170,7 @@ class Stage3Config:
     steps: Count
     log_every: Count
     save_every: Count
+    eval_every: Annotated[Int, Field(ge=0)]
 
 
 @dataclass
@@ -315,7 +318,7 @@ class Config:
     __pydantic_config__ = STRICT
     env: EnvName
     exp: Name
-    stages_from: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")]
+    stages_from: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._=-]*)?$")]
     seed: Annotated[Int, Field(ge=0, lt=2**31)]
     visuals: Literal["full", "plain"]
     data_dir: str
@@ -354,6 +357,19 @@ class Config:
         if own.exists() or not self.stages_from:
             return own
         return resolve(self.results_dir) / self.stages_from / self.env / f"seed{self.seed}" / stage
+
+    def total_steps(self, stage: str) -> int:
+        """Steps of a stage: env steps in the modes of stage 3 that play, otherwise optimisation steps."""
+        mode = stage.removeprefix("stage3_")
+        if mode in MODES and MODES[mode].plays:
+            return self.stage3.steps
+        return {
+            "stage1": self.stage1.steps,
+            "stage2": self.stage2.steps,
+            "ilpo_trunk": self.ilpo.steps,
+            "stage3_idm_labelling": self.relabel.idm_steps + self.relabel.policy_steps,
+            "stage3_lapo_plus": self.offline.steps + self.relabel.policy_steps,
+        }.get(stage, self.offline.steps)
 
     @property
     def game_data(self) -> Path:

@@ -3,6 +3,7 @@
 Dimensions: S rollout steps · N environments · M pairs · T frames of a window (3) · H, W, C frame · A actions
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lapo.config import DecoderConfig
+from lapo.config import PUBLISHED_UPDATE_STEPS, DecoderConfig
 from lapo.models import IDM, Decoder, infer_latents
 from lapo.runs.compute import Compute
 from lapo.runs.optim import make_optimizer
@@ -81,16 +82,20 @@ def epochs(size: int, count: int, batch_size: int, device: torch.device) -> Iter
 def training_updates(cfg: DecoderConfig, updates: int, steps_per_update: int, scale: float) -> list[int]:
     """Which of `updates` PPO updates (counted from 1) are followed by training the decoder.
 
-    `cfg` gives the schedule for the published number of env steps; `scale` shrinks it for shorter runs. The
-    decoder is trained at least once.
+    `cfg` gives the schedule for the published number of env steps and updates of the published size; `scale`
+    shrinks it for shorter runs. The decoder is trained after the first update at or past each of its points:
+    at least once, and never more often than in the published run.
     """
-    every = max(1, round(cfg.every * scale))
+    published = range(cfg.start // PUBLISHED_UPDATE_STEPS + 1, math.ceil(cfg.until / PUBLISHED_UPDATE_STEPS))
+    early = cfg.every_update_until / PUBLISHED_UPDATE_STEPS
+    points = [number for number in published if number < early or number % cfg.every == 0]
+    # The small number keeps 3.0000000001 updates from becoming 4.
+    due = {math.ceil(x * PUBLISHED_UPDATE_STEPS * scale / steps_per_update - 1e-9) for x in points}
     chosen = []
     for update in range(1, updates + 1):
         env_steps = update * steps_per_update
-        early = env_steps < cfg.every_update_until * scale
-        due = env_steps < cfg.until * scale and (early or update % every == 0)
-        if env_steps > cfg.start * scale and (due or not chosen):
+        in_time = env_steps < cfg.until * scale and update in due
+        if env_steps > cfg.start * scale and (in_time or not chosen):
             chosen.append(update)
     return chosen
 

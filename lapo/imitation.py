@@ -134,7 +134,7 @@ def clone_labels(
         if run.state["clone"]:
             clone = start()
             clone.load_state_dict(run.state["clone"])
-    total = teacher_steps + cfg.relabel.policy_steps
+    total = cfg.total_steps(run.stage)
     for step in run.loop(total, state, save_every=cfg.relabel.save_every, unit="step"):
         if step < teacher_steps:
             teacher.step(torch.randperm(len(teacher.ta), device=teacher.ta.device)[:teacher_batch])

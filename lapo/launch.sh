@@ -7,7 +7,11 @@
 #   bash launch.sh maze --modes online,bc     stage 3 once in each of these modes, not in the config's
 #   bash launch.sh mygame --stages 1,2        only these stages
 #   bash launch.sh maze --data record         first record an expert, if there are no frames (or: published, huggingface)
-#   bash launch.sh maze --seeds 0,1 --list    check everything, print the runs, start none
+#   bash launch.sh maze --sweep stage1.lr=1e-4,3e-4   each value as an exp of its own: main-stage1.lr=1e-4, …
+#                                             (several --sweep: all combinations)
+#   bash launch.sh maze --seeds 0,1 --jobs 2  two runs at a time, with one thread each
+#   bash launch.sh maze ninja --gpus 0,1      a run at a time on each of these GPUs
+#   bash launch.sh maze --seeds 0,1 --list    check everything, print the runs with hours and gigabytes, start none
 #   bash launch.sh maze --seeds 0,1 --task 1  only this one of them, counted from 0, as slurm.sh does
 #
 # A game is one of Procgen's, an environment of your own as module:function, or any name with a folder of
@@ -15,6 +19,7 @@
 # checked before anything starts. A run that fails is reported, its later stages are skipped and the other
 # runs go on. A stage that has finished returns at once and a stopped one resumes, so the same command
 # continues where it was.
+# With --jobs and --gpus, a run's output goes to launch.log in its folder; a line tells when it starts and ends.
 # Exit status: 0 all runs finished, 1 some failed, 2 a mistake on the command line.
 # PYTHON=... names the interpreter; otherwise it is the repository's .venv, or python3 where there is none.
 
@@ -32,7 +37,8 @@ die() {
 # Of a script that it is given, sbatch runs a copy elsewhere.
 [[ -f $here/config.yaml ]] || die "$here/${0##*/} is a copy of launch.sh without the repository; on a cluster, start slurm.sh: bash slurm.sh --gpus=1 -- bigfish"
 
-games=() seeds="" stages=1,2,3 modes="" data="" list="" task="" passed=()
+original=("$@")
+games=() seeds="" stages=1,2,3 modes="" data="" list="" task="" sweeps="" jobs="" gpus="" passed=()
 while (($#)); do
     case $1 in
         -h | --help)
@@ -41,7 +47,7 @@ while (($#)); do
             exit
             ;;
         --env | --env=*) die "games are named first and without --env, as in: bash launch.sh bigfish maze" ;;
-        --seeds=* | --stages=* | --modes=* | --data=* | --task=*)
+        --seeds=* | --stages=* | --modes=* | --data=* | --task=* | --sweep=* | --jobs=* | --gpus=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             continue
             ;;
@@ -65,12 +71,28 @@ while (($#)); do
             task=$((10#$2))
             shift
             ;;
+        --sweep)
+            [[ ${2-} =~ ^[^[:space:]]+$ ]] || die "--sweep is '${2-}', but must be a key and values, as in: --sweep stage1.lr=1e-4,3e-4"
+            sweeps+=" $2"
+            shift
+            ;;
+        --jobs)
+            [[ ${2-} =~ ^[1-9][0-9]{0,3}$ ]] || die "--jobs is '${2-}', but must be how many runs go on at a time"
+            jobs=$2
+            shift
+            ;;
+        --gpus)
+            [[ ${2-} =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--gpus is '${2-}', but must list numbers of GPUs, as in: --gpus 0,1,2,3"
+            gpus=$2
+            shift
+            ;;
         --list) list=yes ;;
         -*) passed+=("$1") ;;
         *) if ((${#passed[@]})); then passed+=("$1"); else games+=("$1"); fi ;;
     esac
     shift
 done
+[[ -z $jobs || -z $gpus ]] || die "--jobs and --gpus: give one of the two"
 [[ $stages =~ ^[123](,[123])*$ ]] || die "--stages is '$stages', but must list some of 1,2,3"
 for word in ${passed[@]+"${passed[@]}"}; do # the last of the two would count
     case $word in
@@ -85,43 +107,22 @@ python=$here/../.venv/bin/python
 python=${PYTHON:-$python}
 command -v "$python" >/dev/null || die "there is no interpreter $python; run 'make venv', or set PYTHON"
 
-# The whole command line is checked by the code that the stages use. It prints the runs, a game and perhaps a
-# seed per line, and before them, a $ and the commands that get missing frames.
+# The whole command line is checked by the code that the stages use. It prints the runs, one per line, and before
+# them, a $ and the commands that get missing frames: see grid.py.
 selected=$(
-    "$python" - "$here" "${games[*]-}" "${seeds//,/ }" "${modes//,/ }" "$stages" "$data" "$@" <<'EOF'
+    "$python" - "$here" "${games[*]-}" "${seeds//,/ }" "${modes//,/ }" "$stages" "$data" "$list" "$sweeps" "$@" <<'EOF'
 import os
 import sys
 
-here, games, seeds, modes, stages, data, *arguments = sys.argv[1:]
+here, *words = sys.argv[1:]
 sys.argv[0] = "stage1.py"
 sys.path.insert(0, os.path.dirname(here))
 try:
-    from lapo.config import load_config
-    from lapo.data.checks import check_data
     from lapo.errors import run_main
-    from lapo.games.table import GAMES
-    from lapo.get_frames import commands, lacks_frames
+    from lapo.grid import plan
 except ModuleNotFoundError as error:
     sys.exit(f"error: {sys.executable} has no module '{error.name}'; run 'make venv', or set PYTHON")
-
-
-def main() -> None:
-    for extra in [[], *(["--stage3.mode", mode] for mode in modes.split())]:
-        load_config([*arguments, *extra])
-    chosen = dict.fromkeys(load_config([*arguments, "--seed", seed]).seed for seed in seeds.split())
-    for game in games.split():
-        check_data(game, load_config([*arguments, "--env", game]).game_data)
-    if {"1", "2"} & set(stages.split(",")):
-        configs = [load_config([*arguments, "--env", game]) for game in dict.fromkeys(games.split() or GAMES)]
-        configs = [cfg for cfg in configs if lacks_frames(cfg)]
-        for cfg, command in zip(configs, commands(configs, data)):
-            print("$", cfg.env, command)
-    for game in dict.fromkeys(games.split() or GAMES):
-        for seed in chosen or [""]:
-            print(game, seed)
-
-
-run_main(main)
+run_main(lambda: plan(*words))
 EOF
 ) || exit 2
 runs=() missing=()
@@ -130,10 +131,10 @@ while read -r run; do
 done <<<"$selected"
 if [[ -n $task ]]; then
     ((task < ${#runs[@]})) || die "--task is $task, but there are ${#runs[@]} runs, counted from 0"
-    runs=("${runs[task]}")
+    runs=("${runs[task]}") jobs="" gpus=""
 fi
 if [[ -n $list ]]; then
-    printf '%s\n' "${runs[@]/ /, seed }"
+    printf '%s\n' "${runs[@]}"
     exit
 fi
 
@@ -170,36 +171,51 @@ trap 'stop TERM 143' TERM
 trap 'stop HUP 129' HUP
 trap 'stop USR1 138' USR1
 
-summary="" failed=0
-for run in "${runs[@]}"; do
-    read -r game seed <<<"$run"
-    name="$game${seed:+, seed $seed}" began=$SECONDS outcome=finished
-    for get in ${missing[@]+"${missing[@]}"}; do # the game's other runs find the frames there
-        [[ ${get%% *} == "$game" && $outcome == finished ]] || continue
-        echo "launch.sh: $game, frames"
+# Get the frames of a game, if they are missing; sets `outcome` if that fails.
+get_frames() {
+    local get code
+    for get in ${missing[@]+"${missing[@]}"}; do
+        [[ ${get%% *} == "$1" && $outcome == finished ]] || continue
+        echo "launch.sh: $1, frames"
         code=0
         eval "exec \"\$python\" \"\$here\"/${get#* }" &
         wait $! || code=$?
-        if ((code)); then
-            outcome="failed to get frames, exit code $code"
-            failed=1
-            echo "launch.sh: $name $outcome" >&2
-        fi
+        ((!code)) || outcome="failed to get frames, exit code $code"
     done
+}
+
+summary="" failed=0
+if [[ -n $jobs$gpus ]]; then # a queue of runs, each of them this command with --task
+    queue="" looked=" "
+    for number in "${!runs[@]}"; do
+        IFS=$'\t' read -r name log game _ <<<"${runs[number]}"
+        queue+="${queue:+$'\n'}$number"$'\t'"$name"$'\t'"$log"
+        [[ $looked != *" $game "* ]] || continue
+        looked+="$game " outcome=finished
+        get_frames "$game" # where this fails, the game's runs try again and report it
+    done
+    slots=${gpus:-$(seq -s , "$jobs")}
+    exec "$python" "$here/grid.py" --slots "$slots" ${gpus:+--gpus} bash "$here/launch.sh" "${original[@]}" <<<"$queue"
+fi
+for run in "${runs[@]}"; do
+    IFS=$'\t' read -r name _ game seed options <<<"$run"
+    [[ $seed != - ]] || seed=""
+    began=$SECONDS outcome=finished
+    get_frames "$game"
     for step in "${steps[@]}"; do
         [[ $outcome == finished ]] || break
         read -r stage script mode <<<"$step"
         echo "launch.sh: $name, stage $stage${mode:+ ($mode)}"
         code=0
-        "$python" "$here/$script" --env "$game" ${seed:+--seed "$seed"} "$@" ${mode:+--stage3.mode "$mode"} &
+        # shellcheck disable=SC2086 # the options of a sweep are words without special characters
+        "$python" "$here/$script" --env "$game" ${seed:+--seed "$seed"} "$@" $options ${mode:+--stage3.mode "$mode"} &
         wait $! || code=$?
-        if ((code)); then
-            outcome="failed in stage $stage${mode:+ ($mode)}, exit code $code"
-            failed=1
-            echo "launch.sh: $name $outcome" >&2
-            break
-        fi
+        ((!code)) || outcome="failed in stage $stage${mode:+ ($mode)}, exit code $code"
     done
+    if [[ $outcome != finished ]]; then
+        failed=1
+        echo "launch.sh: $name $outcome" >&2
+    fi
     summary+=$(printf '  %-10s %s (%d min)' "$name" "$outcome" $(((SECONDS - began) / 60)))$'\n'
 done
 printf 'launch.sh: summary\n%s' "$summary"

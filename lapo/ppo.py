@@ -8,6 +8,7 @@ and `forward(*encoded) -> logits (N, A), value (N,)`.
 """
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lapo.acting import evaluate_aside
 from lapo.config import Config, PPOConfig
 from lapo.decoding import OnlineDecoder
 from lapo.errors import UserError, say
@@ -389,9 +391,23 @@ def training_env(cfg: Config) -> Env:
     return make_env(cfg.env, cfg.ppo.num_envs, seed=cfg.seed, visuals=cfg.visuals)
 
 
-def train_ppo(cfg: Config, run: Run, trainer: PPOTrainer) -> None:
-    """Train for `cfg.stage3.steps` env steps."""
+def evaluation_due(cfg: Config, update: int) -> bool:
+    """Whether the policy is evaluated after `update` (from 1): the first at or past every `eval_every` steps.
+
+    The last one is not: the evaluation of the finished run follows it.
+    """
     updates, steps_per_update = num_updates(cfg)
+    every, env_steps = cfg.stage3.eval_every, update * steps_per_update
+    return every > 0 and update < updates and env_steps // every > (env_steps - steps_per_update) // every
+
+
+def train_ppo(cfg: Config, run: Run, trainer: PPOTrainer) -> None:
+    """Train for `cfg.stage3.steps` env steps; evaluate on held-out levels where `evaluation_due` says so.
+
+    Evaluations leave no trace in the training. What they took is logged (`eval_seconds`) and printed.
+    """
+    updates, steps_per_update = num_updates(cfg)
+    began, evaluations, eval_seconds = time.monotonic(), 0, 0.0
     if run.state:
         trainer.load_state_dict(run.state)
     recent = trainer.collector.recent
@@ -402,6 +418,11 @@ def train_ppo(cfg: Config, run: Run, trainer: PPOTrainer) -> None:
         metrics = trainer.decode(update + 1)
         if recent:
             metrics["train_return"] = sum(recent) / len(recent)
+        if evaluation_due(cfg, update + 1):
+            start = time.monotonic()
+            metrics |= evaluate_aside(trainer.policy, cfg, trainer.compute)
+            metrics["eval_seconds"] = time.monotonic() - start
+            evaluations, eval_seconds = evaluations + 1, eval_seconds + metrics["eval_seconds"]
         if (
             metrics.keys() - {"train_return"}
             or (update + 1) % cfg.stage3.log_every == 0
@@ -409,6 +430,12 @@ def train_ppo(cfg: Config, run: Run, trainer: PPOTrainer) -> None:
         ):
             run.log(env_steps, metrics)
     trainer.collector.env.close()
+    if evaluations:
+        seconds = time.monotonic() - began
+        print(
+            f"{evaluations} evaluations on the way took {eval_seconds:.0f} of {seconds:.0f} s"
+            f" ({eval_seconds / seconds:.0%})"
+        )
 
 
 def train_from_scratch(cfg: Config, compute: Compute, run: Run) -> nn.Module:

@@ -43,6 +43,22 @@ def test_the_schedule_shrinks_in_proportion_with_a_shorter_run(cfg):
     assert training_updates(cfg, 245, 4096, 0.25) == [1, 2, 3, 5, 10, 15, 20]
 
 
+@given(envs=st.integers(1, 256), steps=st.integers(1, 128), length=st.integers(1, 8_000_000))
+def test_no_run_trains_the_decoder_more_often_than_the_published_one(cfg, envs, steps, length):
+    updates, scale = -(-length // (envs * steps)), min(1.0, length / 4_000_000)
+    assert len(training_updates(cfg, updates, envs * steps, scale)) <= 14
+    twice = replace(cfg, until=2 * cfg.until)  # to update 195: 100, 120, 140, 160, 180 as well
+    assert len(training_updates(twice, updates, envs * steps, scale)) <= 19
+
+
+def test_trainings_are_as_far_apart_in_a_short_run_of_short_updates(cfg):
+    # Every 20 · 4,096 / 16 env steps are 5 updates of 1,024; before them, each.
+    assert training_updates(cfg, 245, 1024, 1 / 16) == [1, 2, 3, 5, 10, 15, 20]
+    demo = load_config(["--preset", "demo"])
+    scale = demo.stage3.steps / 4_000_000
+    assert training_updates(demo.decoder, 32, 1024, scale) == list(range(1, 16))
+
+
 @given(envs=st.integers(1, 128), steps=st.integers(1, 128), length=st.integers(1, 4_000_000))
 def test_even_in_a_short_run_the_decoder_is_trained(cfg, envs, steps, length):
     updates, scale = -(-length // (envs * steps)), length / 4_000_000

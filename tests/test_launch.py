@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
+from lapo.config import load_config, to_dict
 from lapo.games.table import GAMES
+from lapo.runs.checkpoints import load_checkpoint
 from support import PATIENCE
 
 LAPO = Path(__file__).resolve().parent.parent / "lapo"
@@ -23,6 +28,8 @@ from pathlib import Path
 call = " ".join([Path(__file__).stem, *sys.argv[1:]])
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(call + "\\n")
+if "SHOW" in os.environ:
+    print(*(f"{name} {os.environ.get(name)}" for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")))
 if call.startswith(os.environ.get("SLOW", "none")):
     time.sleep(3600)
 sys.exit(7 if call.startswith(os.environ.get("FAILING", "none")) else 0)
@@ -89,6 +96,11 @@ class Repo:
         return calls
 
 
+def names(listed: str) -> list[str]:
+    """The runs of a `--list`, without what they take."""
+    return [line.partition(":")[0] for line in listed.splitlines()]
+
+
 @pytest.fixture
 def repo(tmp_path) -> Repo:
     return Repo(tmp_path / "repo")
@@ -131,11 +143,11 @@ def test_each_game_with_each_seed(repo):
 def test_a_list_shows_the_runs_and_a_task_is_one_of_them(repo):
     grid = ["maze", "ninja", "--seeds=0,1", "--stages", "3"]
     status, out, _ = repo.launch(*grid, "--list")
-    assert (status, out) == (0, "maze, seed 0\nmaze, seed 1\nninja, seed 0\nninja, seed 1\n")
+    assert (status, names(out)) == (0, ["maze, seed 0", "maze, seed 1", "ninja, seed 0", "ninja, seed 1"])
     assert repo.calls() == []
     assert repo.launch(*grid, "--task", "2")[0] == 0
     assert repo.calls() == ["stage3_decode --env ninja --seed 0"]
-    assert repo.launch("--list")[1].split() == list(GAMES)
+    assert names(repo.launch("--list")[1]) == list(GAMES)
 
 
 def test_games_without_frames_are_named_in_one_message(repo):
@@ -240,6 +252,16 @@ def test_failing_game_does_not_stop_the_others_and_a_rerun_continues(repo):
         ),
         (["maze", "--seeds", "1,2", "--task", "2"], "error: --task is 2, but there are 2 runs"),
         (["maze", "--task", "x"], "error: --task is 'x', but must be the number of a run"),
+        (["maze", "--jobs", "0"], "error: --jobs is '0', but must be how many runs"),
+        (["maze", "--gpus", "a"], "error: --gpus is 'a', but must list numbers of GPUs"),
+        (["maze", "--gpus", "0", "--jobs", "1"], "error: --jobs and --gpus: give one of the two"),
+        (["maze", "--sweep"], "error: --sweep is '', but must be a key and values"),
+        (["maze", "--sweep", "stage1.lr"], "error: --sweep is 'stage1.lr', but must be a key and values"),
+        (["maze", "--sweep=stage1.lr=1,,2"], "error: --sweep is 'stage1.lr=1,,2', but must be a key and"),
+        (["maze", "--sweep", "stage1.lr=1", "--sweep", "stage1.lr=2"], "stage1.lr is given twice"),
+        (["maze", "--sweep", "seed=1,2"], "error: --sweep seed=1,2: for several of seed: --seeds"),
+        (["maze", "--sweep", "stage1.lr=1e-4,fast"], "'stage1.lr' is 'fast'"),
+        (["maze", "--sweep", "stage1.lrs=1e-4"], "unknown option --stage1.lrs"),
         (["maze", "--env", "ninja"], "error: games are named first and without --env"),
         (["maze", "--modes", "online,ofline"], "'stage3.mode' is 'ofline': input should be 'bc'"),
         (["maze", "--sead", "1"], "unknown option --sead; did you mean --seed?"),
@@ -303,6 +325,158 @@ def test_a_stage_has_time_to_save_though_all_processes_are_told_to_stop_and_told
     assert err == "launch.sh: stopped by SIGTERM; the same command continues\n"
 
 
+# ---------------------------------------------------------------- grids
+
+
+def test_a_sweep_is_the_product_of_its_lists_each_setting_an_experiment(repo):
+    sweeps = ("--sweep", "stage1.lr=1e-4,3e-4", "--sweep=vq.enabled=false")
+    grid = ("maze", "--seeds=0,1", "--exp", "x", *sweeps, "--stages", "1")
+    assert repo.launch(*grid)[0] == 0
+    expected = [
+        f"stage1_idm_wm --env maze --seed {seed} --exp x"
+        f" --exp x-stage1.lr={lr}-vq.enabled=false --stage1.lr {lr} --vq.enabled false"
+        for lr in ("1e-4", "3e-4")
+        for seed in (0, 1)
+    ]
+    assert repo.calls() == expected
+    listed = names(repo.launch(*grid, "--list")[1])
+    assert listed[2] == "maze, seed 0, exp x-stage1.lr=3e-4-vq.enabled=false"
+    assert repo.launch(*grid, "--task=2")[0] == 0
+    assert repo.calls() == [expected[2]]
+
+
+def log_of(repo: Repo, game: str, exp: str = "main") -> str:
+    return (repo.folder / "exp_results" / exp / game / "seed0" / "launch.log").read_text()
+
+
+def test_jobs_run_side_by_side_and_one_that_fails_stops_no_other(repo, monkeypatch):
+    games = ("maze", "ninja", "coinrun", "heist")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    status, out, err = repo.launch(*games, "--jobs", "2", FAILING="stage2_bc --env ninja", SHOW="yes")
+    assert status == 1
+    assert len(repo.calls()) == 3 * 3 + 2
+    log = repo.folder / "exp_results" / "main" / "ninja" / "seed0" / "launch.log"
+    assert err == f"launch.sh: ninja: failed in stage 2, exit code 7 (0 min); see {log}\n"
+    assert f"launch.sh: ninja: started, output in {log}\n" in out
+    summary = out.split("summary\n")[1].splitlines()
+    assert sorted(line.split("(")[0].split(maxsplit=1) for line in summary) == [
+        ["coinrun", "finished "],
+        ["heist", "finished "],
+        ["maze", "finished "],
+        ["ninja", "failed in stage 2, exit code 7 "],
+    ]
+    assert "OMP_NUM_THREADS 1 CUDA" in log_of(repo, "maze")
+    assert "launch.sh: maze, stage 3" in log_of(repo, "maze")
+    assert "launch.sh: maze, stage" not in out
+
+    status, out, err = repo.launch(*games, "--jobs=2", "--exp", "again")
+    assert (status, err) == (0, "")
+
+
+def test_a_slow_run_takes_one_place_and_each_gpu_has_one_run(repo):
+    games = ("maze", "ninja", "coinrun", "heist")
+    process = repo.start(
+        *games, "--gpus", "3,5", "--stages", "1", SLOW="stage1_idm_wm --env maze", SHOW="yes"
+    )
+    ended = [process.stdout.readline() for _ in range(8)]  # all but the end of maze
+    assert [line.split(":")[1] for line in ended if "finished" in line] == [" ninja", " coinrun", " heist"]
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143
+    assert err == "launch.sh: stopped by SIGTERM; the same command continues\n"
+    for game in games[1:]:
+        assert "CUDA_VISIBLE_DEVICES 5" in log_of(repo, game)
+    assert log_of(repo, "maze").endswith("launch.sh: stopped by SIGTERM; the same command continues\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_all_runs_of_a_queue_once_they_have_saved(repo, number):
+    for script in SCRIPTS:
+        (repo.folder / "lapo" / f"{script}.py").write_text(SAVING)
+    process = repo.start("maze", "ninja", "heist", "--jobs", "2")
+    logs = [repo.folder / f"exp_results/main/{game}/seed0/launch.log" for game in ("maze", "ninja")]
+    while not all(log.exists() and "trains" in log.read_text() for log in logs):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + number
+    assert err == f"launch.sh: stopped by {number.name}; the same command continues\n"
+    assert "heist" not in out
+    for log in logs:
+        assert "saved\n" in log.read_text()
+
+
+def test_missing_frames_are_got_before_the_queue_starts(repo):
+    shutil.rmtree(repo.folder / "expert_data" / "maze")
+    grid = ("maze", "--seeds", "0,1", "--data", "published", "--stages", "1", "--jobs", "2")
+    script = repo.folder / "lapo" / "download_data.py"
+    chunk = repo.folder / "expert_data" / "maze" / "train" / "0.npz"
+    make = f"os.makedirs({str(chunk.parent)!r}); open({str(chunk)!r}, 'w'); sys.exit"
+    script.write_text(STUB.replace("sys.exit", make))
+    status, _, err = repo.launch(*grid)
+    assert (status, err) == (0, "")
+    calls = repo.calls()
+    assert calls[0].startswith("download_data maze")
+    assert sorted(calls[1:]) == [f"stage1_idm_wm --env maze --seed {seed}" for seed in (0, 1)]
+
+
+def test_a_list_says_what_runs_take_from_earlier_runs_of_the_same_sizes(repo):
+    """Stage 1 took 0.36 s per step for other steps, seed and game; of offline mode nothing is known."""
+    cfg = load_config(["--stage1.steps", "200"])
+    small = replace(cfg, model=replace(cfg.model, wm_width=8))
+    for exp, sizes, seconds in (("old", cfg, 72), ("small", small, 1)):
+        folder = repo.folder / "exp_results" / exp / "heist" / "seed7" / "stage1"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(sizes)))
+        (folder / "metrics.jsonl").write_text(f'{{"step": 100}}\n{{"step": 200, "seconds": {seconds}}}\n')
+    chunk = repo.folder / "expert_data" / "maze" / "train" / "0.npz"
+    np.savez(chunk, obs=np.zeros((5000, 64, 64, 3), np.uint8))
+    grid = ("maze", "--seeds", "0,1", "--stages", "1,3", "--modes", "offline", "--stage1.steps", "100000")
+    status, out, err = repo.launch(*grid, "--list")
+    assert status == 0
+    known = "h without stage3_offline, 0.061 GB"
+    assert out.splitlines() == [f"maze, seed {seed}: about 10 {known}" for seed in (0, 1)]
+    assert err.startswith(f"all of them, one after the other: about 20 {known}; hours from")
+
+
+def test_a_grid_on_a_tiny_config(workplace):
+    """The real stages: one of the two learning rates is far too high."""
+    command = ["bash", str(LAPO / "launch.sh"), workplace.GAME, "--config", str(workplace.config_file)]
+    grid = [*command, "--stages", "1", "--sweep", "stage1.lr=1e-3,1e30", "--jobs", "2"]
+    env = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(grid, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    good, bad = (workplace.run_dir("stage1", f"main-stage1.lr={lr}") for lr in ("1e-3", "1e30"))
+    assert load_checkpoint(good / "checkpoint.pt")["finished"]
+    assert "exp main-stage1.lr=1e-3 finished" in done.stdout.replace("  ", " ")
+    assert "exp main-stage1.lr=1e30: failed in stage 1, exit code 2" in done.stderr
+    assert "try a lower learning rate" in (bad.parent / "launch.log").read_text()
+    listed = subprocess.run([*grid, "--list"], env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert len(listed.stdout.splitlines()) == 2
+    again = subprocess.run([*grid, "--task", "0"], env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert "finished already" in again.stdout
+
+
+def test_the_example_of_a_wandb_sweep_is_a_command_that_stage_1_understands(tmp_path):
+    sweep = yaml.safe_load((LAPO.parent / "docs" / "sweep.yaml").read_text())
+    drawn = {"stage1.lr": 0.00031, "vq.num_embs": 128, "vq.normalize": True}
+    assert drawn.keys() == sweep["parameters"].keys()
+    command = []  # as wandb's agent builds it
+    for word in sweep["command"]:
+        command += [f"--{key}={value}" for key, value in drawn.items()] if word == "${args}" else [word]
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "WANDB_RUN_ID": "x7f3"}
+    printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    script, *words = printed.splitlines()
+    assert (LAPO.parent / script).exists()
+    cfg = load_config(words)
+    assert (cfg.exp, cfg.wandb) == ("sweep-x7f3", "online")
+    assert (cfg.stage1.lr, cfg.vq.num_embs, cfg.vq.normalize) == (0.00031, 128, True)
+
+
 def test_help_shows_the_usage(repo):
     status, out, _ = repo.launch("--help")
     assert status == 0
@@ -341,7 +515,7 @@ def test_a_grid_becomes_an_array_whose_script_runs_one_task_of_it(cluster):
     grid = ["maze", "holiday", "--seeds", "0,1", "--config", str(sweep)]
     status, out, err = cluster.launch("--gpus=1", "--time", "8:00:00", "--", *grid, script="slurm.sh")
     assert status == 0, err
-    assert [line.split(None, 1) for line in out.splitlines()] == [
+    assert [line.split(None, 1) for line in names(out)] == [
         ["0", "maze, seed 0"],
         ["1", "maze, seed 1"],
         ["2", "holiday, seed 0"],

@@ -23,8 +23,8 @@ LAYERS = (
     ("data", "bottleneck"),
     ("models",),
     ("data_loader", "decoding", "policies"),
-    ("probe", "ppo", "imitation", "ilpo"),
-    ("acting",),
+    ("probe", "acting", "imitation", "ilpo"),
+    ("ppo",),
     ("interface",),
     ("experts", "reporting"),
     ("stage1_idm_wm", "stage2_bc", "stage3_decode"),
@@ -33,6 +33,7 @@ LAYERS = (
         *("stage1", "stage2", "stage3", "evaluate", "report", "results", "benchmark", "same_learning"),
         *("expert_table", "record_expert", "train_expert", "import_video", "download_data", "get_frames"),
     ),
+    ("grid",),
 )
 """Modules at the top of lapo/ and packages, the lowest first: each imports from lower layers alone."""
 MODULES = sorted(path for path in LAPO.rglob("*.py") if path != LAPO / "lapo.py")

@@ -179,7 +179,7 @@ def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int) -> None:
         if found is None:
             absent.append(stage)
         elif not found.finished:
-            of = asked_for(found.cfg, stage)
+            of = found.cfg.total_steps(stage)
             at = (
                 f"at step {found.steps:,} of {of:,}" if found.steps < of else "trained, but not evaluated yet"
             )
@@ -243,19 +243,6 @@ def read_stage(folder: Path, root: Path) -> StageRun | None:
 def evaluations(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """What has a `return_mean` in a stage's metrics: entries of a sweep over labels, then the metrics."""
     return [entry for entry in (*(metrics.get("sweep") or ()), metrics) if "return_mean" in entry]
-
-
-def asked_for(cfg: Config, stage: str) -> int:
-    """Steps of a whole stage, in the unit of `StageRun.steps`."""
-    if stage in EARLIER:
-        return getattr(cfg, stage).steps
-    if stage in PLAYING:
-        return cfg.stage3.steps
-    taught = {
-        "stage3_idm_labelling": cfg.relabel.idm_steps + cfg.relabel.policy_steps,
-        "stage3_lapo_plus": cfg.offline.steps + cfg.relabel.policy_steps,
-    }
-    return taught.get(stage, cfg.offline.steps)
 
 
 def settings(mode: str, stage: StageRun, earlier: dict[str, StageRun]) -> dict[str, str]:

@@ -42,7 +42,7 @@ from lapo.runs.files import atomic_write, lock, reading, writing
 from lapo.runs.ranks import all_max, check_equal, is_main, under_torchrun
 from lapo.runs.tracking import NoTracking, start_wandb
 
-FREE_KEYS = "log_every", "save_every"
+FREE_KEYS = "log_every", "save_every", "eval_every"
 """Keys of the config's groups on which no result depends: a resumed run may change them."""
 MAX_LOSS = 1e6
 """A run with a greater loss or gradient norm has diverged. Frames lie in ±0.5 and rewards are normalised, so
