@@ -117,7 +117,18 @@ PUBLISHED_SECONDS = {
 SIZES = {
     "stage1": ("model", "vq", "stage1.batch_size"),
     "stage2": ("model", "vq", "stage2.batch_size"),
-    "stage3": ("model", "vq", "ppo", "decoder", "offline.batch_size", "relabel.batch_size"),
+    "stage3": (
+        *(
+            "model",
+            "vq",
+            "ppo.num_envs",
+            "ppo.rollout_steps",
+            "ppo.epochs",
+            "decoder.hidden",
+            "decoder.epochs",
+        ),
+        *("offline.batch_size", "relabel.batch_size"),
+    ),
     "ilpo_trunk": ("model", "ilpo.num_actions", "ilpo.batch_size"),
 }
 """Keys on which the duration of a step depends, beside those of `data`."""

@@ -378,7 +378,7 @@ def test_a_slow_run_takes_one_place_and_each_gpu_has_one_run(repo):
     process = repo.start(
         *games, "--gpus", "3,5", "--stages", "1", SLOW="stage1_idm_wm --env maze", SHOW="yes"
     )
-    ended = [process.stdout.readline() for _ in range(8)]  # all but the end of maze
+    ended = [process.stdout.readline() for _ in range(4 + 3)]  # all but the end of maze
     assert [line.split(":")[1] for line in ended if "finished" in line] == [" ninja", " coinrun", " heist"]
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=PATIENCE)
