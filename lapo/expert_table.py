@@ -11,6 +11,7 @@ from pathlib import Path
 from lapo.command_line import Parser
 from lapo.config import ROOT
 from lapo.errors import UserError, run_main
+from lapo.experts.registry import expert_name
 from lapo.games.table import GAMES, check_game
 from lapo.reporting.tables import table
 from lapo.runs.checkpoints import load_checkpoint, saved_config
@@ -31,7 +32,8 @@ def main() -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="results of evaluate.py to take into the table first",
+        help="results of evaluate.py to take into the table first: of random play, of the planner, or of a"
+        " checkpoint, which counts as the game's learned expert",
     )
     parser.add_argument(
         "--add-clones",
@@ -85,8 +87,15 @@ def read_clone(folder: Path) -> tuple[str, str, dict]:
     recording = read(cfg.game_data / "dataset.json")
     try:
         learned, frames = "policy" in recording, recording["train"]["frames"]
+        ours = learned or recording["expert"] == expert_name(cfg.env)
     except (KeyError, TypeError):
-        raise UserError(f"{cfg.game_data} was not recorded by record_expert.py") from None
+        ours = False
+    if not ours:
+        raise UserError(f"{cfg.game_data} was not recorded by record_expert.py")
+    if "action_acc_test" not in metrics:
+        raise UserError(
+            f"{folder} has no accuracy on held-out frames; record some, and clone the expert again"
+        )
     kept = {key: metrics[key] for key in ("return_mean", "return_stderr", "relative_return", "episodes")}
     kept |= {key: round(metrics[key], 4) for key in ("action_acc_test", "majority_acc_test")}
     kept |= {"frames": frames, "labels": cfg.offline.labels, "image_size": cfg.data.image_size}

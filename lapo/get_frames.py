@@ -3,20 +3,63 @@
 import json
 import shlex
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 from lapo.config import ROOT, Config
-from lapo.data.chunks import list_chunks
+from lapo.data.chunks import list_chunks, read_header
 from lapo.errors import UserError
 from lapo.experts.recording import SHIPPED
 from lapo.games.table import GAMES
 from lapo.games.vec_env import num_cores
+from lapo.runs.files import write_json, writing
 
 SOURCES = "record", "published", "huggingface"
 
 
+RECORDED_PER_SECOND = 700
+"""Frames per second of CPU time of which a learned expert is recorded: docs/experts.md."""
+
+
+def request_file(cfg: Config) -> Path:
+    """Where `note_request` keeps how many frames the configured game shall have."""
+    return cfg.game_data.parent / f".{cfg.env}.wanted.json"
+
+
+def note_request(cfg: Config, source: str) -> None:
+    """Note how many frames are about to be got, so that an interrupted command is known as unfinished.
+
+    Of the published frames there is nothing to note: a game's folder appears when it is complete.
+    """
+    path = request_file(cfg)
+    with writing(path, "nothing was changed"):
+        path.unlink(missing_ok=True)
+        if source != "published":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"train": cfg.record.frames, "test": cfg.record.test_frames})
+
+
 def lacks_frames(cfg: Config) -> bool:
-    """Whether the configured game has no chunk to train on."""
-    return not list_chunks(cfg.game_data / "train")
+    """Whether the configured game has no chunk to train on, or fewer frames than `note_request` noted."""
+    if not list_chunks(cfg.game_data / "train"):
+        return True
+    path = request_file(cfg)
+    if not path.exists():
+        return False
+    try:
+        wanted = json.loads(path.read_text(encoding="utf-8"))
+        return any(num_frames(cfg.game_data / split) < count for split, count in wanted.items())
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise UserError(f"{path} is damaged; delete it") from None
+
+
+def num_frames(folder: Path) -> int:
+    """Frames of all chunks in `folder`; bad ones count as empty."""
+    total = 0
+    for path in list_chunks(folder):
+        with suppress(UserError):  # the stages name it
+            total += read_header(path)
+    return total
 
 
 def commands(configs: list[Config], source: str) -> list[str]:
@@ -31,6 +74,12 @@ def commands(configs: list[Config], source: str) -> list[str]:
     folder = configs[0].game_data.parent
     others = [name for name in names if name not in GAMES]
     if source not in SOURCES:
+        begun = next((cfg for cfg in configs if list_chunks(cfg.game_data / "train")), None)
+        if begun:
+            raise UserError(
+                f"the frames of {begun.env} in {folder} are incomplete; --data record or huggingface, as"
+                f" before, gets the others, and without {request_file(begun)} those that are there are used"
+            )
         some = f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 4 else ", ".join(names)
         raise UserError(
             f"there are no frames of {some} in {folder}; get them with --data record (an expert plays),"
@@ -54,11 +103,13 @@ def download(cfg: Config, source: str) -> str:
 
 def record(cfg: Config) -> str:
     """The command that records an expert as `cfg.record` says; says on stderr what it takes."""
-    learned = cfg.visuals == "plain" and (SHIPPED / f"{cfg.env}.pt").exists()
+    path = SHIPPED / f"{cfg.env}.pt"
+    learned = path.exists() and visuals_of(path) == cfg.visuals
     expert, noise = ("learned expert", 0.0) if learned else ("planner", cfg.record.noise)
     frames = cfg.record.frames + cfg.record.test_frames
     rates = json.loads((ROOT / "docs" / "experts.json").read_text(encoding="utf-8"))[cfg.env]
-    hours = frames / rates[expert.split()[0]]["steps_per_cpu_second"] / num_cores() / 3600
+    rate = RECORDED_PER_SECOND if learned else rates["planner"]["steps_per_cpu_second"]
+    hours = frames / rate / num_cores() / 3600
     drawn = f"{noise:.0%} of its actions at random" if noise else "its actions sampled"
     duration = f"{hours:.1f} h" if hours >= 1 else f"{max(1, round(60 * hours))} min"
     print(
@@ -68,4 +119,12 @@ def record(cfg: Config) -> str:
     )
     sizes = [f"--frames={cfg.record.frames}", f"--test-frames={cfg.record.test_frames}"]
     look = [f"--visuals={cfg.visuals}", f"--noise={noise}", "--data-dir", str(cfg.game_data.parent)]
-    return shlex.join(["record_expert.py", "--env", cfg.env, *sizes, *look])
+    who = ["--expert", str(path) if learned else "planner"]
+    return shlex.join(["record_expert.py", "--env", cfg.env, *who, *sizes, *look])
+
+
+def visuals_of(path: Path) -> str:
+    """The visuals that a learned expert was trained in. Raises `UserError` for a bad checkpoint."""
+    from lapo.policies import load_policy_checkpoint  # imports PyTorch
+
+    return load_policy_checkpoint(path)["config"]["visuals"]

@@ -27,7 +27,7 @@ from lapo.data.chunks import list_chunks, read_header
 from lapo.errors import STOP_SIGNALS, UserError, handle_signals, run_main, say
 from lapo.games.table import GAMES
 from lapo.games.vec_env import num_cores
-from lapo.get_frames import commands, lacks_frames
+from lapo.get_frames import commands, lacks_frames, note_request
 from lapo.modes import MODES
 
 OWN_OPTIONS = {"env": "name the games first", "exp": "--exp", "seed": "--seeds", "stage3.mode": "--modes"}
@@ -82,9 +82,12 @@ def plan(
     configs = {game: load_config([*base, "--env", game]) for game in names}
     for game in games.split():
         check_data(game, configs[game].game_data)
-    if {"1", "2"} & set(stages.split(",")):
+    chosen_modes = (modes.split() or [load_config(base).stage3.mode]) if "3" in stages.split(",") else []
+    if {"1", "2"} & set(stages.split(",")) or any("data" in MODES[mode].config_keys for mode in chosen_modes):
         lacking = [cfg for cfg in configs.values() if lacks_frames(cfg)]
         for cfg, command in zip(lacking, commands(lacking, data), strict=True):
+            if not listing:
+                note_request(cfg, data)
             print("$", cfg.env, command)
     total = Estimate()
     for game, setting, seed in itertools.product(names, settings, chosen or [None]):

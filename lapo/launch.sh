@@ -132,6 +132,10 @@ done <<<"$selected"
 if [[ -n $task ]]; then
     ((task < ${#runs[@]})) || die "--task is $task, but there are ${#runs[@]} runs, counted from 0"
     runs=("${runs[task]}") jobs="" gpus=""
+    IFS=$'\t' read -r _ _ game _ <<<"${runs[0]}"
+    for get in ${missing[@]+"${missing[@]}"}; do # several tasks would get them at once
+        [[ ${get%% *} != "$game" || -n $list ]] || die "$game has no frames yet, or not all; get them before its tasks run: $python $here/${get#* }"
+    done
 fi
 if [[ -n $list ]]; then
     printf '%s\n' "${runs[@]}"

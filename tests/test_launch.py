@@ -17,7 +17,7 @@ import yaml
 from lapo.config import load_config, to_dict
 from lapo.games.table import GAMES
 from lapo.runs.checkpoints import load_checkpoint
-from support import PATIENCE
+from support import PATIENCE, numbered_frames, write_chunk
 
 LAPO = Path(__file__).resolve().parent.parent / "lapo"
 SCRIPTS = ("stage1_idm_wm", "stage2_bc", "stage3_decode")
@@ -170,14 +170,14 @@ def test_missing_frames_are_got_first_and_only_those(repo):
         shutil.rmtree(folder / game)
     grid = ("coinrun", "maze", "jumper", "--data=record", "--stages=1", "--visuals", "plain")
     status, _, err = repo.launch(*grid, "--record.frames=1000", "--record.test_frames", "100")
-    assert status == 0
+    assert status == 0, err
     sizes = "--frames=1000 --test-frames=100 --visuals=plain"
     stage1 = "--visuals plain --record.frames=1000 --record.test_frames 100"
     assert repo.calls() == [
         f"stage1_idm_wm --env coinrun {stage1}",
-        f"record_expert --env maze {sizes} --noise=0.0 --data-dir {folder}",
+        f"record_expert --env maze --expert {folder}/experts/maze.pt {sizes} --noise=0.0 --data-dir {folder}",
         f"stage1_idm_wm --env maze {stage1}",
-        f"record_expert --env jumper {sizes} --noise=0.2 --data-dir {folder}",
+        f"record_expert --env jumper --expert planner {sizes} --noise=0.2 --data-dir {folder}",
         f"stage1_idm_wm --env jumper {stage1}",
     ]
     assert "maze: records 1,100 frames of the learned expert, its actions sampled: about 1 min" in err
@@ -187,6 +187,47 @@ def test_missing_frames_are_got_first_and_only_those(repo):
     assert repo.launch("maze", "--data", "huggingface", "--stages", "2")[0] == 0
     sizes = "--frames=2621440 --test-frames=65536"
     assert repo.calls()[0] == f"download_data maze --data-dir {folder} --source=huggingface {sizes}"
+
+
+def test_an_interrupted_recording_is_continued_and_not_trained_on(repo):
+    shutil.copytree(LAPO.parent / "docs", repo.folder / "docs")
+    shutil.rmtree(repo.folder / "expert_data" / "maze")
+    sizes = "--record.frames=6", "--record.test_frames=4"
+    grid = "maze", "--stages", "1", *sizes
+    assert repo.launch(*grid, "--data", "record", FAILING="record")[0] == 1
+    assert [call.split()[0] for call in repo.calls()] == ["record_expert"]
+    folder = repo.folder / "expert_data" / "maze"
+    write_chunk(folder / "train" / "0.npz", numbered_frames(np.arange(6)))
+    status, _, err = repo.launch(*grid)  # the first chunk alone
+    assert (status, repo.calls()) == (2, [])
+    assert err.startswith("error: the frames of maze in ")
+    assert "are incomplete; --data record or huggingface, as before, gets the others" in err
+    assert repo.launch(*grid, "--data", "record")[0] == 0
+    assert [call.split()[0] for call in repo.calls()] == ["record_expert", "stage1_idm_wm"]
+    status, _, err = repo.launch(*grid, "--data", "record", "--seeds", "0,1", "--task", "1")
+    assert (status, repo.calls()) == (2, [])
+    assert "maze has no frames yet, or not all; get them before its tasks run: " in err
+    write_chunk(folder / "test" / "0.npz", numbered_frames(np.arange(4)))
+    for options in ((), ("--data", "record"), ("--task", "0")):
+        assert repo.launch(*grid, *options)[0] == 0
+        assert [call.split()[0] for call in repo.calls()] == ["stage1_idm_wm"]
+
+
+def test_modes_that_read_frames_get_them_as_well(repo):
+    shutil.rmtree(repo.folder / "expert_data" / "maze")
+    status, _, err = repo.launch("maze", "--stages", "3", "--modes", "online,bc")
+    assert status == 2
+    assert "there are no frames of maze in" in err
+
+
+def test_an_expert_of_other_visuals_is_not_the_default(repo):
+    """As record_expert.py decides it: the planner then plays, with noise."""
+    shutil.copytree(LAPO.parent / "docs", repo.folder / "docs")
+    shutil.copytree(LAPO.parent / "expert_data" / "experts", repo.folder / "expert_data" / "experts")
+    shutil.rmtree(repo.folder / "expert_data" / "maze")
+    _, _, err = repo.launch("maze", "--data", "record", "--stages", "1")
+    assert "frames of the planner, 20% of its actions at random" in err
+    assert "--expert planner" in repo.calls()[0]
 
 
 def test_a_game_whose_frames_cannot_be_got_is_reported_and_the_others_go_on(repo):

@@ -110,7 +110,7 @@ class Dataset:
             with reading(self.file):
                 found = json.loads(self.file.read_text(encoding="utf-8"))
             ours = found.get("source") == "huggingface"
-            if ours and found.keys() != self.record.keys():
+            if ours and not {"requested_revision", "revision", "all_rows", "files", "chunks"} <= found.keys():
                 raise ValueError
         except (ValueError, AttributeError):
             raise UserError(
@@ -122,7 +122,7 @@ class Dataset:
             )
         asked = self.record["requested_revision"]
         if asked in (found["requested_revision"], found["revision"]):
-            self.record = found
+            self.record |= found
         elif found["chunks"]:  # else nothing would be lost
             raise UserError(
                 f"{self.folder} was begun with revision {found['revision']}, not {asked}; continue with"

@@ -6,7 +6,7 @@ it should show levels that do not occur without.
 
 import hashlib
 import importlib
-import inspect
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from functools import cache
@@ -68,9 +68,10 @@ def make_env(
         if not isinstance(found, int | np.integer) or wanted not in (None, found):
             raise UserError(f"{name}: `{key}` must be {wanted or 'a number'}, found {found}")
     obs = np.asarray(env.observe())
-    if obs.dtype != np.uint8 or obs.ndim != 4 or (len(obs), obs.shape[3]) != (num_envs, 3):
+    side = obs.shape[1] if obs.ndim == 4 else 0
+    if obs.dtype != np.uint8 or obs.shape != (num_envs, side, side, 3):
         raise UserError(
-            f"{name}: `observe` must return uint8 ({num_envs}, H, W, 3), found {obs.dtype} {obs.shape}"
+            f"{name}: `observe` must return uint8 ({num_envs}, S, S, 3), found {obs.dtype} {obs.shape}"
         )
     return env
 
@@ -85,7 +86,7 @@ def find_function(name: str) -> Callable[..., Env]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name != module_name:
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise UserError(
             f"env {name}: there is no module '{module_name}'; put its folder on PYTHONPATH"
@@ -118,5 +119,6 @@ def env_version(name: str) -> dict[str, str]:
     """Version of Procgen, or a hash of the file that defines an environment of one's own."""
     if ":" not in name:
         return {"procgen": simulator_version()}
-    source = Path(inspect.getsourcefile(find_function(name))).read_bytes()
+    find_function(name)
+    source = Path(sys.modules[name.partition(":")[0]].__file__).read_bytes()
     return {"environment": hashlib.sha256(source).hexdigest()[:12]}

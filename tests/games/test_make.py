@@ -89,7 +89,7 @@ def test_act_and_result_are_a_step_by_default(here):
         ("nothing", "returned NoneType; it must return a lapo.games.env.Env"),
         ("one_too_many", "`num_envs` must be 2, found 3"),
         ("Nameless", "`num_actions` must be a number, found None"),
-        ("Blind", r"`observe` must return uint8 \(2, H, W, 3\), found float64 \(2, 8, 8\)"),
+        ("Blind", r"`observe` must return uint8 \(2, S, S, 3\), found float64 \(2, 8, 8\)"),
     ],
 )
 def test_what_is_no_environment_is_named(here, function, message):
