@@ -1,12 +1,14 @@
 """expert_table.py: results of evaluate.py, kept and shown."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lapo import expert_table, stage3_decode
+from lapo.experts.registry import expert_name
 from lapo.games.table import GAMES
 from lapo.runs.checkpoints import load_checkpoint
 
@@ -80,7 +82,7 @@ def test_what_is_no_result_changes_nothing(call, tmp_path, content):
 
 def test_clones_stand_beside_the_expert_whose_frames_they_saw(call, workplace, tmp_path):
     cfg = workplace.config("--stage3.mode", "bc")
-    record = {"train": {"frames": 80}}
+    record = {"train": {"frames": 80}, "expert": expert_name(workplace.GAME)}
     file = cfg.game_data / "dataset.json"
     file.write_text(json.dumps(record))
     stage3_decode.train(cfg)
@@ -95,6 +97,13 @@ def test_clones_stand_beside_the_expert_whose_frames_they_saw(call, workplace, t
     metrics = load_checkpoint(workplace.run_dir("stage3_bc") / "checkpoint.pt")["metrics"]
     clone = metrics["return_mean"]
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in out.splitlines()[-2:]]
+    for other in (
+        {"source": "huggingface", "expert": "PPO", "train": {"frames": 80}},
+        {"train": {"frames": 8}},
+    ):
+        file.write_text(json.dumps(other))
+        status, _, err = call("--add-clones", folder)
+        assert (status, "was not recorded by record_expert.py" in err) == (2, True)
     for row, (expert, mean) in zip(rows, (("planner", 3.0), ("learned", 5.0)), strict=True):
         assert row[:3] == [game, expert, f"{mean:.2f} ± 0.25"]
         assert row[3].startswith(f"{clone:.2f}")
@@ -107,6 +116,13 @@ def test_what_is_no_clone_is_refused(call, workplace):
     stage3_decode.train(workplace.config("--stage3.mode", "bc"))
     status, _, err = call("--add-clones", str(workplace.run_dir("stage3_bc")))
     assert (status, "dataset.json cannot be read" in err) == (2, True)
+    cfg = workplace.config("--stage3.mode", "bc", "--exp", "bare")
+    shutil.rmtree(cfg.game_data / "test")
+    stage3_decode.train(cfg)
+    record = {"train": {"frames": 80}, "expert": expert_name(workplace.GAME)}
+    (cfg.game_data / "dataset.json").write_text(json.dumps(record))
+    status, _, err = call("--add-clones", str(workplace.run_dir("stage3_bc", "bare")))
+    assert (status, "has no accuracy on held-out frames" in err) == (2, True)
     stage3_decode.train(workplace.config("--stage3.mode", "scratch"))
     status, _, err = call("--add-clones", str(workplace.run_dir("stage3_scratch")))
     assert (status, "is no finished stage 3 in mode bc" in err) == (2, True)

@@ -1,5 +1,7 @@
 """Environments from their names, of Procgen and of one's own."""
 
+import functools
+import hashlib
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -40,6 +42,13 @@ class Still(Env):
 
 class Rewarding(Still):
     reference_returns = 1.0, 3.0
+
+
+class Oblong(Still):
+    """Its frames are wider than high."""
+
+    def observe(self) -> np.ndarray:
+        return np.zeros((self.num_envs, 8, 16, 3), np.uint8)
 
 
 class Blind(Still):
@@ -89,6 +98,7 @@ def test_act_and_result_are_a_step_by_default(here):
         ("nothing", "returned NoneType; it must return a lapo.games.env.Env"),
         ("one_too_many", "`num_envs` must be 2, found 3"),
         ("Nameless", "`num_actions` must be a number, found None"),
+        ("Oblong", r"`observe` must return uint8 \(2, S, S, 3\), found uint8 \(2, 8, 16, 3\)"),
         ("Blind", r"`observe` must return uint8 \(2, S, S, 3\), found float64 \(2, 8, 8\)"),
     ],
 )
@@ -100,10 +110,20 @@ def test_what_is_no_environment_is_named(here, function, message):
 def test_a_missing_module_is_named_and_a_broken_one_shows_its_own_error(tmp_path: Path, monkeypatch):
     with pytest.raises(UserError, match="there is no module 'not_there'; put its folder on PYTHONPATH"):
         find_function("not_there:make_env")
+    with pytest.raises(UserError, match=r"there is no module 'not_there\.envs'; put its folder on"):
+        find_function("not_there.envs:make_env")
     (tmp_path / "broken_module.py").write_text("import not_there_either\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="not_there_either"):
         find_function("broken_module:make_env")
+
+
+def test_the_version_of_an_environment_is_a_hash_of_its_module(here, monkeypatch):
+    """Whatever can be called; the file counts."""
+    monkeypatch.setattr(sys.modules[__name__], "partly", functools.partial(Still), raising=False)
+    expected = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    for function in ("Still", "partly"):
+        assert env_version(f"{here}:{function}") == {"environment": expected}
 
 
 def test_relative_returns_need_reference_returns(here):
