@@ -27,8 +27,7 @@ DEFAULTS = Path(__file__).resolve().parent / "config.yaml"
 HELP = {"-h", "--help"}
 PUBLISHED_STEPS = {"stage1": 50_000, "stage2": 60_000, "stage3": 4_000_000}
 """Steps of the published runs, in stage 3 env steps: the lengths that schedules are given for."""
-PUBLISHED_UPDATE_STEPS = 64 * 64
-"""Env steps per PPO update of the published runs."""
+PUBLISHED_UPDATE_STEPS = 64 * 64  # env steps per PPO update
 
 
 def _whole(value: Any) -> Any:
@@ -119,6 +118,11 @@ class VQConfig:
     epsilon: Positive
     start: Literal["published", "data"]
     levels: Annotated[list[Annotated[Int, Field(ge=2)]], BeforeValidator(_items), Field(min_length=1)]
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of all codebooks."""
+        return self.num_codebooks * (math.prod(self.levels) if self.kind == "fsq" else self.num_embs)
 
     @property
     def la_dim(self) -> int:
@@ -360,16 +364,14 @@ class Config:
 
     def total_steps(self, stage: str) -> int:
         """Steps of a stage: env steps in the modes of stage 3 that play, otherwise optimisation steps."""
-        mode = stage.removeprefix("stage3_")
-        if mode in MODES and MODES[mode].plays:
+        mode = MODES.get(stage.removeprefix("stage3_"))
+        if mode and mode.plays:
             return self.stage3.steps
-        return {
-            "stage1": self.stage1.steps,
-            "stage2": self.stage2.steps,
-            "ilpo_trunk": self.ilpo.steps,
-            "stage3_idm_labelling": self.relabel.idm_steps + self.relabel.policy_steps,
-            "stage3_lapo_plus": self.offline.steps + self.relabel.policy_steps,
-        }.get(stage, self.offline.steps)
+        taught = {"stage3_idm_labelling": self.relabel.idm_steps, "stage3_lapo_plus": self.offline.steps}
+        if stage in taught:
+            return taught[stage] + self.relabel.policy_steps
+        earlier = {"stage1": self.stage1, "stage2": self.stage2, "ilpo_trunk": self.ilpo}
+        return earlier.get(stage, self.offline).steps
 
     @property
     def game_data(self) -> Path:

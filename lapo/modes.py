@@ -63,3 +63,5 @@ MODES = {
     ),
 }
 """In the order in which tables and figures show them."""
+COMPARISONS = "idm_labelling", "ilpo", "lapo_plus", "no_sl"
+"""Modes that a run's report names only if the run has them."""

@@ -3,11 +3,13 @@
 Dimensions: M windows. The probe is a separate MLP: no gradient reaches the models.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lapo.config import ProbeConfig
+from lapo.config import ProbeConfig, VQConfig
 from lapo.data_loader import Windows
 from lapo.frames import CHANNELS
 from lapo.models import IDM, WorldModel, split_window, stack_frames
@@ -17,9 +19,39 @@ WM_WINDOWS = 16384
 """The world model is evaluated on at most this many windows: enough for a precise mean error."""
 
 
+COLLAPSED = 1.1
+"""Perplexity of a collapsed bottleneck, relative to one code per slot; healthy runs have far more."""
+
+
 def wm_subset(count: int) -> slice:
     """Which of `count` windows the world model is evaluated on: every k-th."""
     return slice(None, None, -(-count // WM_WINDOWS))
+
+
+def find_failures(metrics: dict[str, float], vq: VQConfig) -> list[str]:
+    """Signs in the metrics of a finished stage 1 that it failed, each in a sentence with a remedy.
+
+    A codebook has collapsed if no slot chooses among several codes: the perplexity is then that of all slots
+    on one code (1 per codebook) or of each slot on its own (`num_latents`). The probe must beat both what the
+    actions' frequencies and an untrained IDM tell.
+    """
+    found = []
+    fixed = vq.num_codebooks * vq.num_latents
+    perplexity = metrics.get("perplexity", math.inf)
+    # Few codes per slot can be in good use at such a perplexity.
+    if vq.enabled and perplexity < min(COLLAPSED * fixed, vq.num_codes / 2):
+        found.append(
+            f"the bottleneck has collapsed: its perplexity is {perplexity:.1f}, and {fixed} if every slot"
+            " always takes one code; try --vq.normalize true, --vq.start data or a lower --stage1.lr"
+        )
+    controls = [metrics.get(key) for key in ("majority_acc_test", "untrained_probe_acc_test")]
+    if "probe_acc_test" in metrics and None not in controls and metrics["probe_acc_test"] <= max(controls):
+        found.append(
+            f"latent actions tell no more of the true ones ({metrics['probe_acc_test']:.1%}) than the"
+            f" commonest action ({controls[0]:.1%}) or an untrained IDM ({controls[1]:.1%}); record with"
+            " --noise 0.2, use more frames or steps, or larger frames if the agent is small"
+        )
+    return found
 
 
 @torch.no_grad()

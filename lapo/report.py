@@ -22,7 +22,7 @@ from lapo.config import Config, load_config
 from lapo.data.checks import check_data, check_frames
 from lapo.errors import UserError, run_main
 from lapo.games.table import GAMES
-from lapo.modes import MODES
+from lapo.modes import COMPARISONS, MODES
 from lapo.reporting import figures
 from lapo.reporting.inspection import Inspection
 from lapo.reporting.summary import DOWNLOADED, StageOutput, read_outputs, summarize
@@ -74,6 +74,7 @@ def to_markdown(summary: dict) -> str:
         "## Stages 1 and 2, evaluated on held-out frames",
         table(["metric", "LAPO", "for comparison"], learnt_rows(summary["learnt"])),
     ]
+    parts += [f"**Warning**: {warning}." for warning in summary["warnings"]]
     if summary["returns"]:
         parts += [
             "## Mean returns on held-out levels, ± standard error",
@@ -84,7 +85,11 @@ def to_markdown(summary: dict) -> str:
         ]
         if summary["returns"].get("expert", {}).get("source", "").startswith(DOWNLOADED):
             parts[-1] += " The expert of this run's frames is another one, which earns another return."
-    stages = [stage_row(stage, progress) for stage, progress in summary["stages"].items()]
+    stages = [
+        stage_row(stage, progress)
+        for stage, progress in summary["stages"].items()
+        if progress or stage.removeprefix("stage3_") not in COMPARISONS
+    ]
     parts += ["## Stages", table(["stage", "steps", "time", "state"], stages)]
     return "\n\n".join(parts) + "\n"
 
@@ -125,7 +130,7 @@ def return_rows(returns: dict[str, dict]) -> list[list[str]]:
     for policy in NAMES:
         row = returns.get(policy)
         if row is None:
-            rows.append([NAMES[policy], "", "missing", "", ""])
+            rows += [] if policy in COMPARISONS else [[NAMES[policy], "", "missing", "", ""]]
             continue
         relative = row["relative_return"]
         error = "" if row["return_stderr"] is None else f" ± {row['return_stderr']:.2f}"

@@ -14,9 +14,9 @@ from lapo.config import PUBLISHED_STEPS, Config, load_config
 from lapo.data.checks import check_data, check_frames
 from lapo.data.chunks import data_checksums
 from lapo.data_loader import Windows, read_splits
-from lapo.errors import run_main
+from lapo.errors import run_main, say
 from lapo.models import IDM, WorldModel, infer_latents, make_idm, make_world_model, split_window, stack_frames
-from lapo.probe import train_probe, wm_subset, world_model_loss
+from lapo.probe import find_failures, train_probe, wm_subset, world_model_loss
 from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr, warmup_schedule
 from lapo.runs.ranks import average, distributed, per_rank_batch
@@ -64,6 +64,8 @@ def train(cfg: Config) -> None:
         if results or done % cfg.stage1.log_every == 0:
             run.log(done, results)
     run.finish(trainer.state_dict())
+    for failure in find_failures(run.metrics, cfg.vq):
+        say(f"warning: {failure}")
 
 
 class Trainer:

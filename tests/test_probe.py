@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lapo import probe, stage1_idm_wm
 from lapo.bottleneck import VectorQuantizer
-from lapo.config import ProbeConfig, load_config
+from lapo.config import ProbeConfig, VQConfig, load_config
 from lapo.data_loader import Windows
 from lapo.models import IDM, WorldModel, infer_latents, make_idm, make_world_model, normalize
-from lapo.probe import train_probe, world_model_loss
+from lapo.probe import find_failures, train_probe, world_model_loss
+from lapo.report import report
 from support import CPU, write_game
 
 
@@ -189,3 +190,48 @@ def test_modes_of_networks_in_eval_mode_are_kept(windows):
     world_model_loss(idm, world_model, windows, ids, infer_latents(idm, windows.iter_frames(ids), CPU), CPU)
     assert not idm.training
     assert not world_model.training
+
+
+HEALTHY = {
+    "perplexity": 40.0,
+    "probe_acc_test": 0.6,
+    "majority_acc_test": 0.35,
+    "untrained_probe_acc_test": 0.4,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({}, [], []),
+        ({"perplexity": 8.0}, [], ["collapsed: its perplexity is 8.0, and 8 if every slot"]),
+        ({"perplexity": 2.0}, [], ["collapsed"]),
+        ({"perplexity": 9.4}, [], []),
+        ({"perplexity": 8.0}, ["--vq.num_latents", "2"], []),
+        ({"perplexity": 4.0}, ["--vq.num_embs", "2"], []),
+        ({"perplexity": 1.0}, ["--vq.enabled", "false"], []),
+        ({"probe_acc_test": 0.4}, [], ["(40.0%) than the commonest action (35.0%) or an untrained IDM (40"]),
+        ({"probe_acc_test": 0.36, "untrained_probe_acc_test": 0.3}, [], []),
+        ({"probe_acc_test": 0.34, "untrained_probe_acc_test": 0.3}, [], ["record with --noise 0.2"]),
+        ({"perplexity": 8.0, "probe_acc_test": 0.2}, [], ["collapsed", "tell no more"]),
+    ],
+)
+def test_a_failed_stage_1_is_recognised_and_a_healthy_one_left_alone(changes, options, words):
+    found = find_failures(HEALTHY | changes, load_config(options).vq)
+    assert len(found) == len(words)
+    for sentence, part in zip(found, words, strict=True):
+        assert part in sentence
+
+
+def test_data_without_actions_raise_no_alarm_about_them():
+    assert find_failures({"perplexity": 40.0}, load_config([]).vq) == []
+
+
+def test_stage_1_and_the_report_say_that_it_failed(workplace, monkeypatch, capsys):
+    """Once, at the end. A bottleneck counts as collapsed here whatever its perplexity."""
+    monkeypatch.setattr(probe, "COLLAPSED", 100.0)
+    monkeypatch.setattr(VQConfig, "num_codes", 1000)
+    stage1_idm_wm.train(workplace.config())
+    assert capsys.readouterr().err.count("warning: the bottleneck has collapsed: its perplexity is ") == 1
+    assert any("collapsed" in warning for warning in report(workplace.config())["warnings"])
+    assert "**Warning**: the bottleneck has collapsed: " in capsys.readouterr().out

@@ -96,7 +96,7 @@ def test_numbers_are_those_of_the_stages(cfg):
             assert row[key] == metrics[key]
     assert found["returns"]["bc"]["source"] == "32 labels"
     assert found["returns"]["online"]["source"] == "frames, 192 env steps"
-    assert {stage: done["steps"] for stage, done in found["stages"].items()} == {
+    assert {stage: done["steps"] for stage, done in found["stages"].items() if done} == {
         "stage1": 8,
         "stage2": 8,
         "stage3_bc": 20,

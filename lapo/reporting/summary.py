@@ -12,6 +12,7 @@ from lapo.errors import UserError
 from lapo.games.make import env_spec, relative_return
 from lapo.games.table import GAMES
 from lapo.modes import MODES
+from lapo.probe import find_failures
 from lapo.runs.checkpoints import changed_inputs, load_checkpoint, saved_config, weights_checksum
 from lapo.runs.files import reading
 
@@ -43,6 +44,7 @@ def summarize(cfg: Config, outputs: dict[str, "StageOutput"]) -> dict:
         "seed": cfg.seed,
         "stages": stages(outputs),
         "learnt": stage_metrics(outputs),
+        "warnings": stage1_warnings(outputs),
         "returns": returns(cfg, outputs),
         "visuals": cfg.visuals,
         "eval": to_dict(cfg.eval),
@@ -113,12 +115,18 @@ def stage_metrics(outputs: dict[str, StageOutput]) -> dict[str, float | None]:
         "majority_acc": stage1.get("majority_acc_test"),
         "untrained_probe_acc": stage1.get("untrained_probe_acc_test"),
         "perplexity": stage1.get("perplexity") if vq and vq.enabled else None,
-        "codes": vq.num_codebooks * (math.prod(vq.levels) if vq.kind == "fsq" else vq.num_embs)
-        if vq
-        else None,
+        "codes": vq.num_codes if vq else None,
         "policy_loss": stage2.get("loss_test"),
         "constant_loss": stage2.get("constant_loss_test"),
     }
+
+
+def stage1_warnings(outputs: dict[str, StageOutput]) -> list[str]:
+    """Signs that stage 1 failed, see `probe.find_failures`; none before it is finished."""
+    stage1 = outputs.get("stage1")
+    if not stage1 or not stage1.checkpoint["finished"]:
+        return []
+    return find_failures(stage1.metrics, saved_config(stage1.checkpoint).vq)
 
 
 def returns(cfg: Config, outputs: dict[str, StageOutput]) -> dict[str, dict]:
