@@ -6,7 +6,6 @@ two knows is an error.
 
 import argparse
 import math
-import re
 import sys
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import reduce
@@ -19,7 +18,7 @@ from lapo.command_line import Parser
 from lapo.errors import UserError
 from lapo.frames import SIZES
 from lapo.modes import MODES
-from lapo.sources import explanations, leaves, merge, nested, read_yaml
+from lapo.sources import explanations, items, leaves, merge, nested, read_yaml, whole
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = Path(__file__).resolve().parent / "config.yaml"
@@ -30,33 +29,14 @@ PUBLISHED_STEPS = {"stage1": 50_000, "stage2": 60_000, "stage3": 4_000_000}
 PUBLISHED_UPDATE_STEPS = 64 * 64  # env steps per PPO update
 
 
-def _whole(value: Any) -> Any:
-    """`4e6` as the whole number that it is; anything else as it came."""
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d[\d_]*(\.\d*)?[eE]\+?\d{1,2}\s*", value):
-        number = float(value)
-        return int(number) if number.is_integer() else value
-    return value
-
-
-def _items(value: Any) -> Any:
-    """The items of a list as a command line or a sweep may write it: `64 32`, `64,32`, `[64, 32]`."""
-    words = [value] if isinstance(value, str) else value
-    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
-        return value
-    text = " ".join(words).strip()
-    if text.startswith("[") and text.endswith("]"):
-        text = text[1:-1].strip()
-    return re.split(r"\s*,\s*|\s+", text) if text else []
-
-
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-Int = Annotated[int, BeforeValidator(_whole)]
+Int = Annotated[int, BeforeValidator(whole)]
 Count = Annotated[Int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Widths = Annotated[list[Count], BeforeValidator(_items)]
+Widths = Annotated[list[Count], BeforeValidator(items)]
 ImageSize = Annotated[Literal[SIZES], BeforeValidator(lambda x: int(x) if str(x).isdecimal() else x)]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z_][A-Za-z0-9_]*)?$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")]
@@ -117,7 +97,7 @@ class VQConfig:
     commitment_cost: NonNegative
     epsilon: Positive
     start: Literal["published", "data"]
-    levels: Annotated[list[Annotated[Int, Field(ge=2)]], BeforeValidator(_items), Field(min_length=1)]
+    levels: Annotated[list[Annotated[Int, Field(ge=2)]], BeforeValidator(items), Field(min_length=1)]
 
     @property
     def num_codes(self) -> int:
@@ -232,9 +212,17 @@ class OfflineConfig:
 
     __pydantic_config__ = STRICT
     labels: Count
+    sweep: Annotated[list[Annotated[Int, Field(ge=0)]], BeforeValidator(items)]
+    draws: Count
     steps: Count
     batch_size: Count
     lr: Positive
+
+    @property
+    def trainings(self) -> list[tuple[int, int]]:
+        """(number of labels, draw) of every training of a run: its own first, then those of the sweep."""
+        swept = [(labels, draw) for labels in dict.fromkeys(self.sweep) for draw in range(self.draws)]
+        return list(dict.fromkeys([(self.labels, 0), *swept]))
 
 
 @dataclass
@@ -363,15 +351,19 @@ class Config:
         return resolve(self.results_dir) / self.stages_from / self.env / f"seed{self.seed}" / stage
 
     def total_steps(self, stage: str) -> int:
-        """Steps of a stage: env steps in the modes of stage 3 that play, otherwise optimisation steps."""
+        """Steps of a stage: env steps in the modes of stage 3 that play, otherwise optimisation steps.
+
+        Those of a sweep over labels included.
+        """
         mode = MODES.get(stage.removeprefix("stage3_"))
         if mode and mode.plays:
             return self.stage3.steps
         taught = {"stage3_idm_labelling": self.relabel.idm_steps, "stage3_lapo_plus": self.offline.steps}
-        if stage in taught:
-            return taught[stage] + self.relabel.policy_steps
         earlier = {"stage1": self.stage1, "stage2": self.stage2, "ilpo_trunk": self.ilpo}
-        return earlier.get(stage, self.offline).steps
+        steps = earlier.get(stage, self.offline).steps
+        if stage in taught:
+            steps = taught[stage] + self.relabel.policy_steps
+        return steps * len(self.offline.trainings) if mode else steps
 
     @property
     def game_data(self) -> Path:

@@ -8,8 +8,10 @@ fit there. `read_splits` chooses between them.
 `python data_loader.py --check FOLDER` checks chunks and prints a table, see data/checks.py.
 """
 
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,10 +24,24 @@ from lapo.frames import CHANNELS
 from lapo.runs.compute import free_bytes
 from lapo.runs.ranks import Shard, all_max, shard
 
-__all__ = ["INFERENCE_BATCH", "WHOLE", "RollingWindows", "Windows", "read_splits", "stays_resident"]
+__all__ = ["INFERENCE_BATCH", "WHOLE", "RollingWindows", "Shared", "Windows", "read_splits", "stays_resident"]
 
 RESIDENT_FRACTION = 0.7
 """Fraction of the free memory that resident frames may take."""
+
+
+class Shared:
+    """What several trainings in a row share, such as frames: the latest value of each kind."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, tuple[Hashable, Any]] = {}
+
+    def get(self, kind: str, make: Callable[[], Any], key: Hashable = None) -> Any:
+        """The value of this kind. `make` makes it at first, and when `key` differs from the last call's."""
+        if kind not in self._latest or self._latest[kind][0] != key:
+            self._latest.pop(kind, None)  # the old value may go before the new one needs its memory
+            self._latest[kind] = key, make()
+        return self._latest[kind][1]
 
 
 def read_splits(cfg: Config, device: torch.device) -> tuple[Windows, Windows]:

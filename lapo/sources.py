@@ -104,3 +104,22 @@ def explanations(path: Path) -> dict[str, str]:
             parents = [*parents[: len(indent) // 2], key]
             found[".".join(parents)] = comment or ""
     return found
+
+
+def whole(value: Any) -> Any:
+    """`4e6` as the whole number that it is; anything else as it came."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d[\d_]*(\.\d*)?[eE]\+?\d{1,2}\s*", value):
+        number = float(value)
+        return int(number) if number.is_integer() else value
+    return value
+
+
+def items(value: Any) -> Any:
+    """The items of a list as a command line or a sweep may write it: `64 32`, `64,32`, `[64, 32]`."""
+    words = [value] if isinstance(value, str) else value
+    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        return value
+    text = " ".join(words).strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1].strip()
+    return re.split(r"\s*,\s*|\s+", text) if text else []

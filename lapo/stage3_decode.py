@@ -22,6 +22,7 @@ from lapo.acting import evaluate_policy
 from lapo.config import PUBLISHED_STEPS, Config, load_config
 from lapo.data.checks import action_names, check_data
 from lapo.data.chunks import KEYS, data_checksums
+from lapo.data_loader import Shared
 from lapo.decoding import OnlineDecoder, training_updates
 from lapo.errors import UserError, run_main
 from lapo.games.env import Env
@@ -37,6 +38,7 @@ from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, ramp_schedule, set_lr
 from lapo.runs.ranks import distributed, shard
 from lapo.runs.run import Run
+from lapo.sweep import check_labels, in_sweep, train_sweep
 
 
 def main() -> None:
@@ -68,12 +70,28 @@ def train(cfg: Config) -> None:
     if run.finished:
         run.print_result()
         return
-    policy = TRAIN[cfg.stage3.mode](
-        cfg, compute, run, {stage: saved["state"] for stage, saved in earlier.items()}
-    )
-    names = None if can_be_played(cfg.env) else action_names(cfg.game_data)
-    state = {"policy": policy.state_dict()} | ({"actions": names} if names else {})
-    run.finish(state, evaluate_policy(policy, cfg, compute))
+    states = {stage: saved["state"] for stage, saved in earlier.items()}
+    if mode.plays:
+        policy = TRAIN[cfg.stage3.mode](cfg, compute, run, states)
+        run.finish({"policy": policy.state_dict()}, evaluate_policy(policy, cfg, compute))
+    else:
+        train_from_labels(cfg, compute, run, states)
+
+
+def train_from_labels(cfg: Config, compute: Compute, run: Run, earlier: dict) -> None:
+    """Train in a mode that learns from labels, then on the other numbers of labels that are asked for."""
+    shared, mode_function = Shared(), TRAIN[cfg.stage3.mode]
+    if in_sweep(cfg, run):
+        final = {key: value for key, value in run.state.items() if key != "training"}
+    else:
+        check_labels(cfg, compute, shared)
+        policy = mode_function(cfg, compute, run, earlier, shared)
+        names = None if can_be_played(cfg.env) else action_names(cfg.game_data)
+        final = {"policy": policy.state_dict()} | ({"actions": names} if names else {})
+        run.metrics |= evaluate_policy(policy, cfg, compute)
+    if cfg.offline.sweep:
+        train_sweep(mode_function, cfg, compute, run, earlier, shared, final)
+    run.finish(final)
 
 
 # ---------------------------------------------------------------- with rewards; imitation.py has the others
@@ -136,7 +154,7 @@ def decoder_updates(cfg: Config) -> list[int]:
 
 # ---------------------------------------------------------------- the modes
 
-TRAIN: dict[str, Callable[[Config, Compute, Run, dict], nn.Module]] = {
+TRAIN: dict[str, Callable[..., nn.Module]] = {
     "bc": bc,
     "idm_labelling": idm_labelling,
     "scratch": scratch,
@@ -146,7 +164,10 @@ TRAIN: dict[str, Callable[[Config, Compute, Run, dict], nn.Module]] = {
     "no_sl": frozen_trunk,
     "online": online,
 }
-"""Training function of each mode: (config, compute, run, states of stages 1 and 2) → acting policy."""
+"""Training function of each mode: (config, compute, run, states of the stages below) → acting policy.
+
+Those of modes that do not play also get what the trainings of a sweep share.
+"""
 
 
 def check_mode(cfg: Config) -> None:

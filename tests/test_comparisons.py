@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lapo import ilpo, imitation, stage1_idm_wm, stage2_bc, stage3_decode
-from lapo.data_loader import Windows
+from lapo.data_loader import Shared, Windows
 from lapo.decoding import Fit
 from lapo.errors import UserError
 from lapo.ilpo import ilpo_loss
@@ -227,7 +227,7 @@ def test_all_frames_get_the_likeliest_action_of_what_the_labels_taught(trained, 
     assert torch.equal(clone.ta, logits.argmax(-1))
     assert clone.count == 14
     # The teacher saw the labels of the other modes.
-    _, ids, ta = imitation.labelled(cfg, PLAIN)
+    _, ids, ta = imitation.labelled(cfg, PLAIN, Shared())
     assert torch.equal(teacher.ta, ta)
     assert len(ids) == 32
     metrics = checkpoint(trained, f"stage3_{mode}", f"relabel-{mode}")["metrics"]

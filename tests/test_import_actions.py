@@ -14,7 +14,7 @@ import lapo
 from lapo import stage1_idm_wm, stage2_bc, stage3_decode
 from lapo.data.checks import action_names
 from lapo.data.chunks import UNKNOWN, find_chunks
-from lapo.data_loader import Windows
+from lapo.data_loader import Shared, Windows
 from lapo.errors import UserError
 from lapo.reporting.inspection import Inspection
 from lapo.runs.checkpoints import load_checkpoint, saved_config
@@ -140,7 +140,8 @@ def test_a_few_labels_lead_to_a_policy_with_named_actions(walks, capsys):
     }
     labels = write_actions(place.folder / "a.csv", known)
     assert import_walks(place, clips, "--actions", labels).returncode == 0
-    windows, ids, ta = labelled(place.config(*options, "--stage3.mode", "offline"), Compute.from_config(cfg))
+    chosen = place.config(*options, "--stage3.mode", "offline")
+    windows, ids, ta = labelled(chosen, Compute.from_config(cfg), Shared())
     assert len(ids) == 40
     assert (ta >= 0).all()
     frames = windows.frame_index(ids) + 1

@@ -24,8 +24,8 @@ EARLIER = STAGES[:2]
 PLAYING = tuple(f"stage3_{mode}" for mode in MODES if MODES[mode].plays)
 NO_SETTINGS = "log_every", "save_every", "probe_every"
 """Keys of groups on which no result depends."""
-AXES = "offline.labels", "stage3.steps", "stage3.mode"
-"""Keys that every table and figure shows in any case."""
+AXES = "offline.labels", "offline.sweep", "offline.draws", "stage3.steps", "stage3.mode"
+"""Keys that are no settings: tables and figures show their values in any case."""
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,7 @@ class Run:
         )
         if self._rng:
             set_rng_state(self._rng, self.device)
+            self._rng = None  # a later loop of this process goes on from where this one ended
         try:
             while self.step < total:
                 yield self.step
@@ -280,6 +281,7 @@ class Run:
     def print_result(self) -> None:
         """Print the latest metrics and the path of the checkpoint."""
         for key, value in self.metrics.items():
+            value = f"{len(value)} results" if isinstance(value, list) else value
             print(f"  {key:<28} {value:.4g}" if isinstance(value, float) else f"  {key:<28} {value}")
         print(f"{self.stage} done: {self.checkpoint_path}")
 
