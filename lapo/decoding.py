@@ -91,13 +91,9 @@ def training_updates(cfg: DecoderConfig, updates: int, steps_per_update: int, sc
     points = [number for number in published if number < early or number % cfg.every == 0]
     # The small number keeps 3.0000000001 updates from becoming 4.
     due = {math.ceil(x * PUBLISHED_UPDATE_STEPS * scale / steps_per_update - 1e-9) for x in points}
-    chosen = []
-    for update in range(1, updates + 1):
-        env_steps = update * steps_per_update
-        in_time = env_steps < cfg.until * scale and update in due
-        if env_steps > cfg.start * scale and (in_time or not chosen):
-            chosen.append(update)
-    return chosen
+    started = [update for update in range(1, updates + 1) if update * steps_per_update > cfg.start * scale]
+    in_time = [update for update in started if update * steps_per_update < cfg.until * scale]
+    return [update for update in in_time if update in due] or started[:1]
 
 
 class OnlineDecoder:

@@ -27,9 +27,9 @@ def without_evaluations(values: dict) -> dict:
 @pytest.mark.parametrize("mode", ["online", "scratch"])
 def test_training_does_not_notice_evaluations(trained, mode, capsys):
     options = ("--stage3.mode", mode)
-    train(trained, f"plain-{mode}", *options)
+    train(trained, f"unwatched-{mode}", *options)
     assert "evaluations on the way" not in capsys.readouterr().out
-    train(trained, f"evaluated-{mode}", *options, *EVERY)
+    train(trained, f"watched-{mode}", *options, *EVERY)
     assert "2 evaluations on the way took" in capsys.readouterr().out
     stage = f"stage3_{mode}"
     plain, evaluated = (trained.run_dir(stage, f"{exp}-{mode}") for exp in ("plain", "evaluated"))

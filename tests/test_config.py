@@ -352,7 +352,10 @@ def test_files_on_the_command_line_are_looked_for_in_the_working_directory(monke
             "--env a:b:c",
             "'env' is 'a:b:c'; use letters, digits, '.', '_' and '-', a letter or digit first, or m",
         ),
-        ("--stage3.mode x", "'stage3.mode' is 'x': input should be 'bc', 'scratch', 'offline' or 'online'"),
+        (
+            "--stage3.mode x",
+            "'stage3.mode' is 'x': input should be 'bc', 'idm_labelling', 'scratch', 'ilpo', 'offline', 'lapo_plus', 'no_sl'",
+        ),
         ("--decoder.hidden 8 0", "'decoder.hidden.1' is '0'"),
         ("--decoder.hidden 8 x", "'decoder.hidden.1' is 'x'"),
         ("--device tpu", "'device' is 'tpu'"),
