@@ -32,7 +32,7 @@ def test_training_does_not_notice_evaluations(trained, mode, capsys):
     train(trained, f"watched-{mode}", *options, *EVERY)
     assert "2 evaluations on the way took" in capsys.readouterr().out
     stage = f"stage3_{mode}"
-    plain, evaluated = (trained.run_dir(stage, f"{exp}-{mode}") for exp in ("plain", "evaluated"))
+    plain, evaluated = (trained.run_dir(stage, f"{exp}-{mode}") for exp in ("unwatched", "watched"))
     assert without_evaluations(result(evaluated)) == without_evaluations(result(plain))
     lines = logged(evaluated)
     assert [line["step"] for line in lines if set(ASIDE) <= line.keys()] == [64, 128]

@@ -354,7 +354,7 @@ def test_files_on_the_command_line_are_looked_for_in_the_working_directory(monke
         ),
         (
             "--stage3.mode x",
-            "'stage3.mode' is 'x': input should be 'bc', 'idm_labelling', 'scratch', 'ilpo', 'offline', 'lapo_plus', 'no_sl'",
+            "'stage3.mode' is 'x': input should be 'bc', 'idm_labelling', 'scratch', 'ilpo', 'offline'",
         ),
         ("--decoder.hidden 8 0", "'decoder.hidden.1' is '0'"),
         ("--decoder.hidden 8 x", "'decoder.hidden.1' is 'x'"),

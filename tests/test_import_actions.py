@@ -16,10 +16,10 @@ from lapo.data.checks import action_names
 from lapo.data.chunks import UNKNOWN, find_chunks
 from lapo.data_loader import Shared, Windows
 from lapo.errors import UserError
+from lapo.imitation import labelled
 from lapo.reporting.inspection import Inspection
 from lapo.runs.checkpoints import load_checkpoint, saved_config
 from lapo.runs.compute import Compute
-from lapo.stage3_decode import labelled
 from support import LAPO, PATIENCE, Workplace
 
 CPU = torch.device("cpu")

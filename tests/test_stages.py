@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from lapo import decoding, stage1_idm_wm, stage2_bc, stage3_decode
+from lapo import decoding, imitation, stage1_idm_wm, stage2_bc, stage3_decode
 from lapo.config import load_config, to_dict
-from lapo.data_loader import Windows
+from lapo.data_loader import Shared, Windows
 from lapo.errors import UserError
 from lapo.games.table import GAMES
 from lapo.models import make_idm, make_latent_policy, make_world_model, normalize, stack_frames
@@ -474,7 +474,7 @@ def test_bc_mode_needs_no_earlier_stage_and_learns_its_labels(workplace):
 def test_labels_are_distinct_windows_drawn_by_seed_with_their_own_actions(workplace):
     def drawn(*arguments: str) -> list[int]:
         cfg = workplace.config("--stage3.mode", "offline", *arguments)
-        windows, ids, ta = stage3_decode.labelled(cfg, stage3_decode.Compute.from_config(cfg))
+        windows, ids, ta = imitation.labelled(cfg, stage3_decode.Compute.from_config(cfg), Shared())
         assert torch.equal(ta, windows.actions(ids))
         return ids.tolist()
 
@@ -487,7 +487,7 @@ def test_labels_come_from_good_chunks_alone(workplace):
     bad, good = (workplace.data / workplace.GAME / "train" / f"{k}.npz" for k in (0, 1))
     truncated(bad)
     cfg = workplace.config("--stage3.mode", "bc", "--offline.labels", "10", "--data.skip_bad_chunks", "true")
-    windows, ids, ta = stage3_decode.labelled(cfg, stage3_decode.Compute.from_config(cfg))
+    windows, ids, ta = imitation.labelled(cfg, stage3_decode.Compute.from_config(cfg), Shared())
     with np.load(good) as chunk:
         assert torch.equal(windows.frames, torch.from_numpy(chunk["obs"]))
         middle = windows.starts[ids] + 1
