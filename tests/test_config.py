@@ -456,7 +456,7 @@ def test_help_shows_every_key_with_its_comment_and_value(capsys, monkeypatch, wo
         shown = (
             f"{','.join(map(str, value))} [N ...]" if isinstance(value, list) else str(value).lower() or '""'
         )
-        found = text.partition(f"--{key} {shown} ")[2]
+        found = text.partition(f"--{key} {shown.strip()} ")[2]
         assert found.startswith(tuple(comments)), key
 
 
