@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lapo import decoding, stage1_idm_wm, stage2_bc, stage3_decode
+from lapo import decoding, imitation, stage1_idm_wm, stage2_bc, stage3_decode
 from lapo.models import IDM, Policy, WorldModel, normalize
 from support import CountingEnv, Workplace, image_numbers, logged, numbered_frames, write_chunk
 
@@ -130,7 +130,7 @@ def fits(numbered: Workplace, monkeypatch: pytest.MonkeyPatch) -> Fits:
     stage2_bc.train(numbered.config("--stage2.steps", "1"))
     fits = Fits()
     monkeypatch.setattr(decoding, "Fit", fits)
-    monkeypatch.setattr(stage3_decode, "Fit", fits)
+    monkeypatch.setattr(imitation, "Fit", fits)
     monkeypatch.setattr(stage3_decode, "evaluate_policy", lambda *arguments: {})
     monkeypatch.setattr(IDM, "infer_latents", seeing_idm)
     return fits
