@@ -170,11 +170,11 @@ def test_online_mode_pairs_latent_actions_with_what_the_agent_did_at_their_frame
 ):
     env = CountingEnv(4, episode=11)
     monkeypatch.setattr(stage3_decode, "training_env", lambda cfg: env)
-    schedule = {"start": 10_000, "every_update_until": 1_000_000, "every": 40_000, "until": 3_400_000}
+    schedule = {"start": 10_000, "every_update_until": 1_000_000, "every": 650, "until": 3_400_000}
     options = [word for key, value in schedule.items() for word in (f"--decoder.{key}", str(value))]
     stage3_decode.train(numbered.config("--stage3.mode", "online", *options))
 
-    # Scaled to 192 of 4 million env steps: after every update of 32 until 48, after every second until 163.
+    # Scaled to 192 of 4 million env steps: after every update of 32 until 48, then at 125.
     trained_after = [1, 2, 4]
     actions, dones = np.stack(env.actions), env.ends(np.arange(48)[:, None])
     expected = [
