@@ -475,7 +475,8 @@ def _add_config_options(parser: Parser, values: dict) -> dict[str, argparse.Acti
     return {
         key: groups.get(key.split(".")[0], general).add_argument(
             f"--{key}",
-            nargs="+" if isinstance(value, list) else None,
+            # Empty by default, a list may be given without items.
+            nargs=("+" if value else "*") if isinstance(value, list) else None,
             default=argparse.SUPPRESS,
             metavar=_shown(value),
             help=explained[key].replace("%", "%%"),
@@ -485,8 +486,10 @@ def _add_config_options(parser: Parser, values: dict) -> dict[str, argparse.Acti
 
 
 def _shown(value: Any) -> str | tuple[str, str]:
-    """A value as `--help` shows it; a list in the two forms that `argparse` wants."""
-    return (",".join(map(str, value)), "N") if isinstance(value, list) else str(value).lower() or '""'
+    """A value as `--help` shows it; a list in the two forms that `argparse` wants, if it is not empty."""
+    if isinstance(value, list):
+        return (",".join(map(str, value)), "N") if value else "N"
+    return str(value).lower() or '""'
 
 
 def _check_schedules(cfg: Config) -> None:

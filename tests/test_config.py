@@ -454,7 +454,9 @@ def test_help_shows_every_key_with_its_comment_and_value(capsys, monkeypatch, wo
         comments = [line.partition("#")[2].strip() for line in lines if line.strip().startswith(f"{name}:")]
         assert all(comments), key
         shown = (
-            f"{','.join(map(str, value))} [N ...]" if isinstance(value, list) else str(value).lower() or '""'
+            f"{','.join(map(str, value))} [N ...]".strip()
+            if isinstance(value, list)
+            else str(value).lower() or '""'
         )
         found = text.partition(f"--{key} {shown.strip()} ")[2]
         assert found.startswith(tuple(comments)), key

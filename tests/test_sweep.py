@@ -24,7 +24,7 @@ def quick_evaluation(monkeypatch):
     """What depends on weights and random numbers as an evaluation does, without playing."""
 
     def evaluate(policy, cfg, compute) -> dict[str, float]:
-        first = next(policy.parameters()).double().sum()
+        first = next(policy.parameters()).detach().double().sum()
         return {"return_mean": float(first + torch.rand(1)), "return_stderr": 0.5, "episodes": cfg.seed}
 
     for module in (stage3_decode, sweep):
