@@ -39,7 +39,7 @@ def test_latent_actions_tell_true_actions_after_a_short_stage_1(tmp_path: Path):
             *("--preset", "demo", "--env", "scroll", "--device", "cpu"),
             *("--data_dir", str(tmp_path), "--results_dir", str(tmp_path / "results")),
             *("--stage1.steps", "600", "--stage1.batch_size", "16", "--stage1.probe_every", "600"),
-            *("--model.wm_width", "4", "--probe.epochs", "20", "--vq.normalize", "true"),
+            *("--model.wm_width", "4", "--probe.epochs", "20"),
         ]
     )
     stage1_idm_wm.train(cfg)
