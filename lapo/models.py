@@ -9,7 +9,8 @@ networks as x/255 - 0.5, see `normalize`.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -48,6 +49,17 @@ def stack_frames(frames: Tensor) -> Tensor:
 def split_window(images: Tensor) -> tuple[Tensor, Tensor]:
     """Stacked frames (B, T·C, H, W) → those up to o[t] (B, (T-1)·C, H, W), and o[t+1] (B, C, H, W)."""
     return images[:, :-CHANNELS], images[:, -CHANNELS:]
+
+
+@contextmanager
+def eval_mode(*networks: nn.Module) -> Iterator[None]:
+    """Put networks into eval mode, and afterwards back into the mode that they were in."""
+    training = [network.training for network in networks]
+    for network in networks:
+        network.eval()
+    yield
+    for network, mode in zip(networks, training, strict=True):
+        network.train(mode)
 
 
 class Head(nn.Linear):
@@ -136,12 +148,8 @@ def infer_latents(idm: IDM, batches: Iterable[Tensor], compute: Compute) -> Tens
 
     `batches` yields the windows' frames, (B, T, H, W, C) uint8.
     """
-    training = idm.training
-    idm.eval()
-    with compute.autocast():
-        la = [idm.infer_latents(stack_frames(frames)).float() for frames in batches]
-    idm.train(training)
-    return torch.cat(la)
+    with eval_mode(idm), compute.autocast():
+        return torch.cat([idm.infer_latents(stack_frames(frames)).float() for frames in batches])
 
 
 # ---------------------------------------------------------------- world model

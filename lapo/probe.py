@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lapo.config import ProbeConfig, VQConfig
 from lapo.data_loader import Windows
 from lapo.frames import CHANNELS
-from lapo.models import IDM, WorldModel, split_window, stack_frames
+from lapo.models import IDM, WorldModel, eval_mode, split_window, stack_frames
 from lapo.runs.compute import Compute
 
 WM_WINDOWS = 16384
@@ -64,27 +64,62 @@ def world_model_loss(
     quantisation. Returns `wm_loss_test` of the world model, and `copy_loss_test` of a baseline that predicts
     o[t].
     """
-    training = idm.training, world_model.training
-    idm.eval(), world_model.eval()
     model_error, copy_error, start = 0.0, 0.0, 0
-    for batch in windows.iter_batches(ids):
-        past, following = split_window(stack_frames(windows.gather(batch)))
-        with compute.autocast():
-            la_q = idm.quantize(la[start : start + len(batch)]).la_q
-            predicted = world_model(past, la_q)
-        model_error = model_error + F.mse_loss(predicted, following) * len(batch)
-        copy_error = copy_error + F.mse_loss(past[:, -CHANNELS:], following) * len(batch)
-        start += len(batch)
-    idm.train(training[0]), world_model.train(training[1])
+    with eval_mode(idm, world_model):
+        for batch in windows.iter_batches(ids):
+            past, following = split_window(stack_frames(windows.gather(batch)))
+            with compute.autocast():
+                la_q = idm.quantize(la[start : start + len(batch)]).la_q
+                predicted = world_model(past, la_q)
+            model_error = model_error + F.mse_loss(predicted, following) * len(batch)
+            copy_error = copy_error + F.mse_loss(past[:, -CHANNELS:], following) * len(batch)
+            start += len(batch)
     return {"wm_loss_test": model_error / len(ids), "copy_loss_test": copy_error / len(ids)}
 
 
-def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str, Tensor]:
-    """Train an MLP la → ta on the first half of the windows and evaluate it on both halves.
+class Probe(nn.Module):
+    """An MLP la → ta that standardises its input: latents of an untrained IDM are tiny."""
 
-    `la` (M, la_dim) and `ta` (M,) int64 are in the order of the data, so neighbouring frames lie in one half.
-    Latents are standardised, because those of an untrained IDM are tiny and scale must not matter. The probe
-    has its own random generator, so evaluation does not change training.
+    def __init__(self, la: Tensor, num_actions: int, hidden: int):
+        """Standardise as the latents `la` (M, la_dim) need it."""
+        super().__init__()
+        std = la.std(0, correction=0)
+        # Dimensions that are nearly constant in `la` are set to 0: division could make them huge.
+        self.scale = torch.where(std > 1e-3 * std.max(), 1 / std, torch.zeros_like(std))
+        self.mean = la.mean(0)
+        self.mlp = nn.Sequential(
+            *(nn.Linear(la.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()),
+            nn.Linear(hidden, num_actions),
+        ).to(la.device)
+
+    def forward(self, la: Tensor) -> Tensor:
+        """Latent actions (B, la_dim) → logits (B, A)."""
+        return self.mlp((la - self.mean) * self.scale)
+
+
+@torch.enable_grad()
+def fit_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> Probe:
+    """Train a probe on the first half of the latents `la` (M, la_dim) and actions `ta` (M,) int64.
+
+    `la` and `ta` are in the order of the data, so neighbouring frames lie in one half. The probe has its own
+    random generator, so evaluation does not change training.
+    """
+    half = len(la) // 2
+    num_actions = int(ta.max()) + 1
+    with torch.random.fork_rng(devices=[la.device] if la.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        probe = Probe(la[:half], num_actions, cfg.hidden)
+        optimizer = torch.optim.AdamW(probe.parameters(), fused=True)
+        for _ in range(cfg.epochs):
+            for ids in torch.randperm(half, device=la.device).split(cfg.batch_size):
+                optimizer.zero_grad()
+                F.cross_entropy(probe(la[ids]), ta[ids]).backward()
+                optimizer.step()
+    return probe
+
+
+def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str, Tensor]:
+    """Train a probe on the first half of the windows, see `fit_probe`, and evaluate it on both halves.
 
     Returns `probe_acc` and `probe_loss` (training half), `probe_acc_test` and `probe_loss_test` (other half),
     and `majority_acc_test`, the accuracy of the commonest action on the other half. Returns {} for fewer than
@@ -93,27 +128,10 @@ def train_probe(la: Tensor, ta: Tensor, cfg: ProbeConfig, seed: int) -> dict[str
     half = len(la) // 2
     if not half:
         return {}
-    num_actions = int(ta.max()) + 1
-    std = la[:half].std(0, correction=0)
-    # Dimensions that are nearly constant in the training half are set to 0: division could make them huge.
-    scale = torch.where(std > 1e-3 * std.max(), 1 / std, torch.zeros_like(std))
-    la = (la - la[:half].mean(0)) * scale
-    with torch.random.fork_rng(devices=[la.device] if la.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        mlp = nn.Sequential(
-            *(nn.Linear(la.shape[1], cfg.hidden), nn.ReLU(), nn.Linear(cfg.hidden, cfg.hidden), nn.ReLU()),
-            nn.Linear(cfg.hidden, num_actions),
-        ).to(la.device)
-        optimizer = torch.optim.AdamW(mlp.parameters(), fused=True)
-        for _ in range(cfg.epochs):
-            for ids in torch.randperm(half, device=la.device).split(cfg.batch_size):
-                optimizer.zero_grad()
-                F.cross_entropy(mlp(la[ids]), ta[ids]).backward()
-                optimizer.step()
-    metrics = {}
+    probe, metrics = fit_probe(la, ta, cfg, seed), {}
     with torch.no_grad():
         for suffix, ids in (("", slice(0, half)), ("_test", slice(half, None))):
-            logits = mlp(la[ids])
+            logits = probe(la[ids])
             metrics[f"probe_acc{suffix}"] = (logits.argmax(-1) == ta[ids]).float().mean()
             metrics[f"probe_loss{suffix}"] = F.cross_entropy(logits, ta[ids])
     metrics["majority_acc_test"] = ta[half:].bincount().max() / (len(ta) - half)

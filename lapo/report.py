@@ -75,6 +75,7 @@ def to_markdown(summary: dict) -> str:
         table(["metric", "LAPO", "for comparison"], learnt_rows(summary["learnt"])),
     ]
     parts += [f"**Warning**: {warning}." for warning in summary["warnings"]]
+    parts += steering_parts(summary["steering"])
     if summary["returns"]:
         parts += [
             "## Mean returns on held-out levels, ± standard error",
@@ -122,6 +123,29 @@ def learnt_rows(learnt: dict) -> list[list[str]]:
         constant = f"{error('constant_loss')} predicting the mean latent action"
         rows.append(["latent policy's squared error", error("policy_loss"), constant])
     return rows or [["", "nothing measured yet", ""]]
+
+
+def steering_parts(steering: dict) -> list[str]:
+    """Tables of how well latent actions steer the world model; none if it was not measured."""
+    if not steering:
+        return []
+    heads = ["steps", "inferred latents", "repeating o[t]", "ΔPSNR: lost under other latents"]
+    keys = ("psnr", "copy_psnr", "delta_psnr")
+    rows = [
+        [str(row["steps"]), *("" if row[key] is None else f"{row[key]:.2f}" for key in keys)]
+        for row in steering["open_loop"]
+    ]
+    parts = ["## Steering the world model: PSNR of its rollouts, in dB", table(heads, rows)]
+    if steering["read_back"]:
+        heads = ["true action", "read back from predictions", "from true frames"]
+        rows = [
+            [row["action"], f"{row['accuracy']:.1%}", f"{row['ceiling']:.1%}"]
+            for row in steering["read_back"]
+        ]
+        chance = f"Chance: {steering['chance']:.1%}."
+        parts += ["## Actions read back from its predictions under their latent actions"]
+        parts += [table(heads, rows), chance]
+    return parts
 
 
 def return_rows(returns: dict[str, dict]) -> list[list[str]]:

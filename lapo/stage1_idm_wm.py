@@ -21,6 +21,7 @@ from lapo.runs.compute import Compute, seed_everything
 from lapo.runs.optim import make_optimizer, piecewise_linear, set_lr, warmup_schedule
 from lapo.runs.ranks import average, distributed, per_rank_batch
 from lapo.runs.run import Run
+from lapo.steering import measure_steering
 
 STAGE = "stage1"
 
@@ -60,7 +61,9 @@ def train(cfg: Config) -> None:
         run.track(trainer.update(step))
         done = step + 1
         last = done == cfg.stage1.steps
-        results = trainer.evaluate(held_out) if last or done % cfg.stage1.probe_every == 0 else {}
+        results = {}
+        if last or done % cfg.stage1.probe_every == 0:
+            results = trainer.evaluate(held_out, steering=last)
         if results or done % cfg.stage1.log_every == 0:
             run.log(done, results)
     run.finish(trainer.state_dict())
@@ -114,8 +117,11 @@ class Trainer:
         self.optimizer.step()
         return {"grad_norm": norm}
 
-    def evaluate(self, held_out: Windows) -> dict[str, Tensor]:
-        """Evaluate on held-out windows: world-model error and, if there are true actions, probe accuracy."""
+    def evaluate(self, held_out: Windows, steering: bool = False) -> dict[str, Tensor | float]:
+        """Evaluate on held-out windows: world-model error and, if there are true actions, probe accuracy.
+
+        With `steering`, also measure how well latent actions steer the world model, see steering.py.
+        """
         ids = held_out.evenly_spaced(self.cfg.probe.windows)
         la = infer_latents(self.idm, held_out.iter_frames(ids), self.compute)
         subset = wm_subset(len(ids))
@@ -127,6 +133,12 @@ class Trainer:
                 ids = held_out.evenly_spaced(self.cfg.probe.windows, held_out.labelled())
                 la = infer_latents(self.idm, held_out.iter_frames(ids), self.compute)
             metrics |= train_probe(la, held_out.actions(ids), self.cfg.probe, self.cfg.seed)
+        if steering:
+            probed = None if held_out.ta is None else (ids, la)
+            networks = self.idm, self.world_model
+            metrics |= measure_steering(
+                *networks, held_out, self.compute, self.cfg.probe, self.cfg.seed, probed
+            )
         return metrics
 
     def _learn(self, frames: Tensor) -> dict[str, Tensor]:

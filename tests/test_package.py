@@ -24,7 +24,7 @@ LAYERS = (
     ("models",),
     ("data_loader", "decoding", "policies"),
     ("probe", "acting", "imitation", "ilpo"),
-    ("ppo", "sweep"),
+    ("ppo", "sweep", "steering"),
     ("interface",),
     ("experts", "reporting"),
     ("stage1_idm_wm", "stage2_bc", "stage3_decode"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lapo.command_line import Parser
-from lapo.config import resolve
+from lapo.config import Config, resolve
 from lapo.data.chunks import (
     KEYS,
     BadChunk,
@@ -27,7 +27,7 @@ from lapo.data.chunks import (
 )
 from lapo.errors import UserError
 from lapo.games.make import can_be_played
-from lapo.games.table import GAMES, Visuals
+from lapo.games.table import ACTIONS, GAMES, Visuals
 from lapo.runs.files import reading
 
 FLOATS = ("rewards", "ep_returns", "values", "logprobs")
@@ -83,6 +83,12 @@ def action_names(folder: Path) -> list[str] | None:
         return json.loads(text).get("action_names")
     except (ValueError, AttributeError):
         raise UserError(f"{path} is damaged; make the data again, or delete this file") from None
+
+
+def name_action(cfg: Config, action: int) -> str:
+    """The name of a true action of the configured game, `action 3` if it has none."""
+    names = list(ACTIONS) if cfg.env in GAMES else action_names(cfg.game_data) or []
+    return names[action] if action < len(names) else f"action {action}"
 
 
 # ---------------------------------------------------------------- chunks

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lapo.config import Config
-from lapo.data.checks import action_names
+from lapo.data.checks import name_action
 from lapo.data.chunks import num_chunks_for
 from lapo.data_loader import INFERENCE_BATCH, Windows
-from lapo.games.table import ACTIONS, GAMES
 from lapo.models import (
     infer_latents,
     make_idm,
@@ -92,8 +91,7 @@ class Inspection:
 
         Raises `UserError` if the data cannot be read.
         """
-        self.compute = compute
-        self.action_names = list(ACTIONS) if cfg.env in GAMES else action_names(cfg.game_data) or []
+        self.cfg, self.compute = cfg, compute
         # As in stage 1, training windows are used if nothing is held out.
         split = "test" if (cfg.game_data / "test").is_dir() else "train"
         limit = num_chunks_for(cfg.game_data / split, 4 * MAX_WINDOWS, cfg.data.skip_bad_chunks)
@@ -114,10 +112,10 @@ class Inspection:
 
         fitted = self.ids.new_empty(0) if self.ta is None else self.ta[self.fitted]
         self.actions = torch.nonzero(fitted.bincount() >= MIN_WINDOWS).flatten()
-        self.names = [self._name(action) for action in self.actions.tolist()]
+        self.names = self._names(self.actions)
 
-    def _name(self, action: int) -> str:
-        return self.action_names[action] if action < len(self.action_names) else f"action {action}"
+    def _names(self, ta: Tensor) -> list[str]:
+        return [name_action(self.cfg, action) for action in ta.tolist()]
 
     def latent_projections(self) -> tuple[list[LatentProjection], np.ndarray]:
         """Projections of latent actions after and before training; true actions as indices of `actions`.
@@ -159,7 +157,7 @@ class Inspection:
             predicted = self.world_model(split_window(images)[0], self.idm(images)[1].la_q)
         names = [""] * len(ids)
         if self.ta is not None:
-            names = [self._name(action) for action in self.windows.actions(ids).tolist()]
+            names = self._names(self.windows.actions(ids))
         return Predictions(frames.cpu().numpy(), to_frames(predicted).cpu().numpy(), names)
 
     def _change(self, ids: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from lapo.acting import evaluate_actor, random_actor
 from lapo.config import Config, to_dict
+from lapo.data.checks import name_action
 from lapo.errors import UserError
 from lapo.games.make import env_spec, relative_return
 from lapo.games.table import GAMES
@@ -15,6 +17,7 @@ from lapo.modes import MODES
 from lapo.probe import find_failures
 from lapo.runs.checkpoints import changed_inputs, load_checkpoint, saved_config, weights_checksum
 from lapo.runs.files import reading
+from lapo.steering import HORIZONS
 
 STAGES = ("stage1", "stage2", *(f"stage3_{mode}" for mode in MODES))
 DOWNLOADED = "downloaded frames"
@@ -44,6 +47,7 @@ def summarize(cfg: Config, outputs: dict[str, "StageOutput"]) -> dict:
         "seed": cfg.seed,
         "stages": stages(outputs),
         "learnt": stage_metrics(outputs),
+        "steering": steering(cfg, outputs),
         "warnings": stage1_warnings(outputs),
         "returns": returns(cfg, outputs),
         "visuals": cfg.visuals,
@@ -119,6 +123,37 @@ def stage_metrics(outputs: dict[str, StageOutput]) -> dict[str, float | None]:
         "policy_loss": stage2.get("loss_test"),
         "constant_loss": stage2.get("constant_loss_test"),
     }
+
+
+def steering(cfg: Config, outputs: dict[str, StageOutput]) -> dict:
+    """How well latent actions steer the world model, see steering.py; {} if stage 1 has not measured it.
+
+    `open_loop` has a row per horizon, PSNR in dB; `read_back` a row per true action and one of the mean.
+    """
+    metrics = outputs["stage1"].metrics if "stage1" in outputs else {}
+    open_loop = [
+        {
+            "steps": steps,
+            "psnr": metrics[f"psnr_{steps}"],
+            "copy_psnr": metrics[f"copy_psnr_{steps}"],
+            "delta_psnr": metrics.get(f"delta_psnr_{steps}"),
+        }
+        for steps in HORIZONS
+        if f"psnr_{steps}" in metrics
+    ]
+    if not open_loop:
+        return {}
+    read = [int(key.rpartition("_")[2]) for key in metrics if re.fullmatch(r"readback_acc_\d+", key)]
+    rows = [(name_action(cfg, action), f"_{action}") for action in sorted(read)] + [("mean", "")] * bool(read)
+    read_back = [
+        {
+            "action": name,
+            "accuracy": metrics[f"readback_acc{key}"],
+            "ceiling": metrics[f"readback_ceiling{key}"],
+        }
+        for name, key in rows
+    ]
+    return {"open_loop": open_loop, "read_back": read_back, "chance": metrics.get("readback_chance")}
 
 
 def stage1_warnings(outputs: dict[str, StageOutput]) -> list[str]:

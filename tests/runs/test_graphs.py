@@ -177,7 +177,7 @@ def test_an_allowed_synchronisation_may_happen_once():
         train_probe(la, ta, cfg, seed=0)
     with NoSync(*WAITS_OF_THE_PROBE):
         train_probe(la, ta, cfg, seed=0)
-        with pytest.raises(AssertionError, match="train_probe"):
+        with pytest.raises(AssertionError, match="fit_probe"):
             train_probe(la, ta, cfg, seed=0)
 
 
@@ -203,7 +203,7 @@ def test_decisions_and_updates_of_ppo_do_not_synchronise(cfg):
             trainer.improve(1000, value)
 
 
-WAITS_OF_THE_PROBE = (("train_probe", "_local_scalar_dense"), ("train_probe", "bincount"))
+WAITS_OF_THE_PROBE = (("fit_probe", "_local_scalar_dense"), ("train_probe", "bincount"))
 """Once per evaluation: how many actions there are, and how often the commonest one is taken."""
 WAITS_OF_A_ROLLOUT = (("infer_latents", "index"), ("infer_latents", "index"))
 """Once per rollout: which windows lie inside an episode, and their actions."""
