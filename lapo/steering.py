@@ -55,10 +55,11 @@ def measure_steering(
     without true actions.
     """
     count = max(2, min(MAX_SAMPLES, cfg.windows // WINDOWS_PER_SAMPLE))
-    with eval_mode(idm, world_model), compute.autocast():
-        metrics = open_loop(idm, world_model, windows, count, seed)
+    with eval_mode(idm, world_model):
+        with compute.autocast():
+            metrics = open_loop(idm, world_model, windows, count, seed)
         if probed is not None:
-            metrics |= read_back(idm, world_model, windows, *probed, count, cfg, seed)
+            metrics |= read_back(idm, world_model, windows, compute, *probed, count, cfg, seed)
     return metrics
 
 
@@ -146,6 +147,7 @@ def read_back(
     idm: IDM,
     world_model: WorldModel,
     windows: Windows,
+    compute: Compute,
     ids: Tensor,
     la: Tensor,
     count: int,
@@ -169,6 +171,7 @@ def read_back(
     actions = frequent.nonzero().flatten().tolist()
     if len(actions) < 2:
         return {}
+    # Not under autocast, which would go on using the first bf16 copy of the weights that are trained.
     probe = fit_probe(la, ta, cfg, seed)
     right = probe(la[half:]).argmax(-1) == ta[half:]
     ceiling = [right[ta[half:] == action].float().mean() for action in actions]
@@ -180,9 +183,10 @@ def read_back(
     for batch in windows.iter_batches(states, BATCH):
         past = split_window(stack_frames(windows.gather(batch)))[0]
         for row, action in enumerate(actions):
-            predicted = world_model(past, typical[row].expand(len(batch), -1))
-            read = probe(idm.infer_latents(torch.cat([past, predicted], 1)).float()).argmax(-1)
-            found[row] += (read == action).sum()
+            with compute.autocast():
+                predicted = world_model(past, typical[row].expand(len(batch), -1))
+                inferred = idm.infer_latents(torch.cat([past, predicted], 1))
+            found[row] += (probe(inferred.float()).argmax(-1) == action).sum()
     accuracy = found / len(states)
     return {
         "readback_acc": accuracy.mean(),
