@@ -190,6 +190,10 @@ def test_read_back_equals_a_loop_over_actions_and_states(windows):
     assert "readback_acc_3" not in found  # the probe has not seen it
 
 
+def test_the_most_typical_latent_action_is_the_one_closest_to_the_mean():
+    assert steering.most_typical(torch.tensor([[0.0], [4.0], [11.0]])).tolist() == [4.0]
+
+
 class Told(nn.Module):
     """An "IDM" and "world model" that write an action into the first pixel, and read it from there."""
 
