@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import sysconfig
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from lapo.config import Config
 from lapo.errors import UserError, say
 from lapo.runs.graphs import Replayed
 from lapo.runs.ranks import local_rank, num_local_processes, num_processes, shard
+
+# What is not bf16 is meant to be exact: TF32 stays off, although compiled steps recommend it.
+TF32_WARNING = "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled"
+warnings.filterwarnings("ignore", TF32_WARNING, UserWarning)
 
 
 @dataclass(frozen=True)

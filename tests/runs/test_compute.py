@@ -1,5 +1,6 @@
 """What every stage trains with: schedules, optimisers, seeds, devices and precision."""
 
+import inspect
 import platform
 import random
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch._inductor.compile_fx
 import torch.nn.functional as F
 from torch import nn
 from torch.cuda._utils import _get_device_index
@@ -16,7 +18,7 @@ from lapo.config import Config, load_config
 from lapo.errors import UserError
 from lapo.models import make_idm, make_world_model, stack_frames
 from lapo.runs import compute as training
-from lapo.runs.compute import Compute, rng_state, seed_everything, set_rng_state, to_floats
+from lapo.runs.compute import TF32_WARNING, Compute, rng_state, seed_everything, set_rng_state, to_floats
 from support import CPU, ROOT
 
 
@@ -231,3 +233,7 @@ def test_metrics_become_numbers():
         "c": 3.0,
     }
     assert to_floats({}) == {}
+
+
+def test_the_warning_that_is_silenced_is_pytorchs():
+    assert TF32_WARNING in inspect.getsource(torch._inductor.compile_fx)
