@@ -29,7 +29,7 @@ HORIZONS = (1, 2, 4, 8, 16)
 SHUFFLED_HORIZONS = (1, 4)
 """Steps after which the ΔPSNR is measured."""
 MAX_SAMPLES = 1024
-WINDOWS_PER_SAMPLE = 16
+WINDOWS_PER_SAMPLE = 32
 """There are as many sequences, and states, as fit into a fraction of the probe's windows: the measures then
 take at most 2 % of the published and the demo's stage 1."""
 BATCH = 128

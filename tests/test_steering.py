@@ -22,7 +22,7 @@ from support import CPU, write_chunk
 SEED = 5
 ACTIONS = 3
 """A fourth action is taken in the last quarter alone."""
-CFG = replace(load_config([]).probe, windows=16 * 6, epochs=1)
+CFG = replace(load_config([]).probe, windows=32 * 6, epochs=1)
 """At most 6 sequences, or states."""
 
 
@@ -225,7 +225,7 @@ def test_a_perfect_world_model_is_read_back_perfectly(tmp_path, bf16):
     obs[1:, 0, 0, 2] = 60 * ta[:-1]
     write_chunk(tmp_path / "0.npz", obs, ta=ta)
     told, windows = Told(), Windows(tmp_path, device=CPU.device)
-    cfg = ProbeConfig(windows=16 * 40, hidden=64, epochs=40, batch_size=32)
+    cfg = ProbeConfig(windows=32 * 40, hidden=64, epochs=40, batch_size=32)
     ids = windows.all()
     compute = replace(CPU, bf16=bf16)
     probed = ids, infer_latents(told, windows.iter_frames(ids), compute)
