@@ -257,6 +257,19 @@ def test_a_sweep_without_the_runs_own_number_is_shown_by_its_largest(runs):
     assert bar == "behaviour cloning, 64 labels"
 
 
+@pytest.mark.parametrize(
+    ("mode", "stages", "seconds"),
+    [("scratch", (), None), ("ilpo", ("ilpo_trunk",), 50), ("offline", ("stage1", "stage2"), 100)],
+)
+def test_the_time_before_stage_3_is_that_of_the_stages_that_a_mode_builds_on(runs, mode, stages, seconds):
+    runs.policy("a", "maze", 0, mode, 5.0)
+    for stage in ("stage1", "stage2", "ilpo_trunk"):
+        runs.write("a", "maze", 0, stage, {})
+        path = runs.folder / "a/maze/seed0" / stage / "metrics.jsonl"
+        path.write_text(json.dumps({"step": 7, "seconds": 50}) + "\n")
+    assert row(runs.compare("--exp", "a"), mode=mode)["seconds_before_stage_3"] == seconds
+
+
 def test_draws_of_a_single_seed_give_its_error(runs):
     sweep = [{"labels": 256, "draw": draw, "return_mean": mean} for draw, mean in enumerate((1.0, 3.0))]
     runs.policy("a", "maze", 0, "bc", 1.0, sweep=sweep)

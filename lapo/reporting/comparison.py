@@ -123,7 +123,7 @@ def return_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of final returns; columns that would be empty are left out."""
     exps = any(row.setting.exp for row in comparison.rows)
     head = ["game", "policy", *comparison.keys, "experiment", "labels", "env steps", "frames", "seeds"]
-    head += ["return", "relative", "paper", "stages 1 and 2", "stage 3", "device"]
+    head += ["return", "relative", "paper", "before stage 3", "stage 3", "device"]
     body = []
     for row in comparison.rows:
         values = dict(row.setting.values)
@@ -251,7 +251,7 @@ def duration(seconds: float | None) -> str:
 
 
 def earlier_seconds(policy: Policy) -> float | None:
-    """Time of the stages 1 and 2 that a policy was built on; None if it needs none."""
+    """Time of the stages that a policy was built on; None if it needs none."""
     return sum(stage.seconds for stage in policy.earlier.values()) if policy.earlier else None
 
 
@@ -350,7 +350,7 @@ def row_data(row: Row) -> dict:
         "relative_mean": None if scores is None else float(scores.mean()),
         "relative_stderr": None if scores is None else standard_error(scores),
         "published_return": published.final(row.setting.mode, row.game, row.labels),
-        "seconds_stages_1_and_2": row.average(earlier_seconds),
+        "seconds_before_stage_3": row.average(earlier_seconds),
         "seconds_stage_3": row.average(lambda policy: policy.stage.seconds),
         "devices": devices(row),
     }

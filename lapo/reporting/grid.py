@@ -59,7 +59,7 @@ class Policy:
     mode: str
     stage: StageRun
     earlier: dict[str, StageRun]
-    """Stages 1 and 2, if the mode needs them and they are still there."""
+    """The stages that the mode builds on, directly or through another, as far as they are still there."""
     settings: dict[str, str]
     """The config's keys that its results depend on, as `group.key`, but for `AXES`."""
     frames: int | None
@@ -193,7 +193,7 @@ def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int) -> None:
         earlier = {}
         built = built or bool(stages_below(mode))
         with suppress(UserError):  # damage is noted above, or belongs to another experiment
-            for stage in stages_below(mode):
+            for stage in dict.fromkeys((*stages_below(mode), *MODES[mode].stages)):
                 if run := read(found.cfg.stage_dir(stage)):
                     earlier[stage] = run
         changed = changed_inputs(
