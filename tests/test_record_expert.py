@@ -132,6 +132,14 @@ def check_replay(chunk: Chunk, arrays: dict[str, np.ndarray]) -> None:
         assert played["ep_returns"].max() > 0
 
 
+def test_returns_are_counted_of_episodes_in_the_chunk_alone() -> None:
+    """Of the last of 16 environments, 15 steps are cut off."""
+    counted: list[float] = []
+    arrays = play_chunk(Chunk("maze", 0, "train", 0, 16 * 1024 + 1), counted.extend)
+    assert len(counted) == np.count_nonzero(arrays["ep_returns"])
+    assert sum(counted) == arrays["ep_returns"].sum()
+
+
 def test_values_are_the_discounted_rewards_to_come() -> None:
     arrays = play_chunk(Chunk("maze", 0, "train", 0, 300))
     value = 0.0

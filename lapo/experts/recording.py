@@ -119,7 +119,8 @@ def play_chunk(
 ) -> dict[str, np.ndarray]:
     """Let the expert play `chunk`; returns its arrays by name.
 
-    `on_returns` is called after every step with the returns of the episodes that ended in it.
+    `on_returns` is called after every step with the returns of the episodes that ended in it, in frames of
+    the chunk: the last environment plays a few steps more if their number does not divide the frames.
     """
     shape = chunk.num_envs, math.ceil(chunk.frames / chunk.num_envs)
     ta = np.zeros(shape, np.int64)
@@ -137,7 +138,7 @@ def play_chunk(
         frame, rewards[:, t], done[:, t] = env.step(ta[:, t])
         returns, _ = tracker.update(rewards[:, t], done[:, t])
         ep_returns[done[:, t], t] = returns
-        on_returns(returns)
+        on_returns(returns[np.flatnonzero(done[:, t]) * shape[1] + t < chunk.frames])
     env.close()
 
     done[:, -1] = True
