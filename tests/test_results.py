@@ -423,6 +423,18 @@ def test_the_commands_make_the_same_configs(runs):
         assert load_config([*given, *place, "--precision", "fp32"]) == policy.stage.cfg
 
 
+def test_the_commands_name_how_stages_1_and_2_were_trained(runs):
+    """Whatever the later stages were called with."""
+    runs.write("a", "maze", 0, "stage1", {}, options=["--stage1.lr", "1e-4"])
+    runs.write("a", "maze", 0, "stage2", {}, options=["--stage2.steps", "3000"])
+    for mode in ("bc", "offline"):
+        runs.policy("a", "maze", 0, mode, 5.0)
+    (command,) = commands(runs.grid("a").policies)
+    assert "--modes bc,offline" in command
+    assert "--stage1.lr 0.0001 " in command
+    assert "--stage2.steps 3000 " in command
+
+
 @pytest.mark.slow
 def test_every_figure_shows_something(runs, tmp_path, call_main, monkeypatch):
     sweep = [{"labels": labels, "draw": 0, "return_mean": 4.0 + labels / 64} for labels in (16, 64)]

@@ -2,7 +2,7 @@
 
 import shlex
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -266,7 +266,8 @@ def devices(row: Row) -> list[str]:
 def commands(policies: list[Policy]) -> list[str]:
     """Commands that train these policies, from the configs in their checkpoints.
 
-    The nearest preset is named, then every key that differs from it.
+    The nearest preset is named, then every key that differs from it. What belongs to stages 1 and 2 is as it
+    was when those were trained: a run's later stages may have been started without these options.
     """
     values = read_yaml(DEFAULTS)
     presets = {None: {}, **values.pop("presets", {})}
@@ -274,9 +275,15 @@ def commands(policies: list[Policy]) -> list[str]:
         name: leaves(to_dict(validate(merge(values, preset, str(name))))) for name, preset in presets.items()
     }
     defaults = load_config([])
+    earlier: dict[tuple, dict] = defaultdict(dict)
+    for policy in policies:
+        for stage, run in policy.earlier.items():
+            kept = {"stage1": ("stage1", "probe"), "stage2": ("stage2",)}.get(stage, ())
+            earlier[policy.exp, policy.game, policy.seed] |= {key: getattr(run.cfg, key) for key in kept}
     grouped: dict[tuple, list[Policy]] = defaultdict(list)
     for policy in policies:
-        found = min((options(policy.stage.cfg, bases[name], name) for name in bases), key=len)
+        cfg = replace(policy.stage.cfg, **earlier[policy.exp, policy.game, policy.seed])
+        found = min((options(cfg, bases[name], name) for name in bases), key=len)
         if policy.stage.cfg.run_dir.parents[2] != defaults.run_dir.parents[2]:
             found += [f"--results_dir {shlex.quote(policy.stage.cfg.results_dir)}"]
         grouped[policy.exp, tuple(found)].append(policy)
