@@ -15,7 +15,7 @@ from lapo.acting import evaluate_actor, random_actor
 from lapo.config import Config
 from lapo.errors import UserError
 from lapo.games.table import GAMES
-from lapo.reporting import summary
+from lapo.reporting import figures, summary
 from lapo.reporting.inspection import fit_lda
 from lapo.runs.checkpoints import load_checkpoint
 from support import Workplace
@@ -225,3 +225,16 @@ def test_damaged_checkpoint_is_named(cfg):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"stage2.checkpoint\.pt is damaged"):
         report.report(cfg)
+
+
+def test_returns_of_evaluations_are_drawn_over_those_of_training():
+    line = {"step": 10, "train_return": 1.0}
+    curves = {"online": [line, {"step": 20, "eval_return_mean": 3.0}], "scratch": [line]}
+    (ax,) = figures.rl_curves(curves, report.NAMES, {}, "").axes
+    drawn = {(drawn.get_label(), drawn.get_alpha()): drawn.get_ydata() for drawn in ax.lines}
+    assert {label for label, _ in drawn if not label.startswith("_")} == {
+        "LAPO online, held-out levels",
+        "PPO from scratch",
+    }
+    assert list(drawn["LAPO online, held-out levels", None]) == [3.0]
+    assert [alpha for label, alpha in drawn if label.startswith("_")] == [0.3]

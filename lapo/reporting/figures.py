@@ -207,14 +207,27 @@ def returns(bars: list[Bar], title: str) -> Figure:
 def rl_curves(
     curves: dict[str, list[dict]], labels: dict[str, str], levels: dict[str, float], title: str
 ) -> Figure:
-    """Training return over environment steps, from lines of metrics; `levels` are horizontal lines."""
+    """Returns over environment steps, from lines of metrics; `levels` are horizontal lines.
+
+    They are those of the latest training episodes. If a policy was evaluated on the way, they are pale, and
+    returns on held-out levels are drawn over them.
+    """
     figure = new_figure(7.5, 4.4, title)
     ax = figure.subplots()
+    held_out = {policy for policy, lines in curves.items() if any("eval_return_mean" in x for x in lines)}
     for policy, lines in curves.items():
-        draw(ax, lines, "train_return", color=COLORS[policy], marker=".", label=labels[policy])
+        color, label = COLORS[policy], labels[policy]
+        if policy in held_out:
+            draw(ax, lines, "train_return", color=color, alpha=0.3, linewidth=1)
+            draw(ax, lines, "eval_return_mean", color=color, marker="o", label=f"{label}, held-out levels")
+        else:
+            draw(ax, lines, "train_return", color=color, marker=".", label=label)
     for policy, level in levels.items():
         ax.axhline(level, color=COLORS[policy], linestyle="--", label=labels[policy])
-    ax.set(xlabel="environment steps", ylabel="mean return of the latest training episodes")
+    ylabel = (
+        "mean return (pale: training episodes)" if held_out else "mean return of the latest training episodes"
+    )
+    ax.set(xlabel="environment steps", ylabel=ylabel)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=9)
