@@ -236,6 +236,7 @@ def test_every_third_frame_is_labelled_and_each_that_the_teacher_plays():
     dagger = make_dagger(cfg, Counter(6), lambda number: Numberer())
     dagger.collect()  # the teacher plays
     assert (dagger.labels[0] != UNKNOWN).all()
+    dagger.collect()  # the other round that is kept
     dagger.count = 4
     agreement = dagger.collect()["agreement"].item()
     labels, numbers = dagger.labels[0], read_numbers(dagger.frames[0].flatten(0, 1)).reshape(8, 6)
