@@ -202,12 +202,20 @@ def draw(cfg: Config, outputs: dict[str, StageOutput], summary: dict) -> dict[st
         title = f"{cfg.env}: mean return on held-out levels, with its standard error"
         drawn["returns.png"] = figures.returns(bars, title)
     stages = {mode: outputs.get(f"stage3_{mode}") for mode in reversed(MODES) if MODES[mode].plays}
-    curves = {mode: output.lines for mode, output in stages.items() if output}
+    curves = {mode: with_final_return(output) for mode, output in stages.items() if output}
     if any("train_return" in line for lines in curves.values() for line in lines):
         levels = {policy: rows[policy]["return_mean"] for policy in ("random", "expert") if rows}
         title = f"{cfg.env}: returns while learning from rewards"
         drawn["rl_curves.png"] = figures.rl_curves(curves, NAMES, levels, title)
     return drawn
+
+
+def with_final_return(output: StageOutput) -> list[dict]:
+    """A mode's lines of metrics and, if it was evaluated on the way, a line of its final evaluation."""
+    if "eval_return_mean" not in output.metrics or "return_mean" not in output.metrics:
+        return output.lines
+    final = {"step": output.progress()["steps"], "eval_return_mean": output.metrics["return_mean"]}
+    return [*output.lines, final]
 
 
 def learning_title(env: str, learnt: dict) -> str:

@@ -285,17 +285,24 @@ def test_returns_on_held_out_levels_are_preferred(runs):
         (1000, {"train_return": 1.0}),
         (2000, {"train_return": 2.0, "eval_return_mean": 8.0, "eval_return_stderr": 0.5}),
         (4000, {"train_return": 3.0, "eval_return_mean": 9.0, "eval_return_stderr": 0.5}),
+        (5000, {"train_return": 3.0}),
     ]
     for seed in (0, 1):
-        runs.policy("a", "maze", seed, "scratch", 9.0, lines=lines)
+        runs.policy("a", "maze", seed, "scratch", 9.5, lines=lines)
     policies = runs.grid("a").policies
     curve = learning_curve(policies)
     assert curve.evaluated
-    assert (curve.x.tolist(), curve.mean.tolist()) == ([2000, 4000], [8, 9])
-    assert curve.error.tolist() == [0, 0]
+    assert (curve.x.tolist(), curve.mean.tolist()) == ([2000, 4000, 5000], [8, 9, 9.5])
+    assert curve.error.tolist() == [0, 0, 0]
     runs.compare("--exp", "a")
-    assert line_of(runs.text, "4,000 env steps")[2:] == ["2,000 env steps", "4,000 env steps"]
-    assert line_of(runs.text, "9.00 ± 0.00", "8.00 ± 0.00")
+    assert line_of(runs.text, "4,000 env steps")[2:] == [f"{k},000 env steps" for k in (2, 4, 5)]
+    assert line_of(runs.text, "9.00 ± 0.00", "8.00 ± 0.00", "9.50 ± 0.00")
+
+
+def test_an_unfinished_run_has_no_final_return(runs):
+    lines = [(2000, {"eval_return_mean": 8.0, "eval_return_stderr": 0.5}), (3000, {"train_return": 1.0})]
+    runs.write("a", "maze", 0, "stage3_scratch", lines=lines)
+    assert learning_curve(runs.grid("a").policies).x.tolist() == [2000]
 
 
 def test_unfinished_runs_are_drawn_as_far_as_they_have_come(runs):

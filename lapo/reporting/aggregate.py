@@ -298,16 +298,19 @@ def interval(samples: list[np.ndarray], statistic: Statistic, seed: int = 0) -> 
 def learning_curve(policies: list[Policy], *, scaled: bool = False) -> Curve | None:
     """Mean return over env steps of the seeds of one game and setting, as relative return if `scaled`.
 
-    Returns on held-out levels where all seeds have been evaluated along the way, else those of training
-    episodes. At every step, the mean is over the seeds that have come so far. None if there is nothing yet.
+    Returns on held-out levels, the final ones included, where all seeds have been evaluated along the way,
+    else those of training episodes. At every step, the mean is over the seeds that have come so far. None if
+    there is nothing yet.
     """
     for key in ("eval_return_mean", "train_return"):
         seeds = [
             np.array([(line["step"], line[key]) for line in policy.stage.lines if key in line], dtype=float)
             for policy in policies
         ]
-        if key == "eval_return_mean" and not all(map(len, seeds)):
-            continue
+        if key == "eval_return_mean":
+            if not all(map(len, seeds)):
+                continue
+            seeds = [with_final(*pair) for pair in zip(seeds, policies, strict=True)]
         seeds = [points.T for points in seeds if len(points)]
         if not seeds:
             return None
@@ -319,6 +322,13 @@ def learning_curve(policies: list[Policy], *, scaled: bool = False) -> Curve | N
                 return None
         return Curve(x, *mean_and_error(values), evaluated=key == "eval_return_mean")
     return None
+
+
+def with_final(points: np.ndarray, policy: Policy) -> np.ndarray:
+    """Points (X, 2) of steps and returns, with those of the evaluation at the end if it has been done."""
+    if not policy.finished:
+        return points
+    return np.vstack([points, (policy.stage.steps, policy.stage.metrics["return_mean"])])
 
 
 def within(x: np.ndarray, steps: np.ndarray, values: np.ndarray) -> np.ndarray:
