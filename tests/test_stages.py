@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -270,8 +271,11 @@ def test_stage_1_is_evaluated_untrained_at_intervals_and_at_the_end(trained):
     assert lines[0].keys() - {"step", "seconds"} == {f"untrained_{key}" for key in measured}
     for step in (2, 6):
         assert lines[step].keys() - {"step", "seconds"} == trained_on
-    for step in (4, 8):
-        assert lines[step].keys() - {"step", "seconds"} == trained_on | measured
+    assert lines[4].keys() - {"step", "seconds"} == trained_on | measured
+    steering = lines[8].keys() - {"step", "seconds"} - trained_on - measured
+    assert lines[8].keys() > trained_on | measured
+    assert all(re.match("(copy_|delta_)?psnr_|readback_", key) for key in steering)
+    assert "psnr_1" in steering
 
 
 def test_actions_and_rewards_never_reach_stages_1_and_2(trained, tmp_path):
