@@ -144,12 +144,10 @@ def clone_labels(
         else:
             clone = clone or start()
             clone.step(windows.batch(step - teacher_steps, cfg.relabel.batch_size, cfg.seed))
-    known = windows.labelled()
-    results = {
-        "teacher_loss": teacher.loss,
-        "loss": clone.loss,
-        "label_acc": (clone.ta[known] == windows.actions(known)).float().mean(),
-    }
+    results = {"teacher_loss": teacher.loss, "loss": clone.loss}
+    if windows.ta is not None:  # a chunk without true actions may lie behind those that the labels are of
+        known = windows.labelled()
+        results["label_acc"] = (clone.ta[known] == windows.actions(known)).float().mean()
     run.log(total, results | accuracy(policy, cfg, compute, shared))
     return policy
 

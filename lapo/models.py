@@ -57,9 +57,11 @@ def eval_mode(*networks: nn.Module) -> Iterator[None]:
     training = [network.training for network in networks]
     for network in networks:
         network.eval()
-    yield
-    for network, mode in zip(networks, training, strict=True):
-        network.train(mode)
+    try:
+        yield
+    finally:
+        for network, mode in zip(networks, training, strict=True):
+            network.train(mode)
 
 
 class Head(nn.Linear):

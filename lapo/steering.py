@@ -70,8 +70,8 @@ def open_loop(
 
     Returns `psnr_<t>` and `copy_psnr_<t>` (of repeating o[t]) for t in `HORIZONS`, and `delta_psnr_<t>` for t
     in `SHUFFLED_HORIZONS`, all at most the longest horizon for which the data has two sequences. Every step
-    of a sequence gets, for the ΔPSNR, the latent action of the same step of another one in the batch, at each
-    step of a different one. Returns {} if there are no two sequences of one step.
+    of a sequence gets, for the ΔPSNR, the latent action of the same step of another one in the batch, drawn
+    anew at each step. Returns {} if there are no two sequences of one step.
     """
     starts, horizon = sequences(windows, count)
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +111,8 @@ def sequences(windows: Windows, count: int) -> tuple[Tensor, int]:
     """Windows (S,) that begin sequences of consecutive windows, at most `count`, and the sequences' length.
 
     The length is the longest of `HORIZONS` for which there are two, otherwise the shortest. Windows are
-    consecutive if each begins a frame after the one before, so no sequence reaches into another episode.
+    consecutive if each begins a frame after the one before. So no sequence reaches into another episode,
+    unless windows do (`data.skip_resets` false).
     """
     for horizon in reversed(HORIZONS):
         first = windows.all()[: max(0, len(windows) - horizon + 1)]

@@ -50,8 +50,9 @@ class Training:
 
 def check_labels(cfg: Config, compute: Compute, shared: Shared) -> None:
     """Raise `UserError` before anything is trained if the data has too few labels for the sweep."""
-    labels = max(cfg.offline.sweep, default=0)
-    if labels > cfg.offline.labels:
+    numbers = [cfg.offline.labels, *cfg.offline.sweep]
+    labels = 0 if 0 in numbers else max(numbers)  # 0: all, which takes the most memory
+    if labels != cfg.offline.labels:
         labelled(at(cfg, labels), compute, shared)
 
 

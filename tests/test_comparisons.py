@@ -30,7 +30,7 @@ from lapo.models import (
 from lapo.ppo import ppo_loss
 from lapo.runs.checkpoints import load_checkpoint, saved_config
 from support import CPU as PLAIN
-from support import LAPO, PATIENCE, Workplace, result
+from support import LAPO, PATIENCE, Workplace, result, write_chunk
 
 CPU = torch.device("cpu")
 
@@ -353,3 +353,17 @@ def test_what_a_mode_lacks_is_said(workplace, mode, sentence):
     env = ["--env", "nogame"] * (mode != "lapo_plus")
     with pytest.raises(UserError, match=sentence):
         stage3_decode.train(workplace.config(*env, "--stage3.mode", mode))
+
+
+def test_labels_may_be_those_of_the_first_chunk_alone(workplace):
+    """Whether the actions given to frames without true ones are right cannot be told."""
+    path = workplace.data / workplace.GAME / "train" / "1.npz"
+    arrays = {key: x for key, x in np.load(path).items() if key != "ta"}
+    write_chunk(path, **arrays)
+    cfg = workplace.config(
+        "--stage3.mode", "idm_labelling", "--offline.labels", "8", "--offline.batch_size", "8"
+    )
+    stage3_decode.train(cfg)
+    metrics = load_checkpoint(cfg.run_dir / "stage3_idm_labelling" / "checkpoint.pt")["metrics"]
+    assert "loss" in metrics
+    assert "label_acc" not in metrics

@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapo.data import chunks
-from lapo.data.chunks import BadChunk, find_chunks, num_chunks_for, read_chunk, read_header, window_starts
+from lapo.data.chunks import (
+    UNKNOWN,
+    BadChunk,
+    find_chunks,
+    num_chunks_for,
+    read_chunk,
+    read_header,
+    window_starts,
+)
 from lapo.data_loader import RollingWindows, Windows, read_splits
 from lapo.errors import UserError
 from lapo.frames import resize
@@ -586,3 +594,15 @@ def test_an_array_whose_name_is_damaged_in_the_zip_directory_is_not_taken_for_mi
     path.write_bytes(content[:at] + b"x" + content[at + 1 :])
     with pytest.raises(UserError, match=r"is not a readable npz file .*differ"):
         Windows(tmp_path, device=CPU)
+
+
+@pytest.mark.parametrize(("frame", "known"), [(0, False), (1, True), (8, True), (9, False)])
+def test_true_actions_count_only_where_a_window_has_its_middle(tmp_path, frame, known):
+    """Those of an episode's first and last frame serve nothing."""
+    ta = np.full(10, UNKNOWN)
+    ta[frame] = 3
+    write_chunk(tmp_path / "0.npz", np.zeros((10, 64, 64, 3), np.uint8), ta=ta)
+    windows = Windows(tmp_path, device=CPU)
+    assert (windows.ta is not None) == known
+    if known:
+        assert windows.actions(windows.labelled()).tolist() == [3]

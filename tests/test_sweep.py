@@ -158,6 +158,16 @@ def test_too_many_labels_are_refused_before_anything_is_trained(trained):
     assert not (trained.run_dir("stage3_offline", "too-many") / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize(("numbers", "first"), [("8,24", 24), ("0,24", 0), ("8", None)])
+def test_the_training_of_most_labels_is_tried_first(trained, monkeypatch, numbers, first):
+    """0 is all of them."""
+    asked = []
+    monkeypatch.setattr(sweep, "labelled", lambda cfg, *_: asked.append(cfg.offline.labels))
+    cfg = trained.config("--offline.labels", "16", "--offline.sweep", numbers)
+    sweep.check_labels(cfg, CPU, Shared())
+    assert asked == ([] if first is None else [first])
+
+
 def test_the_real_command_and_what_reads_its_results(trained):
     options = "--exp", "command", "--stages_from", "main"
     done = trained.run("stage3.py", *options, "--stage3.mode", "offline", *SWEEP)

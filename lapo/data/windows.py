@@ -55,8 +55,8 @@ class Windows:
         frames      (F, H, W, C) uint8
         starts      (M,) int64: index of every window's first frame
         window      T, the frames of a window
-        ta          (F,) int64 true actions, `UNKNOWN` in gaps; None if a chunk lacks them, or none is known;
-                    for evaluation and offline modes
+        ta          (F,) int64 true actions, `UNKNOWN` in gaps; None if a chunk lacks them, or none at a
+                    window's o[t] is known; for evaluation and offline modes
         num_chunks  chunks that were read
         has_gaps    whether true actions of some frames are unknown
         num_bad     bad chunks that were skipped
@@ -136,7 +136,8 @@ class Windows:
         if all(ta is not None for ta in actions):
             ta = np.concatenate(actions).astype(np.int64)
             known = ta != UNKNOWN
-            self.ta = torch.from_numpy(ta).to(device) if known.any() else None
+            known_in_windows = known[np.concatenate(starts) + self.window - 2]
+            self.ta = torch.from_numpy(ta).to(device) if known_in_windows.any() else None
             self.has_gaps = not known.all()
         self._offsets = torch.arange(self.window, device=device)
         self._orders: dict[tuple[int, int], Tensor] = {}
