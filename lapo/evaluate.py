@@ -25,6 +25,7 @@ from lapo.command_line import Parser
 from lapo.config import Config, load_config, to_dict, validate
 from lapo.errors import UserError, run_main
 from lapo.experts.expert import Expert
+from lapo.experts.recording import SHIPPED
 from lapo.experts.registry import expert_name, make_expert
 from lapo.games.make import check_env, env_spec, relative_return
 from lapo.games.table import GAMES, Visuals, check_game
@@ -49,8 +50,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--env", help="game; without it, the checkpoint's own, or that of config.yaml")
     parser.add_argument(
         "--policy",
-        choices=(*MODES, "random", "planner"),
-        help="a mode of the experiment's stage 3 (online), uniform random actions, or the game's planner",
+        choices=(*MODES, "random", "planner", "expert"),
+        help="a mode of the experiment's stage 3 (online), uniform random actions, the game's planner, or the"
+        " learned expert that is shipped",
     )
     parser.add_argument("--exp", default=defaults.exp, help=f"experiment of that policy ({defaults.exp})")
     parser.add_argument(
@@ -159,8 +161,8 @@ class Player:
 def choose(args: argparse.Namespace, cfg: Config) -> Player:
     """The player that the arguments select.
 
-    Raises `UserError` for a missing checkpoint, a stage whose networks cannot act, and another number of
-    actions than the game's.
+    Raises `UserError` for a missing checkpoint, a game without a shipped expert, a stage whose networks
+    cannot act, and another number of actions than the game's.
     """
     compute = Compute.from_config(cfg)
     if args.policy == "random":
@@ -171,6 +173,14 @@ def choose(args: argparse.Namespace, cfg: Config) -> Player:
         return Player(cfg.env, "planner", make_expert(cfg.env, num_eval_envs(cfg.eval)), cfg.visuals, compute)
     mode = args.policy or "online"
     path = args.checkpoint or cfg.run_dir / f"stage3_{mode}" / "checkpoint.pt"
+    if args.policy == "expert":
+        path = SHIPPED / f"{cfg.env}.pt"
+        if not path.exists():
+            shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.pt")))
+            raise UserError(
+                f"no learned expert of {cfg.env} is shipped, only of {shipped}; choose --policy planner, or"
+                " name one of your own with --checkpoint"
+            )
     command = f"python stage3.py --env {cfg.env} --exp {cfg.exp} --seed {cfg.seed} --stage3.mode {mode}"
     checkpoint = load_policy_checkpoint(path, None if args.checkpoint else command)
     saved = saved_config(checkpoint)

@@ -40,6 +40,26 @@ def call(trained, call_main):
     return partial(call_main, evaluate.main, "--results-dir", str(trained.results), *TINY_EVAL)
 
 
+def test_the_shipped_expert_plays_in_the_visuals_of_its_training(call, tmp_path):
+    file = tmp_path / "maze.json"
+    status, out, err = call("--policy", "expert", "--env", "maze", "--json", str(file))
+    assert status == 0, err
+    result = json.loads(file.read_text())
+    assert (result["policy"], Path(result["checkpoint"]).name) == ("learned expert", "maze.pt")
+    args, cfg = evaluate.parse(["--policy", "expert", "--env", "maze"])
+    assert (cfg.visuals, evaluate.choose(args, cfg).visuals) == ("full", "plain")
+
+
+def test_a_game_without_a_shipped_expert_is_named_in_a_sentence(call):
+    status, _, err = call("--policy", "expert", "--env", "bigfish")
+    assert status != 0
+    assert err.count("\n") == 1
+    assert (
+        "no learned expert of bigfish is shipped, only of fruitbot, leaper, maze; choose --policy planner"
+        in err
+    )
+
+
 def test_command_line_repeats_the_result_of_stage_3(trained, tmp_path):
     """Greedy play leaves nothing to chance; a path for --json is the shell's."""
     options = ["--env", GAME, "--policy", "offline", "--results_dir", str(trained.results), *TINY_EVAL]
