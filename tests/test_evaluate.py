@@ -42,7 +42,7 @@ def call(trained, call_main):
 
 def test_the_shipped_expert_plays_in_the_visuals_of_its_training(call, tmp_path):
     file = tmp_path / "maze.json"
-    status, out, err = call("--policy", "expert", "--env", "maze", "--json", str(file))
+    status, _, err = call("--policy", "expert", "--env", "maze", "--json", str(file))
     assert status == 0, err
     result = json.loads(file.read_text())
     assert (result["policy"], Path(result["checkpoint"]).name) == ("learned expert", "maze.pt")
