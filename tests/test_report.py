@@ -238,3 +238,17 @@ def test_returns_of_evaluations_are_drawn_over_those_of_training():
     }
     assert list(drawn["LAPO online, held-out levels", None]) == [3.0]
     assert [alpha for label, alpha in drawn if label.startswith("_")] == [0.3]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "added"),
+    [
+        ({"eval_return_mean": 3.0, "return_mean": 5.0}, [{"step": 20, "eval_return_mean": 5.0}]),
+        ({"eval_return_mean": 3.0}, []),  # unfinished
+        ({"return_mean": 5.0}, []),  # not evaluated on the way
+    ],
+)
+def test_the_final_return_ends_a_curve_of_evaluations(metrics, added):
+    lines = [{"step": 20, "seconds": 1.0, "train_return": 1.0}]
+    output = summary.StageOutput({"metrics": metrics, "finished": True}, lines)
+    assert report.with_final_return(output) == lines + added
