@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lapo.games.table import GAMES
 from lapo.games.vec_env import num_cores
 from lapo.get_frames import commands, lacks_frames, note_request
 from lapo.modes import MODES
+from lapo.runs.files import writing
 
 OWN_OPTIONS = {"env": "name the games first", "exp": "--exp", "seed": "--seeds", "stage3.mode": "--modes"}
 """Keys that are not swept, and how a grid gets several of them."""
@@ -242,9 +244,11 @@ class Task:
     began: float = 0.0
 
     def start(self, slot: str, command: list[str], env: dict[str, str]) -> None:
-        """Start the run; its output is added to `log`."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        """Start the run; its output is added to `log`. Raises `UserError` if that cannot be written."""
+        with writing(self.log, "the runs that have begun are stopped"):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            log = self.log.open("ab")
+        with log:
             self.process = subprocess.Popen(
                 [*command, "--task", str(self.number)],
                 env=os.environ | env,
@@ -258,9 +262,12 @@ class Task:
     def outcome(self) -> str:
         """How the run ended, in the words of its own summary where it got that far."""
         minutes = round((time.monotonic() - self.began) / 60)
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = []
+        with suppress(OSError):  # deleted meanwhile
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         own = lines[-1] if lines else ""
-        found = f"failed, exit code {self.process.returncode}"
+        code = self.process.returncode
+        found = f"failed, exit code {code}" if code else "finished"
         if own.startswith(f"  {self.name} "):
             found = own.removeprefix(f"  {self.name} ").strip().rpartition(" (")[0]
         return f"{found} ({minutes} min)"
@@ -300,14 +307,25 @@ class Queue:
                 yield task
 
     def stop(self, number: int, frame: Any) -> None:
-        """Handle a signal: tell all runs to save and stop. A second Ctrl-C ends at once."""
+        """Handle a signal: stop all runs. A second Ctrl-C ends at once."""
         if number == self.stopped == signal.SIGINT:
             sys.exit(128 + number)
         if not self.stopped:
             self.stopped = number
-            for task in self.running:
-                if task.process is not None and task.process.poll() is None:
-                    task.process.terminate()
+            self.terminate()
+
+    def terminate(self) -> None:
+        """Tell all runs to save and stop."""
+        for task in self.running:
+            if task.process is not None and task.process.poll() is None:
+                task.process.terminate()
+
+    def close(self) -> None:
+        """Stop whatever still runs, and wait for it: after an error, no run is left behind."""
+        self.terminate()
+        for task in self.running:
+            if task.process is not None:
+                task.process.wait()
 
 
 def main() -> None:
@@ -321,6 +339,20 @@ def main() -> None:
     tasks = [Task(int(number), name, Path(log)) for number, name, log in lines]
     queue = Queue(tasks, args.slots.split(","), args.command, args.gpus)
     handle_signals((*STOP_SIGNALS, signal.SIGINT), queue.stop)
+    try:
+        summary, failed = report(queue)
+    finally:
+        if not queue.stopped:  # else, the runs have been told; a second Ctrl-C does not wait for them
+            queue.close()
+    if queue.stopped:
+        say(f"launch.sh: stopped by {signal.Signals(queue.stopped).name}; the same command continues")
+        sys.exit(128 + queue.stopped)
+    print("launch.sh: summary", *summary, sep="\n")
+    sys.exit(int(failed))
+
+
+def report(queue: Queue) -> tuple[list[str], bool]:
+    """Work through the queue and print how runs end; returns a line for each, and whether any failed."""
     summary, failed = [], False
     for task in queue.work():
         outcome = task.outcome()
@@ -332,11 +364,7 @@ def main() -> None:
             print(
                 f"launch.sh: {task.name}: {outcome}{see}", file=sys.stderr if bad else sys.stdout, flush=True
             )
-    if queue.stopped:
-        say(f"launch.sh: stopped by {signal.Signals(queue.stopped).name}; the same command continues")
-        sys.exit(128 + queue.stopped)
-    print("launch.sh: summary", *summary, sep="\n")
-    sys.exit(int(failed))
+    return summary, failed
 
 
 if __name__ == "__main__":

@@ -33,16 +33,27 @@ class Mode:
 
 BOTH = "stage1", "stage2"
 LABELS = "data", "offline", "eval"
+RL = (
+    *("ppo.num_envs", "ppo.rollout_steps", "ppo.minibatches", "ppo.epochs", "ppo.gamma", "ppo.gae_lambda"),
+    *("ppo.clip", "ppo.entropy_coef", "ppo.value_coef", "ppo.clip_norm", "eval"),
+)
+"""PPO, but for its learning rates."""
+HEADS = (*RL, "ppo.lr", "ppo.policy_head", "ppo.value_head", "ppo.fc")
+"""PPO of the heads on a frozen trunk."""
+LATENT_SIZE = "vq.kind", "vq.num_codebooks", "vq.num_latents", "vq.emb_dim", "vq.levels"
+"""What `VQConfig.la_dim` depends on."""
 
 MODES = {
     "bc": Mode("behaviour cloning", "#e0a03c", LABELS, "policy", (), ("labels",)),
     "idm_labelling": Mode(
-        *("IDM labelling", "#a9772a", (*LABELS, "relabel", "vq", "decoder"), "policy", ()),
+        *("IDM labelling", "#a9772a"),
+        (*LABELS, "relabel", "model.idm_scale", *LATENT_SIZE, "decoder.hidden"),
+        *("policy", ()),
         learns_from=("frames", "labels"),
     ),
-    "scratch": Mode("PPO from scratch", "#c8553d", ("ppo", "eval"), "actor-critic", (), ("rewards",)),
+    "scratch": Mode("PPO from scratch", "#c8553d", (*RL, "ppo.scratch_lr"), "actor-critic", (), ("rewards",)),
     "ilpo": Mode(
-        *("ILPO", "#8a8a3c", ("ppo", "eval", "data", "ilpo"), "frozen-trunk", ("ilpo_trunk",)),
+        *("ILPO", "#8a8a3c", (*HEADS, "data", "ilpo", "model.wm_width"), "frozen-trunk", ("ilpo_trunk",)),
         learns_from=("frames", "rewards"),
     ),
     "offline": Mode(
@@ -54,11 +65,11 @@ MODES = {
         learns_from=("frames", "labels"),
     ),
     "no_sl": Mode(
-        *("LAPO without SL", "#5b7fa6", ("ppo", "vq", "eval"), "frozen-trunk", ("stage2",)),
+        *("LAPO without SL", "#5b7fa6", (*HEADS, "vq"), "frozen-trunk", ("stage2",)),
         learns_from=("frames", "rewards"),
     ),
     "online": Mode(
-        *("LAPO online", "#1f5fa8", ("ppo", "vq", "decoder", "eval", "data.context"), "two-path", BOTH),
+        *("LAPO online", "#1f5fa8", (*HEADS, "vq", "decoder", "data.context"), "two-path", BOTH),
         learns_from=("frames", "rewards"),
     ),
 }

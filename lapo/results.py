@@ -37,7 +37,7 @@ from lapo.reporting.aggregate import (
     labels_over_games,
     over_games,
 )
-from lapo.reporting.comparison import Comparison, to_json, to_markdown
+from lapo.reporting.comparison import Comparison, label_count, published_return, to_json, to_markdown
 from lapo.reporting.curves import Final, Line, Panel
 from lapo.reporting.grid import read_grid
 from lapo.runs.files import atomic_write, write_json, writing
@@ -172,9 +172,9 @@ def draw_labels(comparison: Comparison) -> dict[str, Figure]:
     panels = []
     for game in comparison.games:
         lines = [
-            our_line(comparison, setting, label_curve(games[game]))
+            our_line(comparison, setting, curve)
             for setting, games in found.items()
-            if game in games
+            if game in games and len((curve := label_curve(games[game])).x)
         ]
         if lines:
             panels.append(
@@ -205,7 +205,7 @@ def draw_final(comparison: Comparison) -> dict[str, Figure]:
         if row.main:
             names = comparison.names[row.setting] + amount(row.labels, row.env_steps)
             error = row.error if row.error is not None else row.inner_error
-            paper = published.final(row.setting.mode, row.game, row.labels)
+            paper = published_return(row)
             variant = comparison.variant(row.setting)
             bar = Final(names, row.setting.mode, row.mean, error, variant, paper)
             games.setdefault(row.game, []).append(bar)
@@ -277,7 +277,7 @@ def games_in_words(counts: set[int]) -> str:
 
 def amount(labels: int | None, env_steps: int | None) -> str:
     """What a policy was trained with, in short."""
-    return f", {labels:,} labels" if labels is not None else f", {env_steps:,} env steps"
+    return f", {label_count(labels)} labels" if labels is not None else f", {env_steps:,} env steps"
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def train(cfg: Config) -> None:
     built_on = {stage: weights_checksum(checkpoint) for stage, checkpoint in earlier.items()}
     if not mode.plays:
         built_on |= data_checksums(cfg, KEYS)
-    keys = "model", "stage3", "data.image_size", *mode.config_keys
+    keys = "model.policy_scale", "stage3", "data.image_size", *mode.config_keys
     run = Run(cfg, f"stage3_{cfg.stage3.mode}", keys, compute, built_on)
     if run.finished:
         run.print_result()

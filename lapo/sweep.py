@@ -79,8 +79,8 @@ def train_sweep(
     """Do all trainings of the sweep, and set the run's metric `sweep`.
 
     `train` is the mode's function, `final` the state of the run's own training, which has been evaluated. The
-    results hold `labels`, `draw` (from 0) and the metrics of a run. A resumed run goes on with the training
-    that it was at.
+    results hold `labels`, whether these are `all` that there are because the sweep says so, `draw` (from 0)
+    and the metrics of a run. A resumed run goes on with the training that it was at.
     """
     trainings = cfg.offline.trainings
     steps, resumed = cfg.total_steps(run.stage) // len(trainings), run.step
@@ -97,9 +97,11 @@ def train_sweep(
         seed_everything(chosen.seed)
         training = Training(run, start, state, final)
         policy = train(chosen, compute, training, earlier, shared)
-        count = labels or len(labelled(chosen, compute, shared)[1])
         result = training.metrics | evaluate_policy(policy, cfg, compute)
-        results.append({"labels": count, "draw": draw} | result)
+        count = {"labels": labels}
+        if not labels:
+            count = {"labels": len(labelled(chosen, compute, shared)[1]), "all": True}
+        results.append(count | {"draw": draw} | result)
         print(described(results[-1]))
     results.sort(key=lambda result: (result["labels"], result["draw"]))
 

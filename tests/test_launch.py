@@ -2,6 +2,7 @@
 called."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -446,6 +447,38 @@ def test_a_signal_stops_all_runs_of_a_queue_once_they_have_saved(repo, number):
     assert "heist" not in out
     for log in logs:
         assert "saved\n" in log.read_text()
+
+
+def test_a_log_that_cannot_be_written_stops_the_queue_and_leaves_no_run_behind(repo):
+    """Here that of heist, which comes third, while maze is being trained."""
+    folder = repo.folder / "exp_results" / "main"
+    folder.mkdir(parents=True)
+    (folder / "heist").write_text("a file, where the run's folder should be")
+    log = folder / "maze" / "seed0" / "launch.log"
+    waiting = f"""
+import pathlib, sys, time
+
+while "maze" not in sys.argv:
+    if "trains" in pathlib.Path({str(log)!r}).read_text():
+        sys.exit()
+    time.sleep(0.02)
+"""
+    for script in SCRIPTS:
+        (repo.folder / "lapo" / f"{script}.py").write_text(waiting + SAVING)
+    status, _, err = repo.launch("maze", "ninja", "heist", "--jobs", "2")
+    assert status == 2
+    message = r"error: cannot write .*launch\.log \(.*\); the runs that have begun are stopped; .*\n"
+    assert re.fullmatch(message, err)
+    assert "saved\n" in log.read_text()  # its end was waited for
+
+
+def test_a_log_that_is_deleted_meanwhile_is_no_failure(repo):
+    for script in SCRIPTS:
+        (repo.folder / "lapo" / f"{script}.py").write_text("import os, sys; os.remove(os.environ['LOG'])")
+    log = repo.folder / "exp_results" / "main" / "maze" / "seed0" / "launch.log"
+    status, out, err = repo.launch("maze", "--stages", "1", "--jobs", "1", LOG=str(log))
+    assert (status, err) == (0, "")
+    assert out.endswith("  maze       finished (0 min)\n")
 
 
 def test_missing_frames_are_got_before_the_queue_starts(repo):

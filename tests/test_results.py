@@ -25,6 +25,7 @@ from lapo.reporting.aggregate import (
 )
 from lapo.reporting.comparison import Comparison, commands, to_json, to_markdown
 from lapo.reporting.grid import Grid, read_grid
+from lapo.runs.checkpoints import load_checkpoint, weights_checksum
 from lapo.runs.run import Run
 from support import CPU
 
@@ -37,13 +38,16 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def write(self, exp, game, seed, stage, result=None, *, options=(), lines=(), built_on=None) -> Run:
-        """A stage's run, finished if there is a `result`."""
+    def write(
+        self, exp, game, seed, stage, result=None, *, options=(), lines=(), built_on=None, took=0
+    ) -> Run:
+        """A stage's run, finished if there is a `result`; it `took` so many seconds."""
         words = ["--results_dir", str(self.folder), "--exp", exp, "--env", game, "--seed", str(seed)]
         words += ["--data_dir", str(self.folder / "no data"), "--preset", "demo", "--exp", exp]
         if stage.startswith("stage3_"):
             words += ["--stage3.mode", stage.removeprefix("stage3_")]
         run = Run(load_config([*words, *options]), stage, ("stage3",), CPU, built_on)
+        run._started -= took
         for step, values in lines:
             run.log(step, values)
         run.step = lines[-1][0] if lines else 7
@@ -229,6 +233,103 @@ def test_seeds_of_several_experiments_are_pooled_unless_they_repeat(runs):
     assert {(row["experiment"], row["return_mean"]) for row in found["rows"]} == {("a", 4.0), ("b", 7.0)}
 
 
+def test_a_number_of_labels_that_a_sweep_and_a_run_share_is_no_second_seed(runs):
+    sweep = [{"labels": 64, "draw": 0, "return_mean": 1.0}]
+    runs.policy("main", "maze", 0, "bc", 2.0, sweep=sweep)
+    runs.policy("few", "maze", 0, "bc", 3.0, options=["--offline.labels", "64"])
+    found = runs.compare("--exp", "main", "few")
+    assert {(row["experiment"], row["labels"], row["return_mean"]) for row in found["rows"]} == {
+        ("main", 64, 1.0),
+        ("main", 256, 2.0),
+        ("few", 64, 3.0),
+    }
+
+
+def test_runs_of_other_lengths_are_no_seeds_of_one_curve(runs):
+    """Their learning rates fall at other steps."""
+    for seed, (steps, end) in enumerate([(32768, 5.0), (65536, 9.0)]):
+        lines = [(1000, {"train_return": 1.0}), (4000, {"train_return": end})]
+        runs.policy("a", "maze", seed, "scratch", end, options=["--stage3.steps", str(steps)], lines=lines)
+    found = runs.compare("--exp", "a")
+    assert sorted(curve["return_mean"] for curve in found["curves"]) == [[1, 5], [1, 9]]
+    assert "stage3.steps" not in line_of(runs.text, "| game", "return", "env steps")
+    assert line_of(runs.text, "| PPO from scratch, stage3.steps 65536")
+
+
+def test_all_labels_of_a_sweep_are_compared_over_games(runs):
+    """There are another number of them in each game."""
+    for game, labels in (("maze", 1000), ("heist", 2000)):
+        sweep = [
+            {"labels": 64, "draw": 0, "return_mean": 3.0},
+            {"labels": labels, "all": True, "draw": 0, "return_mean": 6.0},
+        ]
+        runs.policy("a", game, 0, "bc", 5.0, sweep=sweep)
+    found = runs.compare("--exp", "a")
+    assert [(each["labels"], each["games"]) for each in found["aggregates"]] == [
+        (labels, ("heist", "maze")) for labels in (64, 256, 0)
+    ]
+    assert row(found, game="heist", labels=0)["num_labels"] == 2000
+    assert "all 2,000" in line_of(runs.text, "| heist", "6.00")
+    assert line_of(runs.text, "| behaviour cloning", "| all ", "2 of 16")
+    figures = results.draw(Comparison(runs.grid("a")))
+    for ax, labels in zip(figures["labels"].axes, (2000, 1000), strict=True):
+        ours = next(line for line in ax.lines if line.get_label() == "behaviour cloning")
+        assert ours.get_xdata().tolist() == [64, 256, labels]
+    (ax,) = figures["labels_all"].axes
+    ours = next(line for line in ax.lines if line.get_label().startswith("behaviour cloning"))
+    assert ours.get_xdata().tolist() == [64, 256]
+
+
+def test_without_a_quantiser_the_paper_has_no_return_per_game(runs):
+    for mode in ("online", "no_sl", "scratch"):
+        runs.policy("a", "maze", 0, mode, 5.0, options=["--vq.enabled", "false"])
+    found = runs.compare("--exp", "a")
+    assert {row["mode"]: row["published_return"] for row in found["rows"]} == {
+        "online": None,
+        "no_sl": None,
+        "scratch": 7.45,
+    }
+
+
+def test_what_stage_1_was_trained_with_counts_not_what_stage_3_was_called_with(runs):
+    """Stage 3 alone was started with the preset's defaults."""
+    stage1 = ["--model.wm_width", "16", "--data.train_chunks", "3", "--data_dir", "elsewhere"]
+    for stage in ("stage1", "stage2"):
+        runs.write("base", "maze", 0, stage, {}, options=stage1)
+    for mode in ("no_sl", "offline"):
+        runs.policy("a", "maze", 0, mode, 5.0, options=["--stages_from", "base"])
+    found = {policy.mode: policy.settings for policy in runs.grid("a").policies}
+    no_sl, offline = found["no_sl"], found["offline"]
+    assert offline["model.wm_width"] == no_sl["model.wm_width"] == "16"
+    assert (no_sl["data.train_chunks"], no_sl["data_dir"]) == ("3", "elsewhere")
+    chunks, folder = load_config(["--preset", "demo"]).data.train_chunks, runs.folder / "no data"
+    assert offline["data.train_chunks"] == f"3, labels {chunks}"
+    assert offline["data_dir"] == f"elsewhere, labels {folder}"
+
+
+def test_only_keys_on_which_a_mode_depends_split_its_seeds(runs):
+    changes = {
+        "scratch": ("--ppo.lr", "0.5", "--ppo.policy_head.peak", "2"),
+        "idm_labelling": ("--vq.decay", "0.5", "--vq.enabled", "false"),
+    }
+    for mode, options in changes.items():
+        runs.policy("a", "maze", 0, mode, 5.0)
+        runs.policy("a", "maze", 1, mode, 5.0, options=options)
+    assert runs.compare("--exp", "a")["keys"] == []
+    changes = {
+        "scratch": ("ppo.scratch_lr", "0.5"),
+        "no_sl": ("ppo.policy_head.peak", "2.0"),
+        "ilpo": ("model.wm_width", "32"),
+        "idm_labelling": ("model.idm_scale", "3"),
+    }
+    for mode, (key, value) in changes.items():
+        runs.policy("b", "maze", 0, mode, 5.0)
+        runs.policy("b", "maze", 1, mode, 5.0, options=[f"--{key}", value])
+        found = runs.compare("--exp", "b", "--modes", mode)
+        assert found["keys"] == [key]
+        assert [row["values"][key] for row in found["rows"]].count(value) == 1
+
+
 def test_a_sweep_over_labels_is_a_row_per_number_and_averages_draws_first(runs):
     for seed, shift in ((0, 0.0), (1, 2.0)):
         sweep = [
@@ -264,10 +365,18 @@ def test_a_sweep_without_the_runs_own_number_is_shown_by_its_largest(runs):
 def test_the_time_before_stage_3_is_that_of_the_stages_that_a_mode_builds_on(runs, mode, stages, seconds):
     runs.policy("a", "maze", 0, mode, 5.0)
     for stage in ("stage1", "stage2", "ilpo_trunk"):
-        runs.write("a", "maze", 0, stage, {})
-        path = runs.folder / "a/maze/seed0" / stage / "metrics.jsonl"
-        path.write_text(json.dumps({"step": 7, "seconds": 50}) + "\n")
+        runs.write("a", "maze", 0, stage, {}, took=50)
     assert row(runs.compare("--exp", "a"), mode=mode)["seconds_before_stage_3"] == seconds
+
+
+def test_the_time_of_a_run_includes_its_evaluations_and_its_sweep(runs):
+    """Which come after the last line of metrics.jsonl."""
+    result = {"return_mean": 5.0, "return_stderr": 0.1}
+    lines = [(1000, {"loss": 1.0})]
+    runs.write("a", "maze", 0, "stage3_bc", result, lines=lines, took=50)
+    path = runs.folder / "a/maze/seed0/stage3_bc/metrics.jsonl"
+    path.write_text(json.dumps({"step": 1000, "seconds": 20, "loss": 1.0}) + "\n")
+    assert row(runs.compare("--exp", "a"), mode="bc")["seconds_stage_3"] == 50
 
 
 def test_draws_of_a_single_seed_give_its_error(runs):
@@ -297,6 +406,16 @@ def test_returns_on_held_out_levels_are_preferred(runs):
     runs.compare("--exp", "a")
     assert line_of(runs.text, "4,000 env steps")[2:] == [f"{k},000 env steps" for k in (2, 4, 5)]
     assert line_of(runs.text, "9.00 ± 0.00", "8.00 ± 0.00", "9.50 ± 0.00")
+
+
+def test_a_seed_that_has_not_been_evaluated_yet_hides_no_other(runs):
+    lines = [(2000, {"train_return": 1.0, "eval_return_mean": 8.0}), (4000, {"train_return": 3.0})]
+    runs.policy("a", "maze", 0, "scratch", 9.0, lines=lines)
+    runs.write("a", "maze", 1, "stage3_scratch", lines=[(1000, {"train_return": 1.0})])
+    runs.policy("a", "maze", 2, "scratch", 5.0, lines=[(4000, {"train_return": 3.0})])
+    curve = learning_curve(runs.grid("a").policies)
+    assert curve.evaluated
+    assert (curve.x.tolist(), curve.mean.tolist()) == ([2000, 4000], [8, 7])
 
 
 def test_an_unfinished_run_has_no_final_return(runs):
@@ -377,6 +496,53 @@ def test_policies_of_other_stages_than_those_on_disk_are_named(runs):
     assert missing(found) == {("maze", 0, "stage3_offline"): "stale"}
     assert "trained on another stage1 than is there now" in runs.text
     assert row(found, mode="offline")["return_mean"] == 5  # still shown
+    assert found["experiments"]["a"]["finished"] == 0
+    assert "0 of 1 policies (1 game × 1 seed × 1 mode), **not complete**" in runs.text
+
+
+def test_stale_policies_are_no_seeds_of_the_others(runs):
+    """And do not stand under the settings of stages that they were not trained on."""
+    result = {"return_mean": 5.0, "return_stderr": 0.1}
+    for seed, built_on in enumerate(({}, {"stage1": "another"})):
+        runs.stages("a", "maze", seed, "--stage1.lr", "0.125")
+        runs.write("a", "maze", seed, "stage3_offline", result, built_on=built_on)
+    found = runs.compare("--exp", "a")
+    assert [(row["seeds"], row["values"]) for row in found["rows"]] == [
+        ([0], {"built on": ""}),
+        ([1], {"built on": "another stage1"}),
+    ]
+    assert "LAPO offline, built on another stage1" in runs.text
+    settings = [policy.settings.get("stage1.lr") for policy in runs.grid("a").policies]
+    assert settings == ["0.125", None]
+
+
+def test_a_stage_2_of_another_stage_1_makes_its_policies_stale(runs):
+    """Mode no_sl needs stage 2 alone, but what is said of its stage 1 must be true."""
+    runs.write("a", "maze", 0, "stage1", {})
+    runs.write("a", "maze", 0, "stage2", {}, built_on={"stage1": "another"})
+    runs.policy("a", "maze", 0, "no_sl", 5.0)
+    assert missing(runs.compare("--exp", "a")) == {("maze", 0, "stage3_no_sl"): "stale"}
+
+
+def test_a_policy_on_the_trunk_that_is_there_is_not_stale(runs):
+    trunk = runs.write("a", "maze", 0, "ilpo_trunk", {})
+    weights = weights_checksum(load_checkpoint(trunk.checkpoint_path))
+    result = {"return_mean": 5.0, "return_stderr": 0.1}
+    for seed, found in enumerate((weights, "another")):
+        runs.write("a", "maze", seed, "ilpo_trunk", {}) if seed else None
+        runs.write("a", "maze", seed, "stage3_ilpo", result, built_on={"ilpo_trunk": found})
+    assert missing(runs.compare("--exp", "a")) == {("maze", 1, "stage3_ilpo"): "stale"}
+
+
+def test_a_renamed_experiment_has_its_own_stages(runs):
+    """Also where another one has its old name by now."""
+    runs.stages("old", "maze", 0, "--stage1.lr", "0.125")
+    runs.policy("old", "maze", 0, "offline", 5.0)
+    (runs.folder / "old").rename(runs.folder / "new")
+    runs.stages("old", "maze", 0, "--stage1.lr", "0.25")
+    grid = runs.grid("new")
+    assert grid.policies[0].settings["stage1.lr"] == "0.125"
+    assert "--exp new" in commands(grid.policies)[0]
 
 
 def test_stages_of_another_experiment_are_not_missing(runs):
@@ -422,7 +588,7 @@ def test_the_commands_make_the_same_configs(runs):
     policies = runs.grid("a").policies
     (command,) = commands(policies)
     words = shlex.split(command)
-    assert words[:8] == shlex.split("bash launch.sh heist maze --seeds 0,1 --modes bc,scratch")
+    assert words[:10] == shlex.split("bash launch.sh heist maze --seeds 0,1 --stages 3 --modes bc,scratch")
     assert "--preset demo" in command
     given = words[words.index("--exp") :]
     for policy in policies:
@@ -437,9 +603,28 @@ def test_the_commands_name_how_stages_1_and_2_were_trained(runs):
     for mode in ("bc", "offline"):
         runs.policy("a", "maze", 0, mode, 5.0)
     (command,) = commands(runs.grid("a").policies)
-    assert "--modes bc,offline" in command
+    assert command.startswith("bash launch.sh maze --seeds 0 --modes bc,offline ")
     assert "--stage1.lr 0.0001 " in command
     assert "--stage2.steps 3000 " in command
+
+
+def test_the_commands_train_the_stages_of_another_experiment_first(runs):
+    """And do not train stages 1 and 2 again in the experiment that takes them from there."""
+    runs.write("base", "maze", 0, "stage1", {}, options=["--stage1.lr", "1e-4"])
+    runs.write("base", "maze", 0, "stage2", {}, options=["--stage1.lr", "2e-4", "--stage2.steps", "3000"])
+    runs.policy("a", "maze", 0, "offline", 5.0, options=["--stages_from", "base"])
+    first, second = (shlex.split(command) for command in commands(runs.grid("a").policies))
+    assert first[:9] == shlex.split("bash launch.sh maze --seeds 0 --stages 1,2 --exp base")
+    cfg = load_config(first[first.index("--exp") :])
+    assert (cfg.stage1.lr, cfg.stage2.steps) == (1e-4, 3000)
+    assert second[:11] == shlex.split("bash launch.sh maze --seeds 0 --stages 3 --modes offline --exp a")
+    assert load_config(second[second.index("--exp") :]).stages_from == "base"
+    runs.policy("base", "maze", 0, "offline", 5.0)
+    both = [command.split(" --preset")[0] for command in commands(runs.grid("a", "base").policies)]
+    assert both == [
+        "bash launch.sh maze --seeds 0 --stages 3 --modes offline --exp a",
+        "bash launch.sh maze --seeds 0 --modes offline --exp base",
+    ]
 
 
 @pytest.mark.slow

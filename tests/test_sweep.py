@@ -77,7 +77,7 @@ def test_draws_are_of_different_labels_and_all_of_them_are_in_0(trained):
     windows, everything, _ = imitation.labelled(sweep.at(cfg, 0), CPU, shared)
     assert sorted(everything.tolist()) == list(range(len(windows))) == list(range(70))
     metrics = train(trained, "all", "offline", "--offline.sweep", "0")["metrics"]
-    assert [found["labels"] for found in metrics["sweep"]] == [70]
+    assert [(found["labels"], found["all"]) for found in metrics["sweep"]] == [(70, True)]
 
 
 @pytest.mark.parametrize("mode", ["offline", "lapo_plus"])

@@ -44,6 +44,7 @@ class Row:
     game: str
     setting: Setting
     labels: int | None
+    """0: all."""
     env_steps: int | None
     main: bool
     """Whether `labels` stands for the run, see `own_labels`; the others are points of its curve."""
@@ -62,6 +63,22 @@ class Row:
     def error(self) -> float | None:
         """Standard error over the seeds, see `standard_error`."""
         return standard_error(self.returns)
+
+    @property
+    def num_labels(self) -> float | None:
+        """`labels` or, where these are all, how many there are; None if that is unknown."""
+        counts = [
+            entry["labels"]
+            for policy in self.policies
+            for entry in results(policy)[self.labels]
+            if entry.get("all")
+        ]
+        return self.labels or (float(np.mean(counts)) if counts else None)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether stages 1 and 2 had a quantiser, if the mode builds on them."""
+        return all(policy.settings.get("vq.enabled") != "false" for policy in self.policies)
 
     @property
     def relative(self) -> np.ndarray | None:
@@ -146,7 +163,11 @@ def by_setting(policies: Sequence[Policy]) -> dict[Setting, list[Policy]]:
         def values(policy: Policy) -> tuple[tuple[str, str], ...]:
             return tuple((key, policy.settings[key]) for key in keys if key in policy.settings)
 
-        runs = [(p.game, p.seed, p.labels, p.env_steps, values(p)) for p in of_mode]
+        runs = [
+            (policy.game, policy.seed, labels, values(policy))
+            for policy in of_mode
+            for labels in results(policy) or [policy.labels]
+        ]
         repeated = len(set(runs)) < len(runs)
         for policy in of_mode:
             grouped[Setting(mode, values(policy), policy.exp if repeated else "")].append(policy)
@@ -161,7 +182,7 @@ def name_settings(settings: Iterable[Setting]) -> dict[Setting, str]:
         differing = [
             f"{key} {value}"
             for key, value in setting.values
-            if any(dict(other.values).get(key) != value for other in others)
+            if value and any(dict(other.values).get(key) != value for other in others)
         ]
         names[setting] = ", ".join([MODES[setting.mode].title, *differing, *filter(None, [setting.exp])])
     return names
@@ -201,7 +222,7 @@ def rows(groups: dict[Setting, list[Policy]]) -> list[Row]:
         key=lambda row: (
             game_order(row.game),
             modes.index(row.setting.mode),
-            row.labels or 0,
+            row.labels or math.inf,  # all of them last
             row.env_steps or 0,
         )
     )
@@ -209,11 +230,11 @@ def rows(groups: dict[Setting, list[Policy]]) -> list[Row]:
 
 
 def results(policy: Policy) -> dict[int | None, list[dict]]:
-    """The evaluations of a finished policy by number of labels: one, or one per draw of a sweep."""
+    """The evaluations of a policy by number of labels, 0 for all: one, or one per draw of a sweep."""
     found: dict[int | None, list[dict]] = defaultdict(list)
     for entry in evaluations(policy.stage.metrics):
         if entry is not policy.stage.metrics:
-            found[entry["labels"]].append(entry)
+            found[0 if entry.get("all") else entry["labels"]].append(entry)
         elif policy.labels not in found:  # else, the run's own number is among the sweep's
             found[policy.labels].append(entry)
     return dict(found)
@@ -222,7 +243,7 @@ def results(policy: Policy) -> dict[int | None, list[dict]]:
 def own_labels(policy: Policy) -> int | None:
     """The number of labels that stands for the run: its own or, if a sweep lacks that, its largest."""
     found = results(policy)
-    return policy.labels if policy.labels in found else max(found)
+    return policy.labels if policy.labels in found else 0 if 0 in found else max(found)
 
 
 def number(value: float | None) -> float | None:
@@ -237,7 +258,8 @@ def aggregates(found: list[Row]) -> list[Aggregate]:
     """Mean and IQM of relative returns, one for each setting and number of labels or env steps."""
 
     def cell(row: Row) -> tuple:
-        return (list(MODES).index(row.setting.mode), repr(row.setting), row.labels or 0, row.env_steps or 0)
+        labels = row.labels or math.inf
+        return (list(MODES).index(row.setting.mode), repr(row.setting), labels, row.env_steps or 0)
 
     made = []
     for _, group in groupby(sorted(found, key=cell), key=cell):
@@ -298,9 +320,9 @@ def interval(samples: list[np.ndarray], statistic: Statistic, seed: int = 0) -> 
 def learning_curve(policies: list[Policy], *, scaled: bool = False) -> Curve | None:
     """Mean return over env steps of the seeds of one game and setting, as relative return if `scaled`.
 
-    Returns on held-out levels, the final ones included, where all seeds have been evaluated along the way,
-    else those of training episodes. At every step, the mean is over the seeds that have come so far. None if
-    there is nothing yet.
+    Returns on held-out levels, the final ones included, if any seed has been evaluated along the way, else
+    those of training episodes. At every step, the mean is over the seeds that have come so far. None if there
+    is nothing yet.
     """
     for key in ("eval_return_mean", "train_return"):
         seeds = [
@@ -308,7 +330,7 @@ def learning_curve(policies: list[Policy], *, scaled: bool = False) -> Curve | N
             for policy in policies
         ]
         if key == "eval_return_mean":
-            if not all(map(len, seeds)):
+            if not any(map(len, seeds)):
                 continue
             seeds = [with_final(*pair) for pair in zip(seeds, policies, strict=True)]
         seeds = [points.T for points in seeds if len(points)]
@@ -328,7 +350,7 @@ def with_final(points: np.ndarray, policy: Policy) -> np.ndarray:
     """Points (X, 2) of steps and returns, with those of the evaluation at the end if it has been done."""
     if not policy.finished:
         return points
-    return np.vstack([points, (policy.stage.steps, policy.stage.metrics["return_mean"])])
+    return np.vstack([points.reshape(-1, 2), (policy.stage.steps, policy.stage.metrics["return_mean"])])
 
 
 def within(x: np.ndarray, steps: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -360,12 +382,15 @@ def over_games(curves: list[Curve]) -> Curve:
 
 
 def label_curve(group: list[Row], *, scaled: bool = False) -> Curve:
-    """Mean return over the number of labels of one game's rows, as relative return if `scaled`."""
-    group = sorted(group, key=lambda row: row.labels)
+    """Mean return over the number of labels of one game's rows, as relative return if `scaled`.
+
+    Rows of all labels are left out if their number is unknown.
+    """
+    group = sorted((row for row in group if row.num_labels), key=lambda row: row.num_labels)
     values = [row.relative if scaled else row.returns for row in group]
     errors = [standard_error(scores) for scores in values]
     return Curve(
-        np.array([row.labels for row in group], dtype=float),
+        np.array([row.num_labels for row in group], dtype=float),
         np.array([scores.mean() for scores in values]),
         np.array([np.nan if error is None else error for error in errors]),
         evaluated=True,
@@ -373,8 +398,11 @@ def label_curve(group: list[Row], *, scaled: bool = False) -> Curve:
 
 
 def labels_over_games(groups: list[list[Row]]) -> Curve | None:
-    """Mean relative return of games' rows, at the numbers of labels that all games have; None without any."""
-    shared = set.intersection(*({row.labels for row in group} for group in groups))
+    """Mean relative return of games' rows, at the numbers of labels that all games have; None without any.
+
+    All labels are another number in each game, and left out.
+    """
+    shared = set.intersection(*({row.labels for row in group if row.labels} for group in groups))
     if not shared:
         return None
     return over_games(

@@ -24,7 +24,7 @@ from lapo.reporting.aggregate import (
     rows,
     standard_error,
 )
-from lapo.reporting.grid import Grid, Policy, game_order, shown
+from lapo.reporting.grid import Grid, Policy, StageRun, game_order, shown
 from lapo.reporting.tables import table
 from lapo.sources import leaves, merge, read_yaml
 
@@ -122,20 +122,22 @@ def progress_lines(grid: Grid) -> list[str]:
 def return_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of final returns; columns that would be empty are left out."""
     exps = any(row.setting.exp for row in comparison.rows)
-    head = ["game", "policy", *comparison.keys, "experiment", "labels", "env steps", "frames", "seeds"]
+    keys = [key for key in comparison.keys if key != "stage3.steps"]  # which has a column in any case
+    head = ["game", "policy", *keys, "experiment", "labels", "env steps", "frames", "seeds"]
     head += ["return", "relative", "paper", "before stage 3", "stage 3", "device"]
     body = []
     for row in comparison.rows:
         values = dict(row.setting.values)
         scores = row.relative
-        paper = published.final(row.setting.mode, row.game, row.labels)
+        paper = published_return(row)
+        frames = row.average(lambda policy: policy.frames)
         body.append(
             [
                 row.game,
                 MODES[row.setting.mode].title,
-                *(values.get(key, "") for key in comparison.keys),
+                *(values.get(key, "") for key in keys),
                 row.setting.exp if exps else "",
-                *map(count, (row.labels, row.env_steps, row.average(lambda policy: policy.frames))),
+                *(label_count(row.labels, row.num_labels), count(row.env_steps), count(frames)),
                 str(len(row.returns)),
                 with_error(row.mean, row.error, row.inner_error),
                 "" if scores is None else with_error(float(scores.mean()), standard_error(scores)),
@@ -181,7 +183,7 @@ def aggregate_table(comparison: Comparison) -> str:
     body = [
         [
             comparison.names[found.setting],
-            *map(count, (found.labels, found.env_steps)),
+            *(label_count(found.labels), count(found.env_steps)),
             f"{len(found.games)} of {len(GAMES)}",
             "–".join(map(str, sorted({min(found.seeds), max(found.seeds)}))),
             with_interval(found.mean, found.mean_interval),
@@ -241,6 +243,13 @@ def count(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
 
 
+def label_count(labels: int | None, known: float | None = None) -> str:
+    """A number of labels; of all labels how many these are, if that is `known`."""
+    if labels != 0:
+        return count(labels)
+    return f"all {known:,.0f}" if known else "all"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as a person says them, empty for None."""
     if seconds is None:
@@ -255,6 +264,11 @@ def earlier_seconds(policy: Policy) -> float | None:
     return sum(stage.seconds for stage in policy.earlier.values()) if policy.earlier else None
 
 
+def published_return(row: Row) -> float | None:
+    """The paper's return of the row's mode, see `published.final`."""
+    return published.final(row.setting.mode, row.game, row.labels, quantised=row.quantised)
+
+
 def devices(row: Row) -> list[str]:
     """What the seeds' policies were trained on; older checkpoints do not say."""
     return sorted({policy.stage.device or "unknown" for policy in row.policies})
@@ -267,7 +281,8 @@ def commands(policies: list[Policy]) -> list[str]:
     """Commands that train these policies, from the configs in their checkpoints.
 
     The nearest preset is named, then every key that differs from it. What belongs to stages 1 and 2 is as it
-    was when those were trained: a run's later stages may have been started without these options.
+    was when those were trained: a run's later stages may have been started without these options. Where these
+    stages are another experiment's, its command comes first.
     """
     values = read_yaml(DEFAULTS)
     presets = {None: {}, **values.pop("presets", {})}
@@ -275,26 +290,49 @@ def commands(policies: list[Policy]) -> list[str]:
         name: leaves(to_dict(validate(merge(values, preset, str(name))))) for name, preset in presets.items()
     }
     defaults = load_config([])
-    earlier: dict[tuple, dict] = defaultdict(dict)
-    for policy in policies:
-        for stage, run in policy.earlier.items():
-            kept = {"stage1": ("stage1", "probe"), "stage2": ("stage2",)}.get(stage, ())
-            earlier[policy.exp, policy.game, policy.seed] |= {key: getattr(run.cfg, key) for key in kept}
-    grouped: dict[tuple, list[Policy]] = defaultdict(list)
-    for policy in policies:
-        cfg = replace(policy.stage.cfg, **earlier[policy.exp, policy.game, policy.seed])
+
+    def words(cfg: Config) -> tuple[str, ...]:
         found = min((options(cfg, bases[name], name) for name in bases), key=len)
-        if policy.stage.cfg.run_dir.parents[2] != defaults.run_dir.parents[2]:
-            found += [f"--results_dir {shlex.quote(policy.stage.cfg.results_dir)}"]
-        grouped[policy.exp, tuple(found)].append(policy)
+        if cfg.run_dir.parents[2] != defaults.run_dir.parents[2]:
+            found += [f"--results_dir {shlex.quote(cfg.results_dir)}"]
+        return tuple(found)
+
+    trained: dict[tuple, dict] = defaultdict(dict)
+    for policy in policies:
+        trained[policy.exp, policy.game, policy.seed] |= own_groups(policy.earlier, policy.exp)
+    # By order, experiment and options: games, seeds, stages and modes
+    grouped: dict[tuple, list[tuple[str, int, str, str]]] = defaultdict(list)
+    for policy in policies:
+        game, seed = policy.game, policy.seed
+        own = [stage for stage, run in policy.earlier.items() if run.cfg.exp == policy.exp]
+        cfg = replace(policy.stage.cfg, **trained[policy.exp, game, seed])
+        grouped[1, policy.exp, words(cfg)] += [(game, seed, stage, policy.mode) for stage in [*own, "stage3"]]
+        for stage, run in policy.earlier.items():
+            exp = run.cfg.exp
+            if stage not in own and (exp, game, seed) not in trained:
+                cfg = replace(run.cfg, **own_groups(policy.earlier, exp))
+                grouped[0, exp, words(cfg)].append((game, seed, stage, ""))
     lines = []
-    for (exp, words), group in grouped.items():
-        games = sorted({policy.game for policy in group}, key=game_order)
-        seeds = ",".join(map(str, sorted({policy.seed for policy in group})))
-        modes = ",".join(mode for mode in MODES if any(policy.mode == mode for policy in group))
-        start = f"bash launch.sh {shlex.join(games)} --seeds {seeds} --modes {modes} --exp {exp}"
-        lines.append(" ".join([start, *words]))
+    for (_, exp, given), runs in sorted(grouped.items(), key=lambda item: item[0][0]):
+        games, seeds, stages, modes = (set(column) for column in zip(*runs, strict=True))
+        numbers = [name.removeprefix("stage") for name in ("stage1", "stage2", "stage3") if name in stages]
+        parts = ["bash launch.sh", shlex.join(sorted(games, key=game_order))]
+        parts += [f"--seeds {','.join(map(str, sorted(seeds)))}"]
+        parts += [f"--stages {','.join(numbers)}"] if len(numbers) < 3 else []
+        parts += [f"--modes {','.join(mode for mode in MODES if mode in modes)}"] if "3" in numbers else []
+        lines.append(" ".join([*parts, f"--exp {exp}", *given]))
     return lines
+
+
+def own_groups(stages: dict[str, StageRun], exp: str) -> dict:
+    """The groups of the config that belong to the stages of experiment `exp`, as these were trained."""
+    groups = {"stage1": ("stage1", "probe"), "stage2": ("stage2",)}
+    return {
+        key: getattr(run.cfg, key)
+        for stage, run in stages.items()
+        if run.cfg.exp == exp
+        for key in groups.get(stage, ())
+    }
 
 
 def options(cfg: Config, base: dict, preset: str | None) -> list[str]:
@@ -346,6 +384,7 @@ def row_data(row: Row) -> dict:
     return setting_data(row.setting) | {
         "game": row.game,
         "labels": row.labels,
+        "num_labels": row.num_labels,
         "env_steps": row.env_steps,
         "frames": row.average(lambda policy: policy.frames),
         "experiments": sorted({policy.exp for policy in row.policies}),
@@ -356,7 +395,7 @@ def row_data(row: Row) -> dict:
         "single_seed_stderr": row.inner_error,
         "relative_mean": None if scores is None else float(scores.mean()),
         "relative_stderr": None if scores is None else standard_error(scores),
-        "published_return": published.final(row.setting.mode, row.game, row.labels),
+        "published_return": published_return(row),
         "seconds_before_stage_3": row.average(earlier_seconds),
         "seconds_stage_3": row.average(lambda policy: policy.stage.seconds),
         "devices": devices(row),

@@ -4,7 +4,7 @@ Nothing is aggregated here; see aggregate.py.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -24,8 +24,17 @@ EARLIER = STAGES[:2]
 PLAYING = tuple(f"stage3_{mode}" for mode in MODES if MODES[mode].plays)
 NO_SETTINGS = "log_every", "save_every", "probe_every"
 """Keys of groups on which no result depends."""
-AXES = "offline.labels", "offline.sweep", "offline.draws", "stage3.steps", "stage3.mode"
+AXES = "offline.labels", "offline.sweep", "offline.draws"
 """Keys that are no settings: tables and figures show their values in any case."""
+BELOW = {
+    "stage1": ("stage1", "data_dir", "data", "vq", "model.idm_scale", "model.wm_width"),
+    "stage2": ("stage2", "model.policy_scale"),
+}
+"""What counts as the earlier stages were trained with it, whatever stage 3 was called with."""
+INHERITED = "vq", "model.idm_scale", "model.policy_scale", "data.image_size", "data.context"
+"""What stage 3 takes over from them, and its own config therefore holds."""
+INPUTS = "built on"
+"""A setting of its own: stages that are not what the policy was trained on; empty if they are."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class StageRun:
     """What the folder of one stage holds, its networks left out."""
 
     cfg: Config
-    """The config it was trained with, but for `results_dir`, which is the one where it was found."""
+    """The config it was trained with, but for `results_dir` and `exp`, which are those where it was found."""
     metrics: dict[str, Any]
     lines: list[dict]
     """Of metrics.jsonl."""
@@ -61,7 +70,7 @@ class Policy:
     earlier: dict[str, StageRun]
     """The stages that the mode builds on, directly or through another, as far as they are still there."""
     settings: dict[str, str]
-    """The config's keys that its results depend on, as `group.key`, but for `AXES`."""
+    """The config's keys that its results depend on, as `group.key`, but for `AXES`; and `INPUTS`."""
     frames: int | None
     """Frames without actions that it was trained on, None if there are none or their folder has gone."""
 
@@ -69,6 +78,11 @@ class Policy:
     def finished(self) -> bool:
         """Whether it was trained to the end and evaluated."""
         return self.stage.finished and bool(evaluations(self.stage.metrics))
+
+    @property
+    def stale(self) -> bool:
+        """Whether a stage that it was built on has been trained again since."""
+        return bool(self.settings.get(INPUTS))
 
     @property
     def labels(self) -> int | None:
@@ -109,9 +123,9 @@ class Grid:
         return [policy for policy in self.policies if policy.finished]
 
     def progress(self, exp: str) -> tuple[int, int]:
-        """How many policies of an experiment are finished, and how many are expected."""
+        """How many policies of an experiment are finished and not stale, and how many are expected."""
         games, seeds, modes = self.expected[exp]
-        done = sum(policy.exp == exp for policy in self.finished)
+        done = sum(policy.exp == exp and not policy.stale for policy in self.finished)
         return done, len(games) * len(seeds) * len(modes)
 
 
@@ -196,15 +210,17 @@ def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int) -> None:
             for stage in dict.fromkeys((*stages_below(mode), *MODES[mode].stages)):
                 if run := read(found.cfg.stage_dir(stage)):
                     earlier[stage] = run
-        changed = changed_inputs(
-            {"built_on": found.built_on}, {stage: run.weights for stage, run in earlier.items()}
-        )
+        runs = found, *earlier.values()
+        changed = list(dict.fromkeys(stage for run in runs for stage in changed_stages(run, earlier)))
         if changed:
             note(f"stage3_{mode}", "stale", f"trained on another {' and '.join(changed)} than is there now")
         if found.finished and not evaluations(found.metrics):
             note(f"stage3_{mode}", "unfinished", "finished, but not evaluated: its game cannot be played")
-        chosen = settings(mode, found, earlier)
-        policy = Policy(exp, game, seed, mode, found, earlier, chosen, None)
+        kept = {stage: run for stage, run in earlier.items() if stage not in changed}
+        chosen = settings(mode, found, kept)
+        if earlier:
+            chosen[INPUTS] = f"another {' and '.join(changed)}" if changed else ""
+        policy = Policy(exp, game, seed, mode, found, kept, chosen, None)
         grid.policies.append(replace(policy, frames=count_frames(policy)))
 
     # Stages 1 and 2 may be another experiment's (stages_from), where a policy was built on them.
@@ -213,6 +229,13 @@ def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int) -> None:
         if stage not in EARLIER or stage in needed:
             begun = (folder / stage).is_dir()
             note(stage, "missing", "begun, without a checkpoint yet" if begun else "missing")
+
+
+def changed_stages(run: StageRun, earlier: dict[str, StageRun]) -> list[str]:
+    """The stages of `earlier` that are not those that `run` was trained on."""
+    return changed_inputs(
+        {"built_on": run.built_on}, {stage: other.weights for stage, other in earlier.items()}
+    )
 
 
 def stages_below(mode: str) -> tuple[str, ...]:
@@ -228,14 +251,14 @@ def read_stage(folder: Path, root: Path) -> StageRun | None:
         return None
     checkpoint, progress = output.checkpoint, output.progress()
     return StageRun(
-        cfg=replace(saved_config(checkpoint), results_dir=str(root)),
+        cfg=replace(saved_config(checkpoint), results_dir=str(root), exp=folder.parents[2].name),
         metrics=output.metrics,
         lines=output.lines,
         steps=progress["steps"] if checkpoint["stage"] in PLAYING else checkpoint["step"],
         finished=checkpoint["finished"],
         seconds=progress["seconds"],
         device=checkpoint.get("device"),
-        weights=weights_checksum(checkpoint) if checkpoint["stage"] in EARLIER else "",
+        weights="" if checkpoint["stage"].startswith("stage3_") else weights_checksum(checkpoint),
         built_on=checkpoint.get("built_on", {}),
     )
 
@@ -246,23 +269,38 @@ def evaluations(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def settings(mode: str, stage: StageRun, earlier: dict[str, StageRun]) -> dict[str, str]:
-    """What `Policy.settings` says. Keys of stages 1 and 2 have the values that those were trained with."""
-    values = leaves(to_dict(stage.cfg))
-    for name, run in earlier.items():
-        there = leaves(to_dict(run.cfg))
-        values |= {key: there[key] for key in there if key.split(".")[0] == name}
+    """What `Policy.settings` says, but for `INPUTS`.
+
+    What is in `BELOW` has the value that the stage was trained with; if the stage is not in `earlier`, it is
+    left out unless it is `INHERITED`. Where labels come from other frames than stage 1's, both are named.
+    """
+    own = {key: shown(value) for key, value in leaves(to_dict(stage.cfg)).items()}
     chosen = ["visuals", "precision", "model.policy_scale", "data.image_size", *MODES[mode].config_keys]
-    if below := stages_below(mode):
-        chosen += ["data_dir", "data", "model", "vq", *below]
-    elif MODES[mode].learns_from != ("rewards",):
+    if MODES[mode].plays:
+        chosen += ["stage3.steps"]
+    if "frames" in MODES[mode].learns_from or "labels" in MODES[mode].learns_from:
         chosen += ["data_dir"]
+    values = {key: value for key, value in own.items() if belongs(key, chosen)}
+    for name in stages_below(mode):
+        unknown = [key for key in values if belongs(key, BELOW[name]) and not belongs(key, INHERITED)]
+        values = {key: value for key, value in values.items() if key not in unknown}
+        if name in earlier:
+            there = leaves(to_dict(earlier[name].cfg))
+            values |= {key: shown(there[key]) for key in there if belongs(key, BELOW[name])}
+    if "labels" in MODES[mode].learns_from:
+        for key in values:
+            if belongs(key, ("data_dir", "data")) and values[key] != own[key]:
+                values[key] += f", labels {own[key]}"
     return {
-        key: shown(value)
+        key: value
         for key, value in values.items()
-        if (key in chosen or key.split(".")[0] in chosen)
-        and key not in AXES
-        and key.split(".")[-1] not in NO_SETTINGS
+        if key not in AXES and key.split(".")[-1] not in NO_SETTINGS
     }
+
+
+def belongs(key: str, names: Iterable[str]) -> bool:
+    """Whether a key of the config, as `group.key`, is among keys and groups."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def shown(value: Any) -> str:

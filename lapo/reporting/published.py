@@ -49,9 +49,14 @@ def split(group: dict[str, list] | None, x: str) -> Curves:
     return {key: (group[x], values) for key, values in group.items() if key != x} if group else {}
 
 
-def final(mode: str, game: str, labels: int | None) -> float | None:
-    """The paper's return of a mode in a game: after 4M env steps, or with as many labels; None if unknown."""
+def final(mode: str, game: str, labels: int | None, *, quantised: bool = True) -> float | None:
+    """The paper's return of a mode in a game: after 4M env steps, or with as many labels; None if unknown.
+
+    Not `quantised`: after stages 1 and 2 without a quantiser.
+    """
     curves = online(game) if labels is None else offline(PAPER, game)
+    if not quantised:
+        mode += "_no_vq"
     if mode not in curves:
         return None
     x, values = curves[mode]

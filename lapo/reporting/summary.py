@@ -102,6 +102,8 @@ class StageOutput:
         for line in self.lines:  # older versions counted from 0 again in a resumed run
             seconds += line["seconds"] - (previous if line["seconds"] >= previous else 0)
             previous = line["seconds"]
+        # Those of the checkpoint include evaluations and sweeps; older ones have none.
+        seconds = self.checkpoint.get("seconds", seconds)
         steps = self.lines[-1]["step"] if self.lines else 0
         return {"steps": steps, "finished": self.checkpoint["finished"], "seconds": round(seconds)}
 
