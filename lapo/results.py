@@ -12,7 +12,8 @@ first one or `--out`,
     relative.*                  mean and interquartile mean of relative returns, with 95 % intervals
 
 The figures are PNG and PDF files. Keys of the config in which the runs differ become columns. Runs that are
-missing, unfinished or damaged are named. See docs/results.md.
+missing, unfinished or damaged are named. results.json also holds what is needed of each run, so that its
+checkpoints may be deleted, or lie on another machine (`--with`). See docs/results.md.
 """
 
 import argparse
@@ -39,7 +40,8 @@ from lapo.reporting.aggregate import (
 )
 from lapo.reporting.comparison import Comparison, label_count, published_return, to_json, to_markdown
 from lapo.reporting.curves import Final, Line, Panel
-from lapo.reporting.grid import read_grid
+from lapo.reporting.grid import Grid, read_grid
+from lapo.reporting.records import read_records
 from lapo.runs.files import atomic_write, write_json, writing
 from lapo.runs.ranks import require_single_process
 
@@ -68,6 +70,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--results-dir", default=defaults.results_dir, help="folder of all results")
     parser.add_argument(
+        "--with",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        dest="recorded",
+        help="also the runs in these results.json, whose checkpoints are elsewhere",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where tables and figures go (the first experiment's folder)"
     )
     args = parser.parse_args(argv)
@@ -85,13 +96,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def read(args: argparse.Namespace) -> Grid:
+    """The runs that the command line asks for. Raises `UserError` if there are none."""
+    recorded = [policy for path in args.recorded for policy in read_records(path, args.results_dir)]
+    return read_grid(args.results_dir, args.exp, args.env, list(map(int, args.seeds)), args.modes, recorded)
+
+
 def compare(args: argparse.Namespace) -> dict:
     """Write tables and figures, print the tables; returns the content of results.json.
 
     Raises `UserError` if there is no run, or if the folder cannot be written.
     """
-    grid = read_grid(args.results_dir, args.exp, args.env, list(map(int, args.seeds)), args.modes)
-    comparison = Comparison(grid)
+    comparison = Comparison(read(args))
     folder = args.out or resolve(args.results_dir) / args.exp[0]
     with writing(folder, "nothing was changed"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -569,6 +569,9 @@ def test_every_mode_of_the_table_has_a_function_and_groups_of_the_config_that_ex
     for mode in MODES.values():
         assert set(mode.config_keys) <= config.keys() | leaves(config).keys()
     assert len({mode.color for mode in MODES.values()}) == len(MODES)
+    for group in ("ppo", "relabel", "ilpo", "offline", "decoder"):  # no key that no mode depends on
+        keys = {key for mode in MODES.values() for key in mode.config_keys}
+        assert {f"{group}.{key}" for key in config[group]} <= keys or group in keys
 
 
 @pytest.mark.parametrize("mode", ["offline", "bc"])

@@ -25,6 +25,7 @@ from lapo.reporting.aggregate import (
     standard_error,
 )
 from lapo.reporting.grid import Grid, Policy, StageRun, game_order, shown
+from lapo.reporting.records import to_records
 from lapo.reporting.tables import table
 from lapo.sources import leaves, merge, read_yaml
 
@@ -370,6 +371,7 @@ def to_json(comparison: Comparison) -> dict:
         ],
         "missing": [asdict(found) for found in grid.missing],
         "commands": commands(grid.policies),
+        "runs": to_records(grid.policies),
     }
 
 

@@ -4,7 +4,7 @@ Nothing is aggregated here; see aggregate.py.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -130,30 +130,41 @@ class Grid:
 
 
 def read_grid(
-    results_dir: str, exps: list[str], games: list[str], seeds: list[int], modes: list[str]
+    results_dir: str,
+    exps: list[str],
+    games: list[str],
+    seeds: list[int],
+    modes: list[str],
+    recorded: Sequence[Policy] = (),
 ) -> Grid:
     """Read all runs of `exps`; of these games, seeds and modes alone, if any are given.
 
     Expected is every combination of games, seeds and modes: those given or, where none are given, those that
-    the experiment has a folder of. Raises `UserError` if the experiments have no run at all.
+    the experiment has a folder of. `recorded` policies count as well, unless the folder has them finished.
+    Raises `UserError` if the experiments have no run at all.
     """
     grid, root = Grid(), resolve(results_dir)
     folders = {exp: list(run_folders(root / exp)) for exp in exps}
-    if not any(folders.values()):
+    known = {(policy.exp, policy.game, policy.seed, policy.mode): policy for policy in recorded}
+    if not any(folders.values()) and not any(exp in exps for exp, *_ in known):
         others = ", ".join(sorted({path.parents[1].name for path in root.glob("*/*/seed*")}))
         raise UserError(
             f"{root} has no run of {' or '.join(exps)}; name experiments with --exp and their folder with"
             f" --results_dir (this one holds {others or 'none'})"
         )
     for exp, found in folders.items():
+        of_exp = [place[1:] for place in known if place[0] == exp]
         names = {path.name for _, _, folder in found for path in folder.iterdir()}
+        names |= {f"stage3_{mode}" for *_, mode in of_exp}
+        places = {(game, seed) for game, seed, _ in (*found, *of_exp)}
         grid.expected[exp] = (
-            games or sorted({game for game, _, _ in found}, key=game_order),
-            seeds or sorted({seed for _, seed, _ in found}),
+            games or sorted({game for game, _ in places}, key=game_order),
+            seeds or sorted({seed for _, seed in places}),
             [mode for mode in MODES if mode in modes or (not modes and f"stage3_{mode}" in names)],
         )
         for game, seed in product(*grid.expected[exp][:2]):
-            read_run(grid, root, exp, game, seed)
+            of_run = {mode: known[exp, game, seed, mode] for *place, mode in of_exp if place == [game, seed]}
+            read_run(grid, root, exp, game, seed, of_run)
     return grid
 
 
@@ -169,8 +180,8 @@ def game_order(game: str) -> tuple[int, str]:
     return (list(GAMES).index(game) if game in GAMES else len(GAMES), game)
 
 
-def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int) -> None:
-    """Add the policies of one run to the grid, and what is missing of it."""
+def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int, recorded: dict[str, Policy]) -> None:
+    """Add the policies of one run to the grid, and what is missing of it; `recorded` ones by mode."""
     folder, modes = root / exp / game / f"seed{seed}", grid.expected[exp][2]
     stages: dict[Path, StageRun | None] = {}
 
@@ -182,7 +193,16 @@ def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int) -> None:
             stages[path] = read_stage(path, root)
         return stages[path]
 
-    absent = []
+    absent, built = [], False
+    for mode in [mode for mode in modes if mode in recorded]:
+        with suppress(UserError):
+            found = read(folder / f"stage3_{mode}")
+            if found is not None and found.finished:
+                continue
+        grid.policies.append(recorded[mode])
+        built = built or bool(stages_below(mode))
+        modes = [other for other in modes if other != mode]
+
     for stage in (*EARLIER, *(f"stage3_{mode}" for mode in modes)):
         try:
             found = read(folder / stage)
@@ -199,7 +219,6 @@ def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int) -> None:
             )
             note(stage, "unfinished", f"unfinished, {at}")
 
-    built = False
     for mode in modes:
         found = stages[folder / f"stage3_{mode}"]
         if found is None:
