@@ -98,7 +98,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read(args: argparse.Namespace) -> Grid:
     """The runs that the command line asks for. Raises `UserError` if there are none."""
-    recorded = [policy for path in args.recorded for policy in read_records(path, args.results_dir)]
+    recorded = read_records(args.recorded, args.results_dir)
     return read_grid(args.results_dir, args.exp, args.env, list(map(int, args.seeds)), args.modes, recorded)
 
 

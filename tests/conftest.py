@@ -11,6 +11,8 @@ from hypothesis import settings
 
 from lapo import stage1_idm_wm, stage2_bc
 from lapo.errors import run_main
+from lapo.reporting import aggregate
+from many_runs import Runs
 from support import Workplace
 
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=30)
@@ -80,3 +82,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     stage1_idm_wm.train(workplace.config())
     stage2_bc.train(workplace.config())
     return workplace
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Runs:
+    """A folder for runs of whole experiments."""
+    monkeypatch.setattr(aggregate, "RESAMPLES", 199)  # fast; the intervals have tests of their own
+    return Runs(tmp_path)

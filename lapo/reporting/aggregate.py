@@ -16,7 +16,7 @@ from scipy import stats
 from lapo.errors import UserError
 from lapo.games.make import relative_return
 from lapo.modes import MODES
-from lapo.reporting.grid import Policy, evaluations, game_order
+from lapo.reporting.grid import Policy, Stage1, evaluations, game_order
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -141,11 +141,11 @@ def has_references(game: str) -> bool:
 # ---------------------------------------------------------------- settings
 
 
-def differing_keys(policies: Iterable[Policy]) -> list[str]:
-    """The keys of the config in which policies differ, among those that have the key."""
+def differing_keys(runs: Iterable[Policy | Stage1]) -> list[str]:
+    """The keys of the config in which runs differ, among those that have the key."""
     found: dict[str, set[str]] = defaultdict(set)
-    for policy in policies:
-        for key, value in policy.settings.items():
+    for run in runs:
+        for key, value in run.settings.items():
             found[key].add(value)
     return [key for key, values in found.items() if len(values) > 1]
 

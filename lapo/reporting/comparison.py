@@ -25,6 +25,7 @@ from lapo.reporting.aggregate import (
     standard_error,
 )
 from lapo.reporting.grid import Grid, Policy, StageRun, game_order, shown
+from lapo.reporting.learning import learned, learned_data, learned_parts
 from lapo.reporting.records import to_records
 from lapo.reporting.tables import table
 from lapo.sources import leaves, merge, read_yaml
@@ -46,6 +47,7 @@ class Comparison:
         games       games of which there are policies
         rows        final returns, see `Row`
         aggregates  relative returns over games, see `Aggregate`
+        learned     what stage 1 learned, see `Learned`
         curves      returns over env steps by setting and game
     """
 
@@ -57,6 +59,7 @@ class Comparison:
         self.games = sorted({policy.game for policy in grid.policies}, key=game_order)
         self.rows: list[Row] = rows(self.groups)
         self.aggregates: list[Aggregate] = aggregates(self.rows)
+        self.learned = learned(grid.stage1)
         self.curves: dict[Setting, dict[str, Curve]] = {
             setting: found
             for setting in self.groups
@@ -93,6 +96,7 @@ def to_markdown(comparison: Comparison, figures: list[str]) -> str:
         parts += ["No policy has been trained to the end and evaluated yet."]
     if comparison.aggregates:
         parts += ["## Relative returns over games", aggregate_table(comparison), aggregate_note(comparison)]
+    parts += learned_parts(comparison.learned)
     parts += ["## What is missing", "\n".join(missing_lines(grid))]
     if figures:
         parts += ["## Figures", "\n".join(f"![{name}]({name}.png)" for name in figures)]
@@ -369,9 +373,10 @@ def to_json(comparison: Comparison) -> dict:
             for setting, found in comparison.curves.items()
             for game, curve in found.items()
         ],
+        "stage1": [learned_data(row) for row in comparison.learned],
         "missing": [asdict(found) for found in grid.missing],
         "commands": commands(grid.policies),
-        "runs": to_records(grid.policies),
+        "runs": to_records(grid),
     }
 
 

@@ -4,7 +4,7 @@ Nothing is aggregated here; see aggregate.py.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -25,7 +25,7 @@ PLAYING = tuple(f"stage3_{mode}" for mode in MODES if MODES[mode].plays)
 NO_SETTINGS = "log_every", "save_every", "probe_every"
 """Keys of groups on which no result depends."""
 AXES = "offline.labels", "offline.sweep", "offline.draws"
-"""Keys that are no settings: tables and figures show their values in any case."""
+"""Keys that are no settings: tables and figures show their values in any case. So they do the precision."""
 BELOW = {
     "stage1": ("stage1", "data_dir", "data", "vq", "model.idm_scale", "model.wm_width"),
     "stage2": ("stage2", "model.policy_scale"),
@@ -96,6 +96,18 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class Stage1:
+    """A finished stage 1, with or without policies that build on it."""
+
+    exp: str
+    game: str
+    seed: int
+    run: StageRun
+    settings: dict[str, str]
+    """The config's keys that its results depend on, as `group.key`."""
+
+
+@dataclass(frozen=True)
 class Missing:
     """A stage of a run that is missing, unfinished, damaged or stale."""
 
@@ -113,6 +125,8 @@ class Grid:
     """The runs of some experiments."""
 
     policies: list[Policy] = field(default_factory=list)
+    stage1: list[Stage1] = field(default_factory=list)
+    """Of the experiments themselves, not those taken with `stages_from`."""
     missing: list[Missing] = field(default_factory=list)
     expected: dict[str, tuple[list[str], list[int], list[str]]] = field(default_factory=dict)
     """Games, seeds and modes of each experiment; every combination of them is expected."""
@@ -135,17 +149,21 @@ def read_grid(
     games: list[str],
     seeds: list[int],
     modes: list[str],
-    recorded: Sequence[Policy] = (),
+    recorded: Grid | None = None,
 ) -> Grid:
     """Read all runs of `exps`; of these games, seeds and modes alone, if any are given.
 
     Expected is every combination of games, seeds and modes: those given or, where none are given, those that
-    the experiment has a folder of. `recorded` policies count as well, unless the folder has them finished.
+    the experiment has a folder of. What is `recorded` counts as well, unless the folder has it finished.
     Raises `UserError` if the experiments have no run at all.
     """
+    recorded = recorded or Grid()
     grid, root = Grid(), resolve(results_dir)
     folders = {exp: list(run_folders(root / exp)) for exp in exps}
-    known = {(policy.exp, policy.game, policy.seed, policy.mode): policy for policy in recorded}
+    known: dict[tuple, Policy | Stage1] = {
+        (found.exp, found.game, found.seed, getattr(found, "mode", "")): found
+        for found in (*recorded.policies, *recorded.stage1)
+    }
     if not any(folders.values()) and not any(exp in exps for exp, *_ in known):
         others = ", ".join(sorted({path.parents[1].name for path in root.glob("*/*/seed*")}))
         raise UserError(
@@ -180,8 +198,13 @@ def game_order(game: str) -> tuple[int, str]:
     return (list(GAMES).index(game) if game in GAMES else len(GAMES), game)
 
 
-def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int, recorded: dict[str, Policy]) -> None:
-    """Add the policies of one run to the grid, and what is missing of it; `recorded` ones by mode."""
+def read_run(
+    grid: Grid, root: Path, exp: str, game: str, seed: int, recorded: dict[str, Policy | Stage1]
+) -> None:
+    """Add what there is of one run to the grid, and what is missing.
+
+    `recorded` are policies by mode, and stage 1 by "".
+    """
     folder, modes = root / exp / game / f"seed{seed}", grid.expected[exp][2]
     stages: dict[Path, StageRun | None] = {}
 
@@ -242,6 +265,13 @@ def read_run(grid: Grid, root: Path, exp: str, game: str, seed: int, recorded: d
         policy = Policy(exp, game, seed, mode, found, kept, chosen, None)
         grid.policies.append(replace(policy, frames=count_frames(policy)))
 
+    stage1 = stages[folder / "stage1"]
+    if stage1 is not None and stage1.finished:
+        grid.stage1.append(Stage1(exp, game, seed, stage1, stage1_settings(stage1)))
+    elif "" in recorded:
+        grid.stage1.append(recorded[""])
+        absent = [stage for stage in absent if stage != "stage1"]
+
     # Stages 1 and 2 may be another experiment's (stages_from), where a policy was built on them.
     needed = set() if built else {stage for mode in modes for stage in stages_below(mode)}
     for stage in absent:
@@ -294,7 +324,7 @@ def settings(mode: str, stage: StageRun, earlier: dict[str, StageRun]) -> dict[s
     left out unless it is `INHERITED`. Where labels come from other frames than stage 1's, both are named.
     """
     own = {key: shown(value) for key, value in leaves(to_dict(stage.cfg)).items()}
-    chosen = ["visuals", "precision", "model.policy_scale", "data.image_size", *MODES[mode].config_keys]
+    chosen = ["visuals", "model.policy_scale", "data.image_size", *MODES[mode].config_keys]
     if MODES[mode].plays:
         chosen += ["stage3.steps"]
     if "frames" in MODES[mode].learns_from or "labels" in MODES[mode].learns_from:
@@ -314,6 +344,15 @@ def settings(mode: str, stage: StageRun, earlier: dict[str, StageRun]) -> dict[s
         key: value
         for key, value in values.items()
         if key not in AXES and key.split(".")[-1] not in NO_SETTINGS
+    }
+
+
+def stage1_settings(run: StageRun) -> dict[str, str]:
+    """The config's keys on which the results of a stage 1 depend."""
+    return {
+        key: shown(value)
+        for key, value in leaves(to_dict(run.cfg)).items()
+        if belongs(key, ("visuals", "probe", *BELOW["stage1"])) and key.split(".")[-1] not in NO_SETTINGS
     }
 
 

@@ -1,0 +1,82 @@
+"""Tables and figures of runs whose checkpoints are elsewhere."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lapo import results
+from lapo.runs.files import write_json
+from many_runs import learned, missing, row
+
+
+@pytest.fixture
+def recorded(runs) -> Path:
+    """Two games with and without sweeps, as results.json has them, the checkpoints of which are gone."""
+    sweep = [{"labels": 64, "draw": draw, "return_mean": 1.0 + draw} for draw in (0, 1)]
+    lines = [(2000, {"train_return": 3.0, "loss": 1.0, "eval_return_mean": 8.0})]
+    for game in ("heist", "maze"):
+        runs.write("a", game, 0, "stage1", learned(0.25, 0.5), options=["--stage1.lr", "0.125"])
+        runs.write("a", game, 0, "stage2", {})
+        runs.policy("a", game, 0, "offline", 5.0, sweep=sweep, stderr=math.nan)
+        runs.policy("a", game, 0, "online", 7.0, lines=lines, options=["--ppo.gamma", "0.5"])
+    runs.write("a", "maze", 0, "stage3_bc")
+    runs.write("a", "maze", 0, "stage3_no_sl", {"return_mean": 5.0}, built_on={"stage1": "another"})
+    path = runs.folder / "results.json"
+    write_json(path, runs.compare("--exp", "a"))
+    return path
+
+
+def test_results_can_be_made_again_without_checkpoints(runs, recorded):
+    before, text = runs.compare("--exp", "a"), runs.text
+    json.loads(recorded.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    shutil.rmtree(runs.folder / "a")
+    after = runs.compare("--exp", "a", "--with", str(recorded))
+    assert after.keys() == before.keys()
+    for key in before.keys() - {"missing"}:
+        assert after[key] == before[key], key
+    assert after["stage1"][0]["means"]["error"] == 0.5
+    assert runs.text.partition("## What is missing")[0] == text.partition("## What is missing")[0]
+
+
+def test_recorded_runs_and_those_on_disk_are_one_grid(runs, recorded):
+    shutil.rmtree(runs.folder / "a")
+    runs.stages("a", "maze", 1, "--stage1.lr", "0.125")
+    runs.policy("a", "maze", 1, "online", 9.0, options=["--ppo.gamma", "0.5"])
+    runs.write("a", "maze", 0, "stage3_offline")  # trained again here, not to the end
+    runs.policy("a", "heist", 0, "offline", 2.0)  # finished here: this counts
+    found = runs.compare("--exp", "a", "--with", str(recorded), "--modes", "online,offline")
+    assert row(found, game="maze", mode="online")["returns"] == [7, 9]
+    assert row(found, game="maze", labels=64)["return_mean"] == 1.5
+    assert row(found, game="heist", mode="offline")["return_mean"] == 2
+    assert missing(found) == {
+        ("maze", 1, "stage3_offline"): "missing",
+        **{
+            ("heist", 1, stage): "missing"
+            for stage in ("stage1", "stage2", "stage3_offline", "stage3_online")
+        },
+    }
+
+
+def test_records_of_other_experiments_are_left_out(runs, recorded):
+    runs.policy("b", "maze", 0, "bc", 5.0)
+    assert [row["experiments"] for row in runs.compare("--exp", "b", "--with", str(recorded))["rows"]] == [
+        ["b"]
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "[]", '{"rows": []}', '{"runs": {"config": {}, "policies": [{}]}}']
+)
+def test_a_file_without_runs_is_refused(runs, tmp_path, call_main, text):
+    runs.policy("a", "maze", 0, "bc", 5.0)
+    path = tmp_path / "other.json"
+    if text is not None:
+        path.write_text(text)
+    words = ["--exp", "a", "--results_dir", str(runs.folder), "--with", str(path)]
+    status, _, err = call_main(results.main, *words)
+    assert status == 2
+    assert f"--with {path}: " in err
+    assert "results.json" in err
