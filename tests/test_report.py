@@ -64,6 +64,26 @@ def test_command_line_reports_a_complete_run(finished, cfg):
     assert json.loads((cfg.run_dir / "summary.json").read_text()) == found
 
 
+def test_a_run_is_shown_by_the_mean_over_its_draws_of_labels(cfg):
+    path = cfg.run_dir / "stage3_bc" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["checksum"]
+    labels = saved["config"]["offline"]["labels"]
+    own = {"labels": labels, "draw": 0, "return_mean": 1.0, "episodes": 8}
+    others = [own | {"labels": 8, "return_mean": 9.0}, own | {"draw": 1, "return_mean": 4.0}]
+    saved["metrics"] |= {"return_mean": 1.0, "return_stderr": 0.25, "sweep": [own, others[0]]}
+    torch.save(saved, path)
+    found = summary.returns(cfg, summary.read_outputs(cfg))["bc"]
+    assert (found["return_mean"], found["return_stderr"]) == (1.0, 0.25)
+    assert found["source"] == f"{labels} labels"
+    saved["metrics"]["sweep"] = [own, *others]
+    torch.save(saved, path)
+    found = summary.returns(cfg, summary.read_outputs(cfg))["bc"]
+    assert (found["return_mean"], found["episodes"]) == (2.5, 16)
+    assert found["return_stderr"] == pytest.approx(1.5)
+    assert found["source"] == f"{labels} labels, 2 draws"
+
+
 def test_random_policy_plays_once(cfg, monkeypatch):
     found = summary.summarize(cfg, summary.read_outputs(cfg))
     played = evaluate_actor(random_actor(cfg.seed), GAME, cfg.visuals, cfg.eval, cfg.seed)

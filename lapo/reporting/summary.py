@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 
 from lapo.acting import evaluate_actor, random_actor
 from lapo.config import Config, to_dict
@@ -175,21 +176,42 @@ def returns(cfg: Config, outputs: dict[str, StageOutput]) -> dict[str, dict]:
     for mode in MODES:
         output = outputs.get(f"stage3_{mode}")
         if output and "return_mean" in output.metrics:
-            rows[mode] = result(cfg, output.metrics, source=training_source(mode, output))
+            draws = draws_of_labels(output)
+            source = training_source(mode, output) + (f", {len(draws)} draws" if len(draws) > 1 else "")
+            rows[mode] = result(cfg, output.metrics | over_draws(draws), source)
     if not rows:
         return {}
     rows = {"random": random_return(cfg), **rows, "expert": expert_return(cfg)}
     return {policy: row for policy, row in rows.items() if row}
 
 
+def draws_of_labels(output: StageOutput) -> list[dict]:
+    """A sweep's results for the run's own number of labels, one per draw of labels; [] without a sweep."""
+    labels = output.checkpoint["config"]["offline"]["labels"]
+    sweep = output.metrics.get("sweep", ())
+    return [found for found in sweep if found["labels"] == labels and "return_mean" in found]
+
+
+def over_draws(draws: list[dict]) -> dict:
+    """Mean return of several draws of labels, with its standard error over them; {} for one draw."""
+    if len(draws) < 2:
+        return {}
+    means = [found["return_mean"] for found in draws]
+    return {
+        "return_mean": mean(means),
+        "return_stderr": stdev(means) / math.sqrt(len(means)),
+        "episodes": sum(found["episodes"] for found in draws),
+    }
+
+
 def result(cfg: Config, metrics: dict, source: str) -> dict:
     """One policy's row: return, standard error, episodes, and the data that it was trained on."""
-    mean, stderr = metrics["return_mean"], metrics["return_stderr"]
+    value, stderr = metrics["return_mean"], metrics["return_stderr"]
     return {
         "source": source,
-        "return_mean": mean,
+        "return_mean": value,
         "return_stderr": None if stderr is None or math.isnan(stderr) else stderr,
-        "relative_return": relative_return(cfg.env, mean),
+        "relative_return": relative_return(cfg.env, value),
         "episodes": metrics["episodes"],
     }
 
