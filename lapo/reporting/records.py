@@ -21,8 +21,8 @@ LINE_KEYS = "step", "train_return", "eval_return_mean"
 
 
 def to_records(grid: Grid) -> dict:
-    """The grid's runs as plain data. Configs are kept as what distinguishes them from the first one."""
-    everything = [*(policy.stage for policy in grid.policies), *(found.run for found in grid.stage1)]
+    """The grid's finished runs as plain data. Of a config is kept what distinguishes it from the first one."""
+    everything = [*(policy.stage for policy in grid.finished), *(found.run for found in grid.stage1)]
     base = leaves(to_dict(everything[0].cfg)) if everything else {}
 
     def record(run: StageRun, *, results: bool = True) -> dict:
@@ -31,7 +31,6 @@ def to_records(grid: Grid) -> dict:
         found = {"config": changes, "steps": run.steps, "seconds": run.seconds, "device": run.device}
         if results:
             lines = [line for line in run.lines if any(key in line for key in LINE_KEYS[1:])]
-            found["finished"] = run.finished
             found["metrics"] = without_nan(run.metrics)
             found["lines"] = [{key: line[key] for key in LINE_KEYS if key in line} for line in lines]
         return found
@@ -45,7 +44,7 @@ def to_records(grid: Grid) -> dict:
                 "run": record(policy.stage),
                 "earlier": {stage: record(run, results=False) for stage, run in policy.earlier.items()},
             }
-            for policy in grid.policies
+            for policy in grid.finished
         ],
         "stage1": [
             {key: getattr(found, key) for key in PLACE} | {"run": record(found.run)} for found in grid.stage1
@@ -109,7 +108,7 @@ def read_run(record: dict, base: dict, results_dir: str) -> StageRun:
         metrics=record.get("metrics", {}),
         lines=record.get("lines", []),
         steps=record["steps"],
-        finished=record.get("finished", True),
+        finished=True,
         seconds=record["seconds"],
         device=record["device"],
         weights="",
