@@ -21,7 +21,7 @@ LINE_KEYS = "step", "train_return", "eval_return_mean"
 
 
 def to_records(grid: Grid) -> dict:
-    """The grid's finished runs as plain data. Of a config is kept what distinguishes it from the first one."""
+    """The finished runs of a grid as plain data. Configs are kept as their differences from the first one."""
     everything = [*(policy.stage for policy in grid.finished), *(found.run for found in grid.stage1)]
     base = leaves(to_dict(everything[0].cfg)) if everything else {}
 
