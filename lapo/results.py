@@ -12,8 +12,9 @@ first one or `--out`,
     relative.*                  mean and interquartile mean of relative returns, with 95 % intervals
 
 The figures are PNG and PDF files. Keys of the config in which the runs differ become columns. Runs that are
-missing, unfinished or damaged are named. results.json also holds what is needed of each run, so that its
-checkpoints may be deleted, or lie on another machine (`--with`). See docs/results.md.
+missing, unfinished or damaged are named. results.json also holds what is needed of each finished run, also
+those of earlier calls, so that checkpoints may be deleted, or lie on another machine (`--with`). See
+docs/results.md.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from lapo.reporting.aggregate import (
 from lapo.reporting.comparison import Comparison, label_count, published_return, to_json, to_markdown
 from lapo.reporting.curves import Final, Line, Panel
 from lapo.reporting.grid import Grid, read_grid
-from lapo.reporting.records import read_records
+from lapo.reporting.records import read_records, to_records, with_runs_of
 from lapo.runs.files import atomic_write, write_json, writing
 from lapo.runs.ranks import require_single_process
 
@@ -99,6 +100,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def read(args: argparse.Namespace) -> Grid:
     """The runs that the command line asks for. Raises `UserError` if there are none."""
     recorded = read_records(args.recorded, args.results_dir)
+    others = {found.exp for found in (*recorded.policies, *recorded.stage1)} - set(args.exp)
+    if others:
+        print(f"--with: left out are the runs of {', '.join(sorted(others))}; add them with --exp")
     return read_grid(args.results_dir, args.exp, args.env, list(map(int, args.seeds)), args.modes, recorded)
 
 
@@ -113,6 +117,8 @@ def compare(args: argparse.Namespace) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
     figures = draw(comparison)
     text, found = to_markdown(comparison, list(figures)), to_json(comparison)
+    kept = with_runs_of(comparison.grid, folder / "results.json", args.results_dir)
+    found["runs"] = to_records(kept)
     atomic_write(folder / "results.md", lambda path: path.write_text(text, encoding="utf-8"))
     write_json(folder / "results.json", found)
     for name, figure in figures.items():

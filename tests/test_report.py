@@ -71,6 +71,7 @@ def test_a_run_is_shown_by_the_mean_over_its_draws_of_labels(cfg):
     labels = saved["config"]["offline"]["labels"]
     own = {"labels": labels, "draw": 0, "return_mean": 1.0, "episodes": 8}
     others = [own | {"labels": 8, "return_mean": 9.0}, own | {"draw": 1, "return_mean": 4.0}]
+    others += [own | {"all": True, "return_mean": 9.0}]
     saved["metrics"] |= {"return_mean": 1.0, "return_stderr": 0.25, "sweep": [own, others[0]]}
     torch.save(saved, path)
     found = summary.returns(cfg, summary.read_outputs(cfg))["bc"]

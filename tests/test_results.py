@@ -12,7 +12,8 @@ from lapo import results
 from lapo.config import load_config
 from lapo.games.table import GAMES
 from lapo.reporting import published
-from lapo.reporting.comparison import Comparison, commands
+from lapo.reporting.commands import commands
+from lapo.reporting.comparison import Comparison
 from many_runs import line_of, row
 from support import CPU
 
@@ -186,7 +187,7 @@ def test_the_commands_make_the_same_configs(runs):
         runs.policy("a", game, seed, "scratch", 5.0, options=options)
         runs.policy("a", game, seed, "bc", 5.0, options=options)
     policies = runs.grid("a").policies
-    (command,) = commands(policies)
+    (command,) = commands(runs.grid("a"))
     words = shlex.split(command)
     assert words[:10] == shlex.split("bash launch.sh heist maze --seeds 0,1 --stages 3 --modes bc,scratch")
     assert "--preset demo" in command
@@ -202,7 +203,7 @@ def test_the_commands_name_how_stages_1_and_2_were_trained(runs):
     runs.write("a", "maze", 0, "stage2", {}, options=["--stage2.steps", "3000"])
     for mode in ("bc", "offline"):
         runs.policy("a", "maze", 0, mode, 5.0)
-    (command,) = commands(runs.grid("a").policies)
+    (command,) = commands(runs.grid("a"))
     assert command.startswith("bash launch.sh maze --seeds 0 --modes bc,offline ")
     assert "--stage1.lr 0.0001 " in command
     assert "--stage2.steps 3000 " in command
@@ -213,18 +214,63 @@ def test_the_commands_train_the_stages_of_another_experiment_first(runs):
     runs.write("base", "maze", 0, "stage1", {}, options=["--stage1.lr", "1e-4"])
     runs.write("base", "maze", 0, "stage2", {}, options=["--stage1.lr", "2e-4", "--stage2.steps", "3000"])
     runs.policy("a", "maze", 0, "offline", 5.0, options=["--stages_from", "base"])
-    first, second = (shlex.split(command) for command in commands(runs.grid("a").policies))
+    first, second = (shlex.split(command) for command in commands(runs.grid("a")))
     assert first[:9] == shlex.split("bash launch.sh maze --seeds 0 --stages 1,2 --exp base")
     cfg = load_config(first[first.index("--exp") :])
     assert (cfg.stage1.lr, cfg.stage2.steps) == (1e-4, 3000)
     assert second[:11] == shlex.split("bash launch.sh maze --seeds 0 --stages 3 --modes offline --exp a")
     assert load_config(second[second.index("--exp") :]).stages_from == "base"
     runs.policy("base", "maze", 0, "offline", 5.0)
-    both = [command.split(" --preset")[0] for command in commands(runs.grid("a", "base").policies)]
+    both = [command.split(" --preset")[0] for command in commands(runs.grid("a", "base"))]
     assert both == [
-        "bash launch.sh maze --seeds 0 --stages 3 --modes offline --exp a",
         "bash launch.sh maze --seeds 0 --modes offline --exp base",
+        "bash launch.sh maze --seeds 0 --stages 3 --modes offline --exp a",
     ]
+
+
+def test_the_commands_train_stages_that_no_mode_of_their_own_experiment_needs(runs):
+    runs.stages("base", "maze", 0, "--stage1.lr", "0.125")
+    runs.policy("base", "maze", 0, "bc", 5.0, options=["--stage1.lr", "0.125"])
+    runs.policy("a", "maze", 0, "offline", 5.0, options=["--stages_from", "base"])
+    first, *others = commands(runs.grid("base", "a"))
+    assert first.startswith("bash launch.sh maze --seeds 0 --stages 1,2 --exp base ")
+    assert "--stage1.lr 0.125 " in first
+    assert [" ".join(shlex.split(other)[5:9]) for other in others] == [
+        "--stages 3 --modes bc",
+        "--stages 3 --modes offline",
+    ]
+
+
+def test_the_commands_of_a_run_whose_stages_have_gone_train_them(runs):
+    runs.policy("a", "maze", 0, "offline", 5.0)
+    runs.policy("a", "maze", 0, "lapo_plus", 5.0, options=["--relabel.lr", "0.5"])
+    starts = [command.split(" --exp")[0] for command in commands(runs.grid("a"))]
+    assert starts == [
+        "bash launch.sh maze --seeds 0 --modes offline",
+        "bash launch.sh maze --seeds 0 --stages 1,3 --modes lapo_plus",
+    ]
+
+
+def test_the_commands_train_stage_1_as_it_was_with_its_networks_and_frames(runs):
+    """Stage 3 alone was called with the preset's sizes and, where it has labels, other frames."""
+    stage1 = ["--model.wm_width", "16", "--data_dir", "elsewhere"]
+    runs.stages("a", "maze", 0, *stage1)
+    runs.policy("a", "maze", 0, "no_sl", 5.0)
+    (command,) = commands(runs.grid("a"))
+    assert {"--model.wm_width 16", "--data_dir elsewhere"} <= set(re.findall(r"--[\w.]+ \S+", command))
+    runs.policy("a", "maze", 0, "offline", 5.0)
+    commands_ = [shlex.split(command) for command in commands(runs.grid("a"))]
+    assert ["--stages" in words and words[words.index("--stages") + 1] for words in commands_] == ["3", False]
+    offline, no_sl = (load_config(words[words.index("--exp") :]) for words in commands_)
+    assert offline.data_dir == str(runs.folder / "no data")
+    assert no_sl.data_dir == "elsewhere"
+
+
+def test_a_grid_of_stages_1_has_its_commands(runs):
+    runs.write("a", "maze", 0, "stage1", {}, options=["--stage1.lr", "0.125"])
+    (command,) = commands(runs.grid("a"))
+    assert command.startswith("bash launch.sh maze --seeds 0 --stages 1 --exp a --preset demo")
+    assert "--stage1.lr 0.125 " in command
 
 
 @pytest.mark.slow

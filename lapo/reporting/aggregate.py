@@ -34,7 +34,7 @@ class Setting:
     values: tuple[tuple[str, str], ...]
     """Keys and values, of the keys that matter to the mode and differ between its runs or other modes'."""
     exp: str
-    """Empty, unless experiments repeat the same seeds under the same settings."""
+    """Its experiments; empty, unless others repeat its seeds under the same settings, see `pools`."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def differing_keys(runs: Iterable[Policy | Stage1]) -> list[str]:
 def by_setting(policies: Sequence[Policy]) -> dict[Setting, list[Policy]]:
     """The policies of each setting, in the order of the modes.
 
-    Seeds may come from several experiments. Where these repeat a seed, they are settings of their own.
+    Seeds may come from several experiments; where these repeat a seed, they are several settings: `pools`.
     """
     keys = differing_keys(policies)
     grouped: dict[Setting, list[Policy]] = defaultdict(list)
@@ -163,15 +163,37 @@ def by_setting(policies: Sequence[Policy]) -> dict[Setting, list[Policy]]:
         def values(policy: Policy) -> tuple[tuple[str, str], ...]:
             return tuple((key, policy.settings[key]) for key in keys if key in policy.settings)
 
-        runs = [
-            (policy.game, policy.seed, labels, values(policy))
-            for policy in of_mode
-            for labels in results(policy) or [policy.labels]
-        ]
-        repeated = len(set(runs)) < len(runs)
+        equal: dict[tuple, list[Policy]] = defaultdict(list)
         for policy in of_mode:
-            grouped[Setting(mode, values(policy), policy.exp if repeated else "")].append(policy)
+            equal[values(policy)].append(policy)
+        for chosen, group in equal.items():
+            runs = [
+                (policy.exp, (policy.game, policy.seed, labels))
+                for policy in group
+                for labels in results(policy) or [policy.labels]
+            ]
+            names = pools(runs)
+            for policy in group:
+                grouped[Setting(mode, chosen, names[policy.exp])].append(policy)
     return dict(grouped)
+
+
+def pools(runs: Iterable[tuple[str, tuple]]) -> dict[str, str]:
+    """The pool of each experiment, named by its experiments; "" if there is one pool alone.
+
+    `runs` are experiments and what they ran. An experiment joins the first pool that has none of its runs.
+    """
+    by_exp: dict[str, set[tuple]] = defaultdict(set)
+    for exp, run in runs:
+        by_exp[exp].add(run)
+    found: list[tuple[list[str], set[tuple]]] = []
+    for exp, own in by_exp.items():
+        members, taken = next((pool for pool in found if not pool[1] & own), ([], set()))
+        if not members:
+            found.append((members, taken))
+        members.append(exp)
+        taken |= own
+    return {exp: " + ".join(members) if len(found) > 1 else "" for members, _ in found for exp in members}
 
 
 def name_settings(settings: Iterable[Setting]) -> dict[Setting, str]:
@@ -320,9 +342,9 @@ def interval(samples: list[np.ndarray], statistic: Statistic, seed: int = 0) -> 
 def learning_curve(policies: list[Policy], *, scaled: bool = False) -> Curve | None:
     """Mean return over env steps of the seeds of one game and setting, as relative return if `scaled`.
 
-    Returns on held-out levels, the final ones included, if any seed has been evaluated along the way, else
-    those of training episodes. At every step, the mean is over the seeds that have come so far. None if there
-    is nothing yet.
+    Returns on held-out levels, the final ones included, of the seeds that were evaluated along the way or, if
+    none was, those of training episodes. At every step, the mean is over the seeds that have come so far.
+    None if there is nothing yet.
     """
     for key in ("eval_return_mean", "train_return"):
         seeds = [
@@ -332,7 +354,8 @@ def learning_curve(policies: list[Policy], *, scaled: bool = False) -> Curve | N
         if key == "eval_return_mean":
             if not any(map(len, seeds)):
                 continue
-            seeds = [with_final(*pair) for pair in zip(seeds, policies, strict=True)]
+            pairs = zip(seeds, policies, strict=True)
+            seeds = [with_final(points, policy) for points, policy in pairs if len(points)]
         seeds = [points.T for points in seeds if len(points)]
         if not seeds:
             return None
@@ -350,7 +373,7 @@ def with_final(points: np.ndarray, policy: Policy) -> np.ndarray:
     """Points (X, 2) of steps and returns, with those of the evaluation at the end if it has been done."""
     if not policy.finished:
         return points
-    return np.vstack([points.reshape(-1, 2), (policy.stage.steps, policy.stage.metrics["return_mean"])])
+    return np.vstack([points, (policy.stage.steps, policy.stage.metrics["return_mean"])])
 
 
 def within(x: np.ndarray, steps: np.ndarray, values: np.ndarray) -> np.ndarray:

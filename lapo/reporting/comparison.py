@@ -1,12 +1,9 @@
 """Tables of many runs, as Markdown and as plain data: returns, aggregates, what is missing, commands."""
 
-import shlex
-from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 
-from lapo.config import DEFAULTS, Config, load_config, to_dict, validate
 from lapo.games.table import GAMES
 from lapo.modes import MODES
 from lapo.reporting import published
@@ -24,14 +21,12 @@ from lapo.reporting.aggregate import (
     rows,
     standard_error,
 )
-from lapo.reporting.grid import Grid, Policy, StageRun, game_order, shown
+from lapo.reporting.commands import commands
+from lapo.reporting.grid import Grid, Policy, game_order
 from lapo.reporting.learning import learned, learned_data, learned_parts
 from lapo.reporting.records import to_records
 from lapo.reporting.tables import table
-from lapo.sources import leaves, merge, read_yaml
 
-COMMAND_PARTS = "env", "exp", "seed", "stage3.mode", "results_dir", "precision"
-"""Keys that are named in a command in another way, or that the checkpoint holds as resolved."""
 POINTS = 6
 """Columns of the table of returns along the way."""
 
@@ -100,7 +95,7 @@ def to_markdown(comparison: Comparison, figures: list[str]) -> str:
     parts += ["## What is missing", "\n".join(missing_lines(grid))]
     if figures:
         parts += ["## Figures", "\n".join(f"![{name}]({name}.png)" for name in figures)]
-    parts += ["## Commands", "```bash\n" + "\n".join(commands(grid.policies)) + "\n```"]
+    parts += ["## Commands", "```bash\n" + "\n".join(commands(grid)) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -279,77 +274,6 @@ def devices(row: Row) -> list[str]:
     return sorted({policy.stage.device or "unknown" for policy in row.policies})
 
 
-# ---------------------------------------------------------------- commands
-
-
-def commands(policies: list[Policy]) -> list[str]:
-    """Commands that train these policies, from the configs in their checkpoints.
-
-    The nearest preset is named, then every key that differs from it. What belongs to stages 1 and 2 is as it
-    was when those were trained: a run's later stages may have been started without these options. Where these
-    stages are another experiment's, its command comes first.
-    """
-    values = read_yaml(DEFAULTS)
-    presets = {None: {}, **values.pop("presets", {})}
-    bases = {
-        name: leaves(to_dict(validate(merge(values, preset, str(name))))) for name, preset in presets.items()
-    }
-    defaults = load_config([])
-
-    def words(cfg: Config) -> tuple[str, ...]:
-        found = min((options(cfg, bases[name], name) for name in bases), key=len)
-        if cfg.run_dir.parents[2] != defaults.run_dir.parents[2]:
-            found += [f"--results_dir {shlex.quote(cfg.results_dir)}"]
-        return tuple(found)
-
-    trained: dict[tuple, dict] = defaultdict(dict)
-    for policy in policies:
-        trained[policy.exp, policy.game, policy.seed] |= own_groups(policy.earlier, policy.exp)
-    # By order, experiment and options: games, seeds, stages and modes
-    grouped: dict[tuple, list[tuple[str, int, str, str]]] = defaultdict(list)
-    for policy in policies:
-        game, seed = policy.game, policy.seed
-        own = [stage for stage, run in policy.earlier.items() if run.cfg.exp == policy.exp]
-        cfg = replace(policy.stage.cfg, **trained[policy.exp, game, seed])
-        grouped[1, policy.exp, words(cfg)] += [(game, seed, stage, policy.mode) for stage in [*own, "stage3"]]
-        for stage, run in policy.earlier.items():
-            exp = run.cfg.exp
-            if stage not in own and (exp, game, seed) not in trained:
-                cfg = replace(run.cfg, **own_groups(policy.earlier, exp))
-                grouped[0, exp, words(cfg)].append((game, seed, stage, ""))
-    lines = []
-    for (_, exp, given), runs in sorted(grouped.items(), key=lambda item: item[0][0]):
-        games, seeds, stages, modes = (set(column) for column in zip(*runs, strict=True))
-        numbers = [name.removeprefix("stage") for name in ("stage1", "stage2", "stage3") if name in stages]
-        parts = ["bash launch.sh", shlex.join(sorted(games, key=game_order))]
-        parts += [f"--seeds {','.join(map(str, sorted(seeds)))}"]
-        parts += [f"--stages {','.join(numbers)}"] if len(numbers) < 3 else []
-        parts += [f"--modes {','.join(mode for mode in MODES if mode in modes)}"] if "3" in numbers else []
-        lines.append(" ".join([*parts, f"--exp {exp}", *given]))
-    return lines
-
-
-def own_groups(stages: dict[str, StageRun], exp: str) -> dict:
-    """The groups of the config that belong to the stages of experiment `exp`, as these were trained."""
-    groups = {"stage1": ("stage1", "probe"), "stage2": ("stage2",)}
-    return {
-        key: getattr(run.cfg, key)
-        for stage, run in stages.items()
-        if run.cfg.exp == exp
-        for key in groups.get(stage, ())
-    }
-
-
-def options(cfg: Config, base: dict, preset: str | None) -> list[str]:
-    """The options that make `cfg` of a preset, whose values are `base`."""
-    changed = [
-        f"--{key} {shlex.quote(shown(value))}"
-        for key, value in leaves(to_dict(cfg)).items()
-        if value != base[key] and key not in COMMAND_PARTS
-    ]
-    return [f"--preset {preset}", *changed] if preset else changed
-
-
 # ---------------------------------------------------------------- plain data
 
 
@@ -375,7 +299,7 @@ def to_json(comparison: Comparison) -> dict:
         ],
         "stage1": [learned_data(row) for row in comparison.learned],
         "missing": [asdict(found) for found in grid.missing],
-        "commands": commands(grid.policies),
+        "commands": commands(grid),
         "runs": to_records(grid),
     }
 

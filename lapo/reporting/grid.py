@@ -26,8 +26,9 @@ NO_SETTINGS = "log_every", "save_every", "probe_every"
 """Keys of groups on which no result depends."""
 AXES = "offline.labels", "offline.sweep", "offline.draws"
 """Keys that are no settings: tables and figures show their values in any case. So they do the precision."""
+FRAMES = "data_dir", "data"
 BELOW = {
-    "stage1": ("stage1", "data_dir", "data", "vq", "model.idm_scale", "model.wm_width"),
+    "stage1": ("stage1", *FRAMES, "vq", "model.idm_scale", "model.wm_width"),
     "stage2": ("stage2", "model.policy_scale"),
 }
 """What counts as the earlier stages were trained with it, whatever stage 3 was called with."""
@@ -160,10 +161,7 @@ def read_grid(
     recorded = recorded or Grid()
     grid, root = Grid(), resolve(results_dir)
     folders = {exp: list(run_folders(root / exp)) for exp in exps}
-    known: dict[tuple, Policy | Stage1] = {
-        (found.exp, found.game, found.seed, getattr(found, "mode", "")): found
-        for found in (*recorded.policies, *recorded.stage1)
-    }
+    known = {place(found): found for found in (*recorded.policies, *recorded.stage1)}
     if not any(folders.values()) and not any(exp in exps for exp, *_ in known):
         others = ", ".join(sorted({path.parents[1].name for path in root.glob("*/*/seed*")}))
         raise UserError(
@@ -171,7 +169,7 @@ def read_grid(
             f" --results_dir (this one holds {others or 'none'})"
         )
     for exp, found in folders.items():
-        of_exp = [place[1:] for place in known if place[0] == exp]
+        of_exp = [where[1:] for where in known if where[0] == exp]
         names = {path.name for _, _, folder in found for path in folder.iterdir()}
         names |= {f"stage3_{mode}" for *_, mode in of_exp}
         places = {(game, seed) for game, seed, _ in (*found, *of_exp)}
@@ -181,9 +179,14 @@ def read_grid(
             [mode for mode in MODES if mode in modes or (not modes and f"stage3_{mode}" in names)],
         )
         for game, seed in product(*grid.expected[exp][:2]):
-            of_run = {mode: known[exp, game, seed, mode] for *place, mode in of_exp if place == [game, seed]}
+            of_run = {mode: known[exp, game, seed, mode] for *where, mode in of_exp if where == [game, seed]}
             read_run(grid, root, exp, game, seed, of_run)
     return grid
+
+
+def place(found: Policy | Stage1) -> tuple[str, str, int, str]:
+    """Experiment, game, seed and mode, which is "" for stage 1."""
+    return found.exp, found.game, found.seed, found.mode if isinstance(found, Policy) else ""
 
 
 def run_folders(folder: Path) -> Iterator[tuple[str, int, Path]]:
@@ -220,7 +223,7 @@ def read_run(
     for mode in [mode for mode in modes if mode in recorded]:
         with suppress(UserError):
             found = read(folder / f"stage3_{mode}")
-            if found is not None and found.finished:
+            if found is not None and found.finished and evaluations(found.metrics):
                 continue
         grid.policies.append(recorded[mode])
         built = built or bool(stages_below(mode))
@@ -255,12 +258,15 @@ def read_run(
         runs = found, *earlier.values()
         changed = list(dict.fromkeys(stage for run in runs for stage in changed_stages(run, earlier)))
         if changed:
+            # The stage 1 below a stage 2 that has gone is unknown, unless the policy says what it was.
+            kept = {stage: run for stage, run in earlier.items() if stage in found.built_on}
+            earlier = kept if "stage2" in changed else earlier
             note(f"stage3_{mode}", "stale", f"trained on another {' and '.join(changed)} than is there now")
         if found.finished and not evaluations(found.metrics):
             note(f"stage3_{mode}", "unfinished", "finished, but not evaluated: its game cannot be played")
         kept = {stage: run for stage, run in earlier.items() if stage not in changed}
         chosen = settings(mode, found, kept)
-        if earlier:
+        if MODES[mode].stages:
             chosen[INPUTS] = f"another {' and '.join(changed)}" if changed else ""
         policy = Policy(exp, game, seed, mode, found, kept, chosen, None)
         grid.policies.append(replace(policy, frames=count_frames(policy)))
@@ -321,7 +327,8 @@ def settings(mode: str, stage: StageRun, earlier: dict[str, StageRun]) -> dict[s
     """What `Policy.settings` says, but for `INPUTS`.
 
     What is in `BELOW` has the value that the stage was trained with; if the stage is not in `earlier`, it is
-    left out unless it is `INHERITED`. Where labels come from other frames than stage 1's, both are named.
+    left out unless it is `INHERITED` or says where labels come from. Where labels come from other frames than
+    stage 1's, both are named.
     """
     own = {key: shown(value) for key, value in leaves(to_dict(stage.cfg)).items()}
     chosen = ["visuals", "model.policy_scale", "data.image_size", *MODES[mode].config_keys]
@@ -331,14 +338,15 @@ def settings(mode: str, stage: StageRun, earlier: dict[str, StageRun]) -> dict[s
         chosen += ["data_dir"]
     values = {key: value for key, value in own.items() if belongs(key, chosen)}
     for name in stages_below(mode):
-        unknown = [key for key in values if belongs(key, BELOW[name]) and not belongs(key, INHERITED)]
+        known = (*INHERITED, *(FRAMES if "labels" in MODES[mode].learns_from else ()))
+        unknown = [key for key in values if belongs(key, BELOW[name]) and not belongs(key, known)]
         values = {key: value for key, value in values.items() if key not in unknown}
         if name in earlier:
             there = leaves(to_dict(earlier[name].cfg))
             values |= {key: shown(there[key]) for key in there if belongs(key, BELOW[name])}
     if "labels" in MODES[mode].learns_from:
         for key in values:
-            if belongs(key, ("data_dir", "data")) and values[key] != own[key]:
+            if belongs(key, FRAMES) and values[key] != own[key]:
                 values[key] += f", labels {own[key]}"
     return {
         key: value

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lapo.reporting.aggregate import differing_keys, standard_error
+from lapo.reporting.aggregate import differing_keys, pools, standard_error
 from lapo.reporting.grid import Stage1, game_order
 from lapo.reporting.tables import table
 
@@ -63,7 +63,7 @@ class Learned:
     values: tuple[tuple[str, str], ...]
     """Of the keys of the config in which stages 1 differ."""
     exp: str
-    """Empty, unless experiments repeat the same seeds under the same settings."""
+    """As `aggregate.Setting.exp`."""
     runs: tuple[Stage1, ...]
 
     def samples(self, column: str) -> np.ndarray:
@@ -83,12 +83,14 @@ class Learned:
 def learned(found: list[Stage1]) -> list[Learned]:
     """Stages 1 by game and setting."""
     keys = differing_keys(found)
-    runs = [(run.game, run.seed, *(run.settings.get(key) for key in keys)) for run in found]
-    repeated = len(set(runs)) < len(runs)
-    groups: dict[tuple, list[Stage1]] = defaultdict(list)
+    equal: dict[tuple, list[Stage1]] = defaultdict(list)
     for run in found:
-        values = tuple((key, run.settings[key]) for key in keys if key in run.settings)
-        groups[run.game, values, run.exp if repeated else ""].append(run)
+        equal[tuple((key, run.settings[key]) for key in keys)].append(run)
+    groups: dict[tuple, list[Stage1]] = defaultdict(list)
+    for values, runs in equal.items():
+        names = pools((run.exp, (run.game, run.seed)) for run in runs)
+        for run in runs:
+            groups[run.game, values, names[run.exp]].append(run)
     rows = [Learned(*place, tuple(group)) for place, group in groups.items()]
     return sorted(rows, key=lambda row: game_order(row.game))
 

@@ -8,9 +8,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from lapo.config import to_dict
+from lapo.config import resolve, to_dict
 from lapo.errors import UserError
-from lapo.reporting.grid import INPUTS, Grid, Policy, Stage1, StageRun, settings, stage1_settings
+from lapo.reporting.grid import INPUTS, Grid, Policy, Stage1, StageRun, place, settings, stage1_settings
 from lapo.runs.checkpoints import saved_config
 from lapo.runs.files import reading
 from lapo.sources import leaves, merge, nested
@@ -21,7 +21,10 @@ LINE_KEYS = "step", "train_return", "eval_return_mean"
 
 
 def to_records(grid: Grid) -> dict:
-    """The finished runs of a grid as plain data. Configs are kept as their differences from the first one."""
+    """A grid's finished runs as plain data, see `read_records`.
+
+    Configs are kept as their differences from the first one.
+    """
     everything = [*(policy.stage for policy in grid.finished), *(found.run for found in grid.stage1)]
     base = leaves(to_dict(everything[0].cfg)) if everything else {}
 
@@ -52,6 +55,19 @@ def to_records(grid: Grid) -> dict:
     }
 
 
+def with_runs_of(grid: Grid, path: Path, results_dir: str) -> Grid:
+    """`grid` and those runs of an earlier results.json at `path` that it lacks; `grid` if there is none."""
+    try:
+        earlier = read_records([path], results_dir)
+    except UserError:
+        return grid
+    has = {place(found) for found in (*grid.finished, *grid.stage1)}
+    return Grid(
+        policies=[*grid.finished, *(found for found in earlier.policies if place(found) not in has)],
+        stage1=[*grid.stage1, *(found for found in earlier.stage1 if place(found) not in has)],
+    )
+
+
 def without_nan(values: Any) -> Any:
     """Nested dicts and lists without entries that are NaN, which JSON does not know."""
     if isinstance(values, dict):
@@ -69,7 +85,7 @@ def read_records(paths: Iterable[Path], results_dir: str) -> Grid:
     Raises `UserError` if a file is missing or holds no runs.
     """
     grid = Grid()
-    for path in paths:
+    for path in map(existing, paths):
         with reading(path):
             missing = not path.is_file()
         if missing:
@@ -88,6 +104,11 @@ def read_records(paths: Iterable[Path], results_dir: str) -> Grid:
     return grid
 
 
+def existing(path: Path) -> Path:
+    """A path as it is or, if it is relative and nothing is there, from the repository's root."""
+    return path if path.exists() or not resolve(str(path)).exists() else resolve(str(path))
+
+
 def read_policy(record: dict, base: dict, results_dir: str) -> Policy:
     """A policy of `to_records`; `base` is its first config."""
     stage = read_run(record["run"], base, results_dir)
@@ -95,8 +116,8 @@ def read_policy(record: dict, base: dict, results_dir: str) -> Policy:
     chosen = settings(record["mode"], stage, earlier)
     if record["built_on"] is not None:
         chosen[INPUTS] = record["built_on"]
-    place = (record[key] for key in (*PLACE, "mode"))
-    return Policy(*place, stage, earlier, chosen, record["frames"])
+    where = (record[key] for key in (*PLACE, "mode"))
+    return Policy(*where, stage, earlier, chosen, record["frames"])
 
 
 def read_run(record: dict, base: dict, results_dir: str) -> StageRun:

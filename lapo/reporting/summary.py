@@ -189,7 +189,11 @@ def draws_of_labels(output: StageOutput) -> list[dict]:
     """A sweep's results for the run's own number of labels, one per draw of labels; [] without a sweep."""
     labels = output.checkpoint["config"]["offline"]["labels"]
     sweep = output.metrics.get("sweep", ())
-    return [found for found in sweep if found["labels"] == labels and "return_mean" in found]
+    return [
+        found
+        for found in sweep
+        if found["labels"] == labels and not found.get("all") and "return_mean" in found
+    ]
 
 
 def over_draws(draws: list[dict]) -> dict:

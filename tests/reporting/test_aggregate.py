@@ -94,6 +94,18 @@ def test_seeds_of_several_experiments_are_pooled_unless_they_repeat(runs):
     assert {(row["experiment"], row["return_mean"]) for row in found["rows"]} == {("a", 4.0), ("b", 7.0)}
 
 
+def test_experiments_are_pooled_as_far_as_they_repeat_nothing(runs):
+    """And a repetition under some settings splits no others."""
+    for exp, gamma, seed in (("a", 0.5, 0), ("b", 0.5, 1), ("c", 0.9, 0), ("d", 0.9, 0), ("e", 0.9, 1)):
+        runs.policy(exp, "maze", seed, "scratch", 1.0, options=["--ppo.gamma", str(gamma)])
+    found = runs.compare("--exp", "a", "b", "c", "d", "e")
+    assert sorted((row["experiment"], row["seeds"]) for row in found["rows"]) == [
+        ("", [0, 1]),
+        ("c + e", [0, 1]),
+        ("d", [0]),
+    ]
+
+
 def test_a_number_of_labels_that_a_sweep_and_a_run_share_is_no_second_seed(runs):
     sweep = [{"labels": 64, "draw": 0, "return_mean": 1.0}]
     runs.policy("main", "maze", 0, "bc", 2.0, sweep=sweep)
@@ -166,7 +178,7 @@ def test_a_seed_that_has_not_been_evaluated_yet_hides_no_other(runs):
     runs.policy("a", "maze", 2, "scratch", 5.0, lines=[(4000, {"train_return": 3.0})])
     curve = learning_curve(runs.grid("a").policies)
     assert curve.evaluated
-    assert (curve.x.tolist(), curve.mean.tolist()) == ([2000, 4000], [8, 7])
+    assert (curve.x.tolist(), curve.mean.tolist()) == ([2000, 4000], [8, 9])
 
 
 def test_an_unfinished_run_has_no_final_return(runs):

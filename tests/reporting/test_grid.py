@@ -1,7 +1,7 @@
 """What there is of experiments on disk, what is missing and what is stale."""
 
 from lapo.config import load_config
-from lapo.reporting.comparison import commands
+from lapo.reporting.commands import commands
 from lapo.runs.checkpoints import load_checkpoint, weights_checksum
 from many_runs import missing, row
 
@@ -88,14 +88,15 @@ def test_stale_policies_are_no_seeds_of_the_others(runs):
     for seed, built_on in enumerate(({}, {"stage1": "another"})):
         runs.stages("a", "maze", seed, "--stage1.lr", "0.125")
         runs.write("a", "maze", seed, "stage3_offline", result, built_on=built_on)
+    runs.write("a", "maze", 2, "stage3_offline", result)  # whose stages have gone
     found = runs.compare("--exp", "a")
     assert [(row["seeds"], row["values"]) for row in found["rows"]] == [
-        ([0], {"built on": ""}),
+        ([0, 2], {"built on": ""}),
         ([1], {"built on": "another stage1"}),
     ]
     assert "LAPO offline, built on another stage1" in runs.text
     settings = [policy.settings.get("stage1.lr") for policy in runs.grid("a").policies]
-    assert settings == ["0.125", None]
+    assert settings == ["0.125", None, None]
 
 
 def test_a_stage_2_of_another_stage_1_makes_its_policies_stale(runs):
@@ -104,6 +105,25 @@ def test_a_stage_2_of_another_stage_1_makes_its_policies_stale(runs):
     runs.write("a", "maze", 0, "stage2", {}, built_on={"stage1": "another"})
     runs.policy("a", "maze", 0, "no_sl", 5.0)
     assert missing(runs.compare("--exp", "a")) == {("maze", 0, "stage3_no_sl"): "stale"}
+
+
+def test_a_policy_of_another_stage_2_has_nothing_of_the_new_stage_1(runs):
+    runs.stages("a", "maze", 0, "--stage1.lr", "0.125")
+    result = {"return_mean": 5.0, "return_stderr": 0.1}
+    runs.write("a", "maze", 0, "stage3_no_sl", result, built_on={"stage2": "another"})
+    (policy,) = runs.grid("a").policies
+    assert policy.stale
+    assert policy.earlier == {}
+    assert not {"stage1.lr", "stage2.lr", "data_dir"} & policy.settings.keys()
+
+
+def test_the_frames_that_labels_came_from_count_without_stage_1(runs):
+    for seed, folder in enumerate(("X", "Y")):
+        runs.policy("a", "maze", seed, "offline", 5.0, options=["--data_dir", folder])
+    assert [row["values"] for row in runs.compare("--exp", "a")["rows"]] == [
+        {"data_dir": "X"},
+        {"data_dir": "Y"},
+    ]
 
 
 def test_a_policy_on_the_trunk_that_is_there_is_not_stale(runs):
@@ -124,7 +144,7 @@ def test_a_renamed_experiment_has_its_own_stages(runs):
     runs.stages("old", "maze", 0, "--stage1.lr", "0.25")
     grid = runs.grid("new")
     assert grid.policies[0].settings["stage1.lr"] == "0.125"
-    assert "--exp new" in commands(grid.policies)[0]
+    assert "--exp new" in commands(grid)[0]
 
 
 def test_stages_of_another_experiment_are_not_missing(runs):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lapo import results
+from lapo.reporting import records
 from lapo.runs.files import write_json
 from many_runs import learned, missing, row
 
@@ -65,11 +66,53 @@ def test_unfinished_runs_are_not_recorded(runs):
     assert [policy["seed"] for policy in runs.compare("--exp", "a")["runs"]["policies"]] == [0]
 
 
-def test_records_of_other_experiments_are_left_out(runs, recorded):
-    runs.policy("b", "maze", 0, "bc", 5.0)
-    assert [row["experiments"] for row in runs.compare("--exp", "b", "--with", str(recorded))["rows"]] == [
-        ["b"]
+def test_a_run_that_was_not_evaluated_replaces_no_record(runs, recorded):
+    (runs.folder / "a" / "maze" / "seed0" / "stage3_online" / "checkpoint.pt").unlink()
+    runs.write("a", "maze", 0, "stage3_online", {})
+    assert row(runs.compare("--exp", "a", "--with", str(recorded)), game="maze", mode="online")["seeds"] == [
+        0
     ]
+
+
+def test_writing_results_loses_no_run_that_they_hold(runs, recorded, call_main):
+    """Of a checkpoint that has been deleted, a mode that is left out, another experiment."""
+    path, here = runs.folder / "a" / "results.json", ["--results_dir", str(runs.folder)]
+    shutil.copy(recorded, path)
+    places = [
+        ("heist", "offline"),
+        ("heist", "online"),
+        ("maze", "no_sl"),
+        ("maze", "offline"),
+        ("maze", "online"),
+    ]
+    shutil.rmtree(runs.folder / "a" / "heist")
+    runs.policy("a", "maze", 0, "no_sl", 9.0)
+    status, _, err = call_main(results.main, "--exp", "a", "--modes", "no_sl", *here)
+    assert status == 0, err
+    found = json.loads(path.read_text())
+    assert [row["return_mean"] for row in found["rows"]] == [9.0]
+    policies = found["runs"]["policies"]
+    assert sorted((policy["game"], policy["mode"]) for policy in policies) == places
+    assert {policy["run"]["metrics"]["return_mean"] for policy in policies if policy["mode"] == "no_sl"} == {
+        9.0
+    }
+    assert (
+        row(runs.compare("--exp", "a", "--with", str(path)), game="heist", mode="online")["return_mean"] == 7
+    )
+
+
+def test_a_file_is_also_found_from_the_repository(runs, recorded, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(records, "resolve", lambda path: runs.folder / path)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    shutil.rmtree(runs.folder / "a")
+    assert runs.compare("--exp", "a", "--with", recorded.name)["rows"]
+
+
+def test_records_of_other_experiments_are_left_out(runs, recorded, capsys):
+    runs.policy("b", "maze", 0, "bc", 5.0)
+    found = runs.compare("--exp", "b", "--with", str(recorded))
+    assert [row["experiments"] for row in found["rows"]] == [["b"]]
+    assert "--with: left out are the runs of a; add them with --exp" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
