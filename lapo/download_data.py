@@ -23,7 +23,7 @@ from gdown.exceptions import DownloadError
 from tqdm import tqdm
 
 from lapo.command_line import Parser
-from lapo.config import ROOT
+from lapo.config import ROOT, resolve
 from lapo.data.chunks import MIN_FRAMES, list_chunks
 from lapo.errors import UserError, run_main
 from lapo.runs.files import atomic_folder, folder_lock, is_absent_or_empty
@@ -85,7 +85,7 @@ def main() -> None:
     missing = []
     for game in games:
         try:
-            make(game, args.data_dir.expanduser().absolute())
+            make(game, resolve(str(args.data_dir)))
         except (UserError, OSError) as error:
             print(f"error: {game}: {error}", file=sys.stderr)
             missing.append(game)

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lapo.command_line import Parser
-from lapo.config import ROOT, load_config
+from lapo.config import ROOT, load_config, resolve
 from lapo.data.chunks import CHUNK_FRAMES, UNKNOWN, write_chunk
 from lapo.data.clips import Clip, checksum, cropped, open_clip, shrink, versions
 from lapo.data.labels import labels_checksum, read_labels
@@ -279,7 +279,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
 def main() -> None:
     """Import the clips of the command line."""
     args = parse()
-    folder = args.data_dir.expanduser().resolve() / args.env
+    folder = resolve(str(args.data_dir)).resolve() / args.env
     try:
         settings = settings_of(args)
         done = f"{folder} already holds these clips: nothing to do"

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lapo.command_line import Parser
-from lapo.config import ROOT
+from lapo.config import ROOT, resolve
 from lapo.data.chunks import CHUNK_FRAMES, MIN_FRAMES, write_chunk
 from lapo.errors import UserError, run_main
 from lapo.experts.recording import SHIPPED, SPLITS, Chunk, Dataset, PolicyFile, play_chunk
@@ -210,7 +210,7 @@ def main() -> None:
     args = parse()
     policy = find_policy(args)
     chunks = plan_chunks(args, policy)
-    folder = args.data_dir.expanduser().resolve() / args.env
+    folder = resolve(str(args.data_dir)).resolve() / args.env
 
     def open_dataset() -> tuple[Dataset, list[Chunk]]:
         dataset = Dataset(folder, args.env, args.seed, args.noise, args.visuals, policy)

@@ -121,8 +121,12 @@ def compare(args: argparse.Namespace) -> dict:
     found["runs"] = to_records(kept)
     atomic_write(folder / "results.md", lambda path: path.write_text(text, encoding="utf-8"))
     write_json(folder / "results.json", found)
-    for name, figure in figures.items():
-        save(figure, folder / name)
+    for name in FIGURES:
+        if name in figures:
+            save(figures[name], folder / name)
+        else:  # one of an earlier call would not show what the tables say
+            for kind in ("png", "pdf"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
     print(f"{text}\ntables and figures: {folder}")
     return found
 
@@ -257,6 +261,8 @@ def draw_final(comparison: Comparison) -> dict[str, Figure]:
     return drawn
 
 
+FIGURES = "online", "online_all", "labels", "labels_all", "final", "relative"
+"""Names of all figures."""
 UNIT_LEVELS = {"random": 0.0, "expert": 1.0}
 
 

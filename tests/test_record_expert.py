@@ -296,6 +296,20 @@ def test_a_recording_on_a_full_disk_is_completed_once_there_is_room(recorded: Pa
     assert contents(folder) == contents(recorded)
 
 
+def test_a_relative_folder_is_that_of_the_config(tmp_path: Path, monkeypatch, call_main) -> None:
+    """From wherever the script is called; chunks that lie there tell that it is the folder."""
+    chunk = tmp_path / "repository" / "frames" / "maze" / "train" / "0.npz"
+    chunk.parent.mkdir(parents=True)
+    chunk.touch()
+    monkeypatch.setattr(record_expert, "resolve", lambda path: tmp_path / "repository" / path)
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call_main(
+        record_expert.main, "--env", "maze", "--expert", "planner", "--data-dir", "frames"
+    )
+    assert status == 2
+    assert f"{chunk.parents[1]} holds chunks that were not recorded here" in err
+
+
 def test_other_data_are_never_overwritten(recorded: Path, tmp_path: Path) -> None:
     before = contents(recorded)
     assert "recorded with seed 0, not 1" in refusal(recorded, "--env", "maze", *SMALL, "--seed", "1")

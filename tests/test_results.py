@@ -151,11 +151,25 @@ def test_the_time_of_a_run_includes_its_evaluations_and_its_sweep(runs):
     assert row(runs.compare("--exp", "a"), mode="bc")["seconds_stage_3"] == 50
 
 
-def test_draws_of_a_single_seed_give_its_error(runs):
-    sweep = [{"labels": 256, "draw": draw, "return_mean": mean} for draw, mean in enumerate((1.0, 3.0))]
+@pytest.mark.parametrize(
+    ("means", "stderrs", "error"),
+    [
+        ((1.0, 3.0), (None, None), 1.0),  # as older sweeps have it
+        ((1.0, 3.0), (0.3, 0.4), 1.0),
+        ((2.0, 2.0), (0.3, 0.4), 0.25),  # equal draws are no certainty
+        ((2.0,), (0.5,), 0.5),
+        ((2.0,), (None,), None),
+    ],
+)
+def test_the_error_of_a_single_seed_is_that_of_its_draws_or_of_its_episodes(runs, means, stderrs, error):
+    sweep = [
+        {"labels": 256, "draw": draw, "return_mean": mean, "return_stderr": stderr}
+        for draw, (mean, stderr) in enumerate(zip(means, stderrs, strict=True))
+    ]
     runs.policy("a", "maze", 0, "bc", 1.0, sweep=sweep)
     found = row(runs.compare("--exp", "a"), labels=256)
-    assert (found["return_mean"], found["single_seed_stderr"]) == (2, 1)
+    assert found["return_mean"] == 2
+    assert found["single_seed_stderr"] == (error if error is None else pytest.approx(error))
 
 
 # ---------------------------------------------------------------- curves
@@ -165,6 +179,9 @@ def test_draws_of_a_single_seed_give_its_error(runs):
     ("words", "message"),
     [
         (["--exp", "b"], r"has no run of b; .*this one holds a\)"),
+        (["--exp", "a", "b"], r"has no run of b; "),
+        (["--exp", "a", "--env", "maz"], r"--env maz is no Procgen game, .*; the games are maze\n"),
+        (["--exp", "a", "--results_dir", "/nowhere/x"], r"there is no folder /nowhere/x\n"),
         (["--exp", "a", "--modes", "onlin"], "'onlin' is no mode; choose among bc"),
         (["--exp", "a", "--seeds", "x"], "'x' is no seed"),
         (["--exp", ","], "--exp names no experiment"),
@@ -172,7 +189,7 @@ def test_draws_of_a_single_seed_give_its_error(runs):
 )
 def test_mistakes_are_one_sentence(runs, call_main, words, message):
     runs.policy("a", "maze", 0, "bc", 5.0)
-    status, _, err = call_main(results.main, *words, "--results_dir", str(runs.folder))
+    status, _, err = call_main(results.main, "--results_dir", str(runs.folder), *words)
     assert status == 2
     assert re.search(message, err)
     assert err.count("\n") == 1
@@ -264,6 +281,52 @@ def test_the_commands_train_stage_1_as_it_was_with_its_networks_and_frames(runs)
     offline, no_sl = (load_config(words[words.index("--exp") :]) for words in commands_)
     assert offline.data_dir == str(runs.folder / "no data")
     assert no_sl.data_dir == "elsewhere"
+
+
+def test_the_commands_make_what_is_missing_of_their_modes(runs):
+    for game in ("heist", "maze"):
+        runs.stages("a", game, 0)
+    runs.policy("a", "heist", 0, "offline", 5.0)
+    runs.policy("a", "maze", 0, "bc", 5.0, options=["--offline.lr", "0.5"])
+    starts = [command.split(" --exp")[0] for command in commands(runs.grid("a"))]
+    assert starts == [
+        "bash launch.sh maze --seeds 0 --stages 1",
+        "bash launch.sh heist maze --seeds 0 --modes offline",
+        "bash launch.sh heist maze --seeds 0 --stages 3 --modes bc",
+    ]
+
+
+def test_figures_of_an_earlier_call_do_not_stay_beside_new_tables(runs, call_main):
+    here, folder = ["--exp", "a", "--results_dir", str(runs.folder)], runs.folder / "a"
+    runs.policy("a", "maze", 0, "scratch", 5.0)
+    runs.policy("a", "maze", 0, "bc", 5.0)
+    (folder / "mine.png").touch()
+    call_main(results.main, *here)
+    assert {path.name for path in folder.glob("*.png")} == {
+        *("online.png", "online_all.png", "final.png", "relative.png", "mine.png")
+    }
+    call_main(results.main, *here, "--modes", "bc")
+    assert {path.stem for path in folder.glob("*.p*")} == {"final", "relative", "mine"}
+
+
+def test_settings_that_differ_in_many_keys_are_named_by_their_experiments(runs):
+    options = [
+        ("--ppo.gamma", "0.5"),
+        ("--ppo.clip", "0.5"),
+        ("--ppo.epochs", "1"),
+        ("--ppo.gae_lambda", "0.5"),
+    ]
+    for exp, count in (("plain", 0), ("other", 2)):
+        changed = [word for option in options[:count] for word in option]
+        runs.policy(exp, "maze", 0, "scratch", 5.0, options=changed)
+    names = Comparison(runs.grid("plain", "other")).names.values()
+    assert set(names) == {
+        "PPO from scratch, ppo.gamma 0.999, ppo.clip 0.2",
+        "PPO from scratch, ppo.gamma 0.5, ppo.clip 0.5",
+    }
+    runs.policy("many", "maze", 0, "scratch", 5.0, options=[word for option in options for word in option])
+    names = Comparison(runs.grid("plain", "other", "many")).names.values()
+    assert set(names) == {f"PPO from scratch, {exp}" for exp in ("plain", "other", "many")}
 
 
 def test_a_grid_of_stages_1_has_its_commands(runs):

@@ -52,7 +52,7 @@ class Row:
     returns: np.ndarray
     """(S,) mean returns, each over the seed's draws of labels."""
     inner_error: float | None
-    """Of a single seed: standard error over its draws of labels or, of a single draw, over its episodes."""
+    """Of a single seed, see `error_of_draws`."""
 
     @property
     def mean(self) -> float:
@@ -196,9 +196,16 @@ def pools(runs: Iterable[tuple[str, tuple]]) -> dict[str, str]:
     return {exp: " + ".join(members) if len(found) > 1 else "" for members, _ in found for exp in members}
 
 
-def name_settings(settings: Iterable[Setting]) -> dict[Setting, str]:
-    """A name for each setting: its mode and, where these differ within the mode, its values."""
-    settings, names = list(settings), {}
+def name_settings(groups: dict[Setting, list[Policy]]) -> dict[Setting, str]:
+    """A name for each setting: its mode and, where these differ within the mode, its values.
+
+    Where settings differ in more than two keys, their experiments name them, if that tells them apart.
+    """
+    settings, names, many = list(groups), {}, set()
+    exps = {
+        setting: " + ".join(dict.fromkeys(policy.exp for policy in policies))
+        for setting, policies in groups.items()
+    }
     for setting in settings:
         others = [other for other in settings if other.mode == setting.mode]
         differing = [
@@ -207,6 +214,12 @@ def name_settings(settings: Iterable[Setting]) -> dict[Setting, str]:
             if value and any(dict(other.values).get(key) != value for other in others)
         ]
         names[setting] = ", ".join([MODES[setting.mode].title, *differing, *filter(None, [setting.exp])])
+        if len(differing) > 2:
+            many.add(setting.mode)
+    for mode in many:
+        of_mode = [setting for setting in settings if setting.mode == mode]
+        if len({exps[setting] for setting in of_mode}) == len(of_mode):
+            names |= {setting: f"{MODES[mode].title}, {exps[setting]}" for setting in of_mode}
     return names
 
 
@@ -229,7 +242,7 @@ def rows(groups: dict[Setting, list[Policy]]) -> list[Row]:
             inner_error = None
             if len(seeds) == 1:
                 _, means, errors = seeds[0]
-                inner_error = standard_error(np.array(means)) if len(means) > 1 else number(errors[0])
+                inner_error = error_of_draws(means, errors)
             found.append(
                 Row(
                     *(game, setting, labels, env_steps),
@@ -266,6 +279,18 @@ def own_labels(policy: Policy) -> int | None:
     """The number of labels that stands for the run: its own or, if a sweep lacks that, its largest."""
     found = results(policy)
     return policy.labels if policy.labels in found else 0 if 0 in found else max(found)
+
+
+def error_of_draws(means: list[float], errors: list[float | None]) -> float | None:
+    """Standard error of a seed's mean over draws of labels: over its episodes or, if greater, over the draws.
+
+    Takes the draws' mean returns and their standard errors over episodes, which may be unknown.
+    """
+    known = [error for error in map(number, errors) if error is not None]
+    found = [math.sqrt(sum(error**2 for error in known)) / len(known)] if len(known) == len(means) else []
+    if len(means) > 1:
+        found.append(standard_error(np.array(means)))
+    return max(found, default=None)
 
 
 def number(value: float | None) -> float | None:

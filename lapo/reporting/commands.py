@@ -50,6 +50,14 @@ def commands(grid: Grid) -> list[str]:
             for other in BELOW:  # in one command, where both are missing
                 cfg = as_trained(cfg, trained.get((exp, game, seed, other), cfg), other, frames=True)
             lines[0, exp, spell(cfg)].append((game, seed, stage, ""))
+    # A command that has a mode also covers where the mode is missing; what is finished returns at once.
+    for missing in grid.missing:
+        mode = missing.stage.removeprefix("stage3_")
+        for (order, exp, _), runs in lines.items():
+            if order and exp == missing.exp and any(run[2:] == ("stage3", mode) for run in runs):
+                stages = {run[2] for run in runs if run[3] == mode}
+                runs += [(missing.game, missing.seed, stage, mode) for stage in stages]
+                break
     return [
         command(exp, words, runs)
         for (_, exp, words), runs in sorted(lines.items(), key=lambda item: item[0][0])

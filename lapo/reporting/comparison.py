@@ -95,13 +95,14 @@ def to_markdown(comparison: Comparison, figures: list[str]) -> str:
     parts += ["## What is missing", "\n".join(missing_lines(grid))]
     if figures:
         parts += ["## Figures", "\n".join(f"![{name}]({name}.png)" for name in figures)]
-    parts += ["## Commands", "```bash\n" + "\n".join(commands(grid)) + "\n```"]
+    if lines := commands(grid):
+        parts += ["## Commands", "```bash\n" + "\n".join(lines) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
 
 RETURN_NOTE = (
     "Return: mean ± standard error over the seeds. With one seed, the brackets hold the standard error over"
-    " its draws of labels or, with one draw, over its episodes. Relative: 0 is the random policy's mean"
+    " its episodes or, if greater, over its draws of labels. Relative: 0 is the random policy's mean"
     " return, 1 that of the published expert frames. Paper: return after 4M env steps or with as many labels,"
     " read off its figures. Times are a seed's, on average; a sweep over labels shares its time."
 )
@@ -113,9 +114,11 @@ def progress_lines(grid: Grid) -> list[str]:
     for exp, (games, seeds, modes) in grid.expected.items():
         done, expected = grid.progress(exp)
         verdict = "complete" if done == expected > 0 else "**not complete**"
-        kinds = ((games, "game"), (seeds, "seed"), (modes, "mode"))
+        kinds = [(games, "game"), (seeds, "seed"), *([(modes, "mode")] if modes else [])]
         size = " × ".join(f"{len(x)} {kind}{'' if len(x) == 1 else 's'}" for x, kind in kinds)
-        lines.append(f"- {exp}: {done} of {expected} policies ({size}), {verdict}")
+        lines.append(
+            f"- {exp}: {done} of {expected} {'policies' if modes else 'stages 1'} ({size}), {verdict}"
+        )
     return lines
 
 

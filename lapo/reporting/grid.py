@@ -138,10 +138,15 @@ class Grid:
         return [policy for policy in self.policies if policy.finished]
 
     def progress(self, exp: str) -> tuple[int, int]:
-        """How many policies of an experiment are finished and not stale, and how many are expected."""
+        """How many policies of an experiment are finished and not stale, and how many are expected.
+
+        Without any mode, how many stages 1.
+        """
         games, seeds, modes = self.expected[exp]
         done = sum(policy.exp == exp and not policy.stale for policy in self.finished)
-        return done, len(games) * len(seeds) * len(modes)
+        if not modes:
+            done = sum(found.exp == exp for found in self.stage1)
+        return done, len(games) * len(seeds) * max(1, len(modes))
 
 
 def read_grid(
@@ -156,18 +161,30 @@ def read_grid(
 
     Expected is every combination of games, seeds and modes: those given or, where none are given, those that
     the experiment has a folder of. What is `recorded` counts as well, unless the folder has it finished.
-    Raises `UserError` if the experiments have no run at all.
+    Raises `UserError` if one of the experiments has no run at all, and for an unknown game.
     """
     recorded = recorded or Grid()
     grid, root = Grid(), resolve(results_dir)
     folders = {exp: list(run_folders(root / exp)) for exp in exps}
     known = {place(found): found for found in (*recorded.policies, *recorded.stage1)}
-    if not any(folders.values()) and not any(exp in exps for exp, *_ in known):
-        others = ", ".join(sorted({path.parents[1].name for path in root.glob("*/*/seed*")}))
-        raise UserError(
-            f"{root} has no run of {' or '.join(exps)}; name experiments with --exp and their folder with"
-            f" --results_dir (this one holds {others or 'none'})"
-        )
+    held = {exp: {game for game, *_ in found} for exp, found in folders.items()}
+    for exp, game, *_ in known:
+        held.setdefault(exp, set()).add(game)
+    if not root.is_dir() and not known:
+        raise UserError(f"--results_dir: there is no folder {root}")
+    for exp in exps:
+        if not held[exp]:
+            others = {path.parents[1].name for path in root.glob("*/*/seed*")} | {exp for exp, *_ in known}
+            raise UserError(
+                f"{root} has no run of {exp}; name experiments with --exp and their folder with --results_dir"
+                f" (this one holds {', '.join(sorted(others)) or 'none'})"
+            )
+    for game in games:
+        if game not in GAMES and not any(game in held[exp] for exp in exps):
+            raise UserError(
+                f"--env {game} is no Procgen game, and {' and '.join(exps)} has no run of it; the games are"
+                f" {', '.join(sorted(set().union(*(held[exp] for exp in exps)), key=game_order))}"
+            )
     for exp, found in folders.items():
         of_exp = [where[1:] for where in known if where[0] == exp]
         names = {path.name for _, _, folder in found for path in folder.iterdir()}
@@ -253,7 +270,7 @@ def read_run(
         built = built or bool(stages_below(mode))
         with suppress(UserError):  # damage is noted above, or belongs to another experiment
             for stage in dict.fromkeys((*stages_below(mode), *MODES[mode].stages)):
-                if run := read(found.cfg.stage_dir(stage)):
+                if run := read(found.cfg.stage_dir(stage)) or recorded_stage(recorded.get(mode), stage):
                     earlier[stage] = run
         runs = found, *earlier.values()
         changed = list(dict.fromkeys(stage for run in runs for stage in changed_stages(run, earlier)))
@@ -280,10 +297,18 @@ def read_run(
 
     # Stages 1 and 2 may be another experiment's (stages_from), where a policy was built on them.
     needed = set() if built else {stage for mode in modes for stage in stages_below(mode)}
+    if not grid.expected[exp][2]:  # stages 1 are compared
+        needed = {"stage1"}
     for stage in absent:
         if stage not in EARLIER or stage in needed:
             begun = (folder / stage).is_dir()
             note(stage, "missing", "begun, without a checkpoint yet" if begun else "missing")
+
+
+def recorded_stage(policy: Policy | None, stage: str) -> StageRun | None:
+    """A stage that a recorded policy was built on, if its checksum was recorded, too."""
+    found = policy.earlier.get(stage) if policy else None
+    return found if found and found.weights else None
 
 
 def changed_stages(run: StageRun, earlier: dict[str, StageRun]) -> list[str]:

@@ -32,6 +32,7 @@ def to_records(grid: Grid) -> dict:
         values = leaves(to_dict(run.cfg))
         changes = {key: value for key, value in values.items() if key not in base or base[key] != value}
         found = {"config": changes, "steps": run.steps, "seconds": run.seconds, "device": run.device}
+        found |= {"weights": run.weights, "built_on": run.built_on}
         if results:
             lines = [line for line in run.lines if any(key in line for key in LINE_KEYS[1:])]
             found["metrics"] = without_nan(run.metrics)
@@ -132,6 +133,6 @@ def read_run(record: dict, base: dict, results_dir: str) -> StageRun:
         finished=True,
         seconds=record["seconds"],
         device=record["device"],
-        weights="",
-        built_on={},
+        weights=record.get("weights", ""),
+        built_on=record.get("built_on", {}),
     )

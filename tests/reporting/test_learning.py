@@ -14,6 +14,7 @@ def test_stages_1_are_compared_without_any_policy(runs):
     assert [(each["values"], each["seeds"]) for each in found["stage1"]] == [
         ({"model.wm_width": width}, [0, 1]) for width in ("8", "16")
     ]
+    assert "- w8: 2 of 2 stages 1 (1 game × 2 seeds), complete" in runs.text
     narrow, wide = found["stage1"]
     assert narrow["means"] == {"error": 0.375, "probe": 0.5625, "perplexity": 8.0, "minutes": 1.0}
     assert narrow["stderrs"] == {"error": 0.125, "probe": 0.0625, "perplexity": 0.0, "minutes": 0.0}
@@ -34,3 +35,6 @@ def test_stages_1_without_a_quantiser_have_no_perplexity(runs):
         ("b", 1.0),
     ]
     assert "perplexity" not in line_of(runs.text, "| game", "probe")
+    assert "- a: 1 of 2 stages 1 (1 game × 2 seeds), **not complete**" in runs.text
+    runs.compare("--exp", "a", "--seeds", "0,1,2")
+    assert "- a, maze, seed 2, stage1: missing" in runs.text

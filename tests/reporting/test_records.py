@@ -9,6 +9,7 @@ import pytest
 
 from lapo import results
 from lapo.reporting import records
+from lapo.runs.checkpoints import load_checkpoint, weights_checksum
 from lapo.runs.files import write_json
 from many_runs import learned, missing, row
 
@@ -99,6 +100,23 @@ def test_writing_results_loses_no_run_that_they_hold(runs, recorded, call_main):
     assert (
         row(runs.compare("--exp", "a", "--with", str(path)), game="heist", mode="online")["return_mean"] == 7
     )
+
+
+def test_stages_that_have_gone_are_those_of_the_record(runs):
+    """While their policy is still there: its settings and the time of its stages are in the file."""
+    for name, lr in (("stage1", "0.125"), ("stage2", "0.25")):
+        runs.write("a", "maze", 0, name, {}, options=[f"--{name}.lr", lr], took=50)
+    stage1 = load_checkpoint(runs.folder / "a" / "maze" / "seed0" / "stage1" / "checkpoint.pt")
+    built_on = {"stage1": weights_checksum(stage1)}
+    runs.write("a", "maze", 0, "stage3_offline", {"return_mean": 5.0}, built_on=built_on)
+    path = runs.folder / "results.json"
+    before = runs.compare("--exp", "a")
+    write_json(path, before)
+    shutil.rmtree(runs.folder / "a" / "maze" / "seed0" / "stage1")
+    after = runs.compare("--exp", "a", "--with", str(path))
+    assert after["rows"] == before["rows"]
+    assert row(after, mode="offline")["seconds_before_stage_3"] == 100
+    assert after["commands"] == before["commands"]
 
 
 def test_a_file_is_also_found_from_the_repository(runs, recorded, monkeypatch, tmp_path_factory):
