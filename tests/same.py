@@ -117,7 +117,7 @@ def commands(options: list[str]) -> Iterator[list[str]]:
     """The words of each command line after the interpreter's name, run from the folder for its results."""
     yield [
         *("record_expert.py", "--env", GAME, "--expert", "planner", "--visuals", "plain", "--noise", "0.2"),
-        *("--frames", "600", "--test-frames", "300", "--workers", "1", "--data-dir", "data"),
+        *("--frames", "600", "--test-frames", "300", "--workers", "1", "--data-dir", "{place}/data"),
     ]
     for words in RUNS.values():
         yield [*words, *options, "--data_dir", "{place}/data", "--results_dir", "{place}", "--exp", "same"]
