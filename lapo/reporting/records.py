@@ -26,10 +26,10 @@ def to_records(grid: Grid) -> dict:
     Configs are kept as their differences from the first one.
     """
     everything = [*(policy.stage for policy in grid.finished), *(found.run for found in grid.stage1)]
-    base = leaves(to_dict(everything[0].cfg)) if everything else {}
+    base = config_of(everything[0]) if everything else {}
 
     def record(run: StageRun, *, results: bool = True) -> dict:
-        values = leaves(to_dict(run.cfg))
+        values = config_of(run)
         changes = {key: value for key, value in values.items() if key not in base or base[key] != value}
         found = {"config": changes, "steps": run.steps, "seconds": run.seconds, "device": run.device}
         found |= {"weights": run.weights, "built_on": run.built_on}
@@ -54,6 +54,11 @@ def to_records(grid: Grid) -> dict:
             {key: getattr(found, key) for key in PLACE} | {"run": record(found.run)} for found in grid.stage1
         ],
     }
+
+
+def config_of(run: StageRun) -> dict[str, Any]:
+    """A run's config as `group.key`, but for the folder, which is another one wherever the record is read."""
+    return {key: value for key, value in leaves(to_dict(run.cfg)).items() if key != "results_dir"}
 
 
 def with_runs_of(grid: Grid, path: Path, results_dir: str) -> Grid:
