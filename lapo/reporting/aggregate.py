@@ -17,6 +17,7 @@ from lapo.errors import UserError
 from lapo.games.make import relative_return
 from lapo.modes import MODES
 from lapo.reporting.grid import Policy, Stage1, evaluations, game_order
+from lapo.reporting.summary import error_of_draws
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -52,7 +53,7 @@ class Row:
     returns: np.ndarray
     """(S,) mean returns, each over the seed's draws of labels."""
     inner_error: float | None
-    """Of a single seed, see `error_of_draws`."""
+    """Of a single seed, see `summary.error_of_draws`."""
 
     @property
     def mean(self) -> float:
@@ -279,23 +280,6 @@ def own_labels(policy: Policy) -> int | None:
     """The number of labels that stands for the run: its own or, if a sweep lacks that, its largest."""
     found = results(policy)
     return policy.labels if policy.labels in found else 0 if 0 in found else max(found)
-
-
-def error_of_draws(means: list[float], errors: list[float | None]) -> float | None:
-    """Standard error of a seed's mean over draws of labels: over its episodes or, if greater, over the draws.
-
-    Takes the draws' mean returns and their standard errors over episodes, which may be unknown.
-    """
-    known = [error for error in map(number, errors) if error is not None]
-    found = [math.sqrt(sum(error**2 for error in known)) / len(known)] if len(known) == len(means) else []
-    if len(means) > 1:
-        found.append(standard_error(np.array(means)))
-    return max(found, default=None)
-
-
-def number(value: float | None) -> float | None:
-    """`value`, None if it is NaN."""
-    return None if value is None or math.isnan(value) else value
 
 
 # ---------------------------------------------------------------- over games

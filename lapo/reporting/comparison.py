@@ -43,6 +43,7 @@ class Comparison:
         rows        final returns, see `Row`
         aggregates  relative returns over games, see `Aggregate`
         learned     what stage 1 learned, see `Learned`
+        commands    what trains the runs
         curves      returns over env steps by setting and game
     """
 
@@ -55,6 +56,7 @@ class Comparison:
         self.rows: list[Row] = rows(self.groups)
         self.aggregates: list[Aggregate] = aggregates(self.rows)
         self.learned = learned(grid.stage1)
+        self.commands = commands(grid)
         self.curves: dict[Setting, dict[str, Curve]] = {
             setting: found
             for setting in self.groups
@@ -95,8 +97,8 @@ def to_markdown(comparison: Comparison, figures: list[str]) -> str:
     parts += ["## What is missing", "\n".join(missing_lines(grid))]
     if figures:
         parts += ["## Figures", "\n".join(f"![{name}]({name}.png)" for name in figures)]
-    if lines := commands(grid):
-        parts += ["## Commands", "```bash\n" + "\n".join(lines) + "\n```"]
+    if comparison.commands:
+        parts += ["## Commands", "```bash\n" + "\n".join(comparison.commands) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -302,7 +304,7 @@ def to_json(comparison: Comparison) -> dict:
         ],
         "stage1": [learned_data(row) for row in comparison.learned],
         "missing": [asdict(found) for found in grid.missing],
-        "commands": commands(grid),
+        "commands": comparison.commands,
         "runs": to_records(grid),
     }
 

@@ -62,11 +62,23 @@ def config_of(run: StageRun) -> dict[str, Any]:
 
 
 def with_runs_of(grid: Grid, path: Path, results_dir: str) -> Grid:
-    """`grid` and those runs of an earlier results.json at `path` that it lacks; `grid` if there is none."""
+    """`grid` and those runs of an earlier results.json at `path` that it lacks, if there is one with runs.
+
+    Raises `UserError` if this version cannot read these runs.
+    """
+    with reading(path):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    try:
+        if "runs" not in json.loads(text):
+            return grid  # of an older version
+    except ValueError:
+        return grid
     try:
         earlier = read_records([path], results_dir)
     except UserError:
-        return grid
+        raise UserError(
+            f"{path} holds runs that this version of lapo cannot read; move it, or choose another --out"
+        ) from None
     has = {place(found) for found in (*grid.finished, *grid.stage1)}
     return Grid(
         policies=[*grid.finished, *(found for found in earlier.policies if place(found) not in has)],

@@ -197,15 +197,32 @@ def draws_of_labels(output: StageOutput) -> list[dict]:
 
 
 def over_draws(draws: list[dict]) -> dict:
-    """Mean return of several draws of labels, with its standard error over them; {} for one draw."""
+    """Mean return of several draws of labels, with its error, see `error_of_draws`; {} for one draw."""
     if len(draws) < 2:
         return {}
     means = [found["return_mean"] for found in draws]
     return {
         "return_mean": mean(means),
-        "return_stderr": stdev(means) / math.sqrt(len(means)),
+        "return_stderr": error_of_draws(means, [found.get("return_stderr") for found in draws]),
         "episodes": sum(found["episodes"] for found in draws),
     }
+
+
+def error_of_draws(means: list[float], errors: list[float | None]) -> float | None:
+    """Standard error of a seed's mean over draws of labels: over its episodes or, if greater, over the draws.
+
+    Takes the draws' mean returns and their standard errors over episodes, which may be unknown (None or NaN).
+    """
+    known = [error for error in map(number, errors) if error is not None]
+    found = [math.hypot(*known) / len(known)] if len(known) == len(means) else []
+    if len(means) > 1:
+        found.append(stdev(means) / math.sqrt(len(means)))
+    return max(found, default=None)
+
+
+def number(value: float | None) -> float | None:
+    """`value`, None if it is NaN."""
+    return None if value is None or math.isnan(value) else value
 
 
 def result(cfg: Config, metrics: dict, source: str) -> dict:
@@ -214,7 +231,7 @@ def result(cfg: Config, metrics: dict, source: str) -> dict:
     return {
         "source": source,
         "return_mean": value,
-        "return_stderr": None if stderr is None or math.isnan(stderr) else stderr,
+        "return_stderr": number(stderr),
         "relative_return": relative_return(cfg.env, value),
         "episodes": metrics["episodes"],
     }

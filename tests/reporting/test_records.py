@@ -103,6 +103,20 @@ def test_writing_results_loses_no_run_that_they_hold(runs, recorded, call_main):
     )
 
 
+def test_runs_that_cannot_be_read_are_not_overwritten(runs, recorded, call_main):
+    """As those of a mode that a fork has added."""
+    path = runs.folder / "a" / "results.json"
+    text = recorded.read_text().replace('"mode": "online"', '"mode": "mine"')
+    path.write_text(text)
+    status, _, err = call_main(results.main, "--exp", "a", "--results_dir", str(runs.folder))
+    assert status == 2
+    assert f"{path} holds runs that this version of lapo cannot read; move it, or" in err
+    assert path.read_text() == text
+    for harmless in ('{"rows": []}', "cut sho"):
+        path.write_text(harmless)
+        assert call_main(results.main, "--exp", "a", "--results_dir", str(runs.folder))[0] == 0
+
+
 def test_stages_that_have_gone_are_those_of_the_record(runs):
     """While their policy is still there: its settings and the time of its stages are in the file."""
     for name, lr in (("stage1", "0.125"), ("stage2", "0.25")):
