@@ -29,7 +29,7 @@ from lapo.errors import STOP_SIGNALS, UserError, handle_signals, run_main, say
 from lapo.games.table import GAMES
 from lapo.games.vec_env import num_cores
 from lapo.get_frames import commands, lacks_frames, note_request
-from lapo.modes import MODES
+from lapo.modes import MODES, check_modes
 from lapo.runs.files import writing
 
 OWN_OPTIONS = {"env": "name the games first", "exp": "--exp", "seed": "--seeds", "stage3.mode": "--modes"}
@@ -75,6 +75,7 @@ def plan(
     instead. Raises `UserError` for mistakes.
     """
     base = list(arguments)
+    check_modes(modes.split())
     settings = sweep_settings(sweeps.split(), load_config(base).exp)
     for setting in settings:
         for extra in [[], *(["--stage3.mode", mode] for mode in modes.split())]:

@@ -4,8 +4,11 @@ Their training functions are in stage3_decode.py and imitation.py. A new mode is
 there.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from lapo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,10 @@ MODES = {
 """In the order in which tables and figures show them."""
 COMPARISONS = "idm_labelling", "ilpo", "lapo_plus", "no_sl"
 """Modes that a run's report names only if the run has them."""
+
+
+def check_modes(names: Iterable[str]) -> None:
+    """Raise `UserError` if one of the names in `--modes` is no mode's."""
+    for name in names:
+        if name not in MODES:
+            raise UserError(f"--modes: '{name}' is no mode; choose among {', '.join(MODES)}")

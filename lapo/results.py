@@ -28,7 +28,7 @@ from lapo.config import load_config, resolve
 from lapo.errors import UserError, run_main
 from lapo.games.make import env_spec
 from lapo.games.table import GAMES
-from lapo.modes import MODES
+from lapo.modes import MODES, check_modes
 from lapo.reporting import curves, published
 from lapo.reporting.aggregate import (
     Curve,
@@ -86,9 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("exp", "env", "seeds", "modes"):  # as in launch.sh: 0,1,2
         words = [part for word in getattr(args, name) for part in word.split(",") if part]
         setattr(args, name, list(dict.fromkeys(words)))
-    for mode in args.modes:
-        if mode not in MODES:
-            raise UserError(f"--modes: '{mode}' is no mode; choose among {', '.join(MODES)}")
+    check_modes(args.modes)
     for seed in args.seeds:
         if not seed.isdecimal():
             raise UserError(f"--seeds: '{seed}' is no seed; list some, as in --seeds 0,1,2")

@@ -305,7 +305,7 @@ def test_failing_game_does_not_stop_the_others_and_a_rerun_continues(repo):
         (["maze", "--sweep", "stage1.lr=1e-4,fast"], "'stage1.lr' is 'fast'"),
         (["maze", "--sweep", "stage1.lrs=1e-4"], "unknown option --stage1.lrs"),
         (["maze", "--env", "ninja"], "error: games are named first and without --env"),
-        (["maze", "--modes", "online,ofline"], "'stage3.mode' is 'ofline': input should be 'bc'"),
+        (["maze", "--modes", "online,ofline"], "error: --modes: 'ofline' is no mode; choose among bc, "),
         (["maze", "--sead", "1"], "unknown option --sead; did you mean --seed?"),
         (["maze", "--vq.num_embs", "0"], "'vq.num_embs' is '0'"),
     ],

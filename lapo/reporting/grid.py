@@ -236,7 +236,8 @@ def read_run(
             stages[path] = read_stage(path, root)
         return stages[path]
 
-    absent, built = [], False
+    # Stages 1 and 2 of this folder that a mode builds on; they may be another experiment's (`stages_from`).
+    absent, needed, built = [], set(), False
     for mode in [mode for mode in modes if mode in recorded]:
         with suppress(UserError):
             found = read(folder / f"stage3_{mode}")
@@ -267,7 +268,10 @@ def read_run(
         if found is None:
             continue
         earlier = {}
-        built = built or bool(stages_below(mode))
+        below = {stage: found.cfg.stage_dir(stage) for stage in stages_below(mode)}
+        built = built or bool(below)
+        if mode not in recorded:  # else, so are its stages
+            needed |= {stage for stage in below if below[stage] == folder / stage}
         with suppress(UserError):  # damage is noted above, or belongs to another experiment
             for stage in dict.fromkeys((*stages_below(mode), *MODES[mode].stages)):
                 if run := read(found.cfg.stage_dir(stage)) or recorded_stage(recorded.get(mode), stage):
@@ -295,14 +299,14 @@ def read_run(
         grid.stage1.append(recorded[""])
         absent = [stage for stage in absent if stage != "stage1"]
 
-    # Stages 1 and 2 may be another experiment's (stages_from), where a policy was built on them.
-    needed = set() if built else {stage for mode in modes for stage in stages_below(mode)}
+    if not built:  # so it is unknown whether they are another experiment's
+        needed = {stage for mode in modes for stage in stages_below(mode)}
     if not grid.expected[exp][2]:  # stages 1 are compared
         needed = {"stage1"}
     for stage in absent:
         if stage not in EARLIER or stage in needed:
-            begun = (folder / stage).is_dir()
-            note(stage, "missing", "begun, without a checkpoint yet" if begun else "missing")
+            detail = "missing: its folder has no checkpoint" if (folder / stage).is_dir() else "missing"
+            note(stage, "missing", detail)
 
 
 def recorded_stage(policy: Policy | None, stage: str) -> StageRun | None:

@@ -1,5 +1,7 @@
 """What there is of experiments on disk, what is missing and what is stale."""
 
+import shutil
+
 from lapo.config import load_config
 from lapo.reporting.commands import commands
 from lapo.runs.checkpoints import load_checkpoint, weights_checksum
@@ -46,7 +48,8 @@ def test_what_is_missing_is_named(runs):
 
 
 def test_a_complete_grid_lacks_nothing(runs):
-    runs.policy("a", "maze", 0, "bc", 5.0)
+    runs.stages("a", "maze", 0)
+    runs.policy("a", "maze", 0, "online", 5.0)
     assert runs.compare("--exp", "a")["missing"] == []
     assert "- a: 1 of 1 policies (1 game × 1 seed × 1 mode), complete" in runs.text
     assert "## What is missing\n\nNothing." in runs.text
@@ -145,6 +148,18 @@ def test_a_renamed_experiment_has_its_own_stages(runs):
     grid = runs.grid("new")
     assert grid.policies[0].settings["stage1.lr"] == "0.125"
     assert "--exp new" in commands(grid)[0]
+
+
+def test_deleted_stages_below_a_finished_policy_are_missing(runs):
+    runs.stages("a", "maze", 0)
+    runs.policy("a", "maze", 0, "offline", 5.0)
+    stage1 = runs.folder / "a" / "maze" / "seed0" / "stage1"
+    (stage1 / "checkpoint.pt").unlink()
+    assert missing(runs.compare("--exp", "a")) == {("maze", 0, "stage1"): "missing"}
+    assert "a, maze, seed 0, stage1: missing: its folder has no checkpoint" in runs.text
+    shutil.rmtree(stage1)
+    assert missing(runs.compare("--exp", "a")) == {("maze", 0, "stage1"): "missing"}
+    assert "a, maze, seed 0, stage1: missing\n" in runs.text
 
 
 def test_stages_of_another_experiment_are_not_missing(runs):
