@@ -193,7 +193,7 @@ def draw_labels(comparison: Comparison) -> dict[str, Figure]:
     if len({row.labels for games in found.values() for group in games.values() for row in group}) < 2:
         return {}
     drawn, xlabel, bands = {}, "labelled frames (log scale)", "bands: ± standard error over seeds"
-    panels = []
+    panels, inner = [], "; of one seed, over draws or episodes"
     for game in comparison.games:
         lines = [
             our_line(comparison, setting, curve)
@@ -204,7 +204,8 @@ def draw_labels(comparison: Comparison) -> dict[str, Figure]:
             panels.append(
                 Panel(game, [*lines, *papers(published.offline(published.PAPER, game))], levels(game))
             )
-    title = f"Returns of learning from few labels\n({bands})"
+    one = any(len(row.returns) == 1 for games in found.values() for group in games.values() for row in group)
+    title = f"Returns of learning from few labels\n({bands}{inner if one else ''})"
     drawn["labels"] = curves.curves(panels, title, xlabel, "mean return on held-out levels")
 
     lines, counts = [], set()
@@ -228,10 +229,9 @@ def draw_final(comparison: Comparison) -> dict[str, Figure]:
     for row in comparison.rows:
         if row.main:
             names = comparison.names[row.setting] + amount(row.labels, row.env_steps)
-            error = row.error if row.error is not None else row.inner_error
             paper = published_return(row)
             variant = comparison.variant(row.setting)
-            bar = Final(names, row.setting.mode, row.mean, error, variant, paper)
+            bar = Final(names, row.setting.mode, row.mean, row.shown_error, variant, paper)
             games.setdefault(row.game, []).append(bar)
     if games:
         title = "Final returns on held-out levels\n(± standard error over seeds; of one seed, see results.md)"

@@ -7,6 +7,7 @@ import shlex
 
 import numpy as np
 import pytest
+from matplotlib.collections import PolyCollection
 
 from lapo import results
 from lapo.config import load_config
@@ -119,6 +120,27 @@ def test_a_sweep_over_labels_is_a_row_per_number_and_averages_draws_first(runs):
     assert set(figures) == {"labels", "labels_all", "final", "relative"}
     ours = next(line for line in figures["labels"].axes[0].lines if line.get_label() == "behaviour cloning")
     assert ours.get_xydata().tolist() == [[16, 5.5], [64, 7.5], [256, 4]]
+
+
+def test_labels_of_a_single_seed_have_the_error_of_its_draws_or_episodes(runs):
+    sweep = [{"labels": 64, "draw": draw, "return_mean": mean} for draw, mean in enumerate((2.0, 4.0))]
+    runs.policy("a", "maze", 0, "bc", 5.0, stderr=0.5, sweep=sweep)
+    runs.policy("a", "maze", 0, "lapo_plus", 6.0, stderr=0.75)
+    figure = results.draw(Comparison(runs.grid("a")))["labels"]
+    assert "of one seed, over draws or episodes" in figure.get_suptitle()
+    (ax,) = figure.axes
+    (band,) = [found for found in ax.collections if isinstance(found, PolyCollection)]
+    assert {tuple(point) for point in band.get_paths()[0].vertices} == {
+        (64, 2),
+        (64, 4),
+        (256, 4.5),
+        (256, 5.5),
+    }
+    (bar,) = ax.containers
+    assert bar.lines[2][0].get_segments()[0].tolist() == [[256, 5.25], [256, 6.75]]
+    for mode in ("bc", "lapo_plus"):
+        runs.policy("a", "maze", 1, mode, 5.0, sweep=sweep if mode == "bc" else ())
+    assert "of one seed" not in results.draw(Comparison(runs.grid("a")))["labels"].get_suptitle()
 
 
 def test_a_sweep_without_the_runs_own_number_is_shown_by_its_largest(runs):

@@ -66,6 +66,11 @@ class Row:
         return standard_error(self.returns)
 
     @property
+    def shown_error(self) -> float | None:
+        """Standard error over the seeds or, of a single one, `inner_error`."""
+        return self.inner_error if self.error is None else self.error
+
+    @property
     def num_labels(self) -> float | None:
         """`labels` or, where these are all, how many there are; None if that is unknown."""
         counts = [
@@ -416,11 +421,12 @@ def over_games(curves: list[Curve]) -> Curve:
 def label_curve(group: list[Row], *, scaled: bool = False) -> Curve:
     """Mean return over the number of labels of one game's rows, as relative return if `scaled`.
 
+    The errors are those over seeds or, with a single one, `Row.inner_error`; relative returns have none then.
     Rows of all labels are left out if their number is unknown.
     """
     group = sorted((row for row in group if row.num_labels), key=lambda row: row.num_labels)
     values = [row.relative if scaled else row.returns for row in group]
-    errors = [standard_error(scores) for scores in values]
+    errors = [standard_error(scores) for scores in values] if scaled else [row.shown_error for row in group]
     return Curve(
         np.array([row.num_labels for row in group], dtype=float),
         np.array([scores.mean() for scores in values]),

@@ -103,7 +103,7 @@ def curves(panels: list[Panel], title: str, xlabel: str, ylabel: str) -> Figure:
 
 
 def draw_panel(ax: Axes, panel: Panel, *, markers: bool) -> None:
-    """The lines of a panel: ours wide and with an error band, published ones thin."""
+    """The lines of a panel: ours wide and with an error band (a point: a bar), published ones thin."""
     for policy, level in panel.levels.items():
         ax.axhline(level, color=COLORS[policy], linewidth=0.9, linestyle=(0, (1, 2)), label=policy)
     for line in panel.lines:
@@ -117,8 +117,11 @@ def draw_panel(ax: Axes, panel: Panel, *, markers: bool) -> None:
         style |= {"marker": "o", "markersize": 4.5 if markers else 3.5} if few else {}
         ax.plot(line.x, line.y, color=color, label=line.label, zorder=3, **style)
         if line.error is not None and not np.isnan(line.error).all():
-            low, high = line.y - line.error, line.y + line.error
-            ax.fill_between(line.x, low, high, color=color, alpha=0.22, linewidth=0, zorder=2)
+            if len(line.x) == 1:
+                ax.errorbar(line.x, line.y, line.error, color=color, linewidth=1.2, capsize=3, zorder=2)
+            else:
+                low, high = line.y - line.error, line.y + line.error
+                ax.fill_between(line.x, low, high, color=color, alpha=0.22, linewidth=0, zorder=2)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(numticks=9))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
