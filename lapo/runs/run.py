@@ -146,10 +146,9 @@ class Run:
         self._wandb_id = checkpoint["wandb_id"]
         self._started -= checkpoint.get("seconds", 0.0)  # of earlier processes; older checkpoints lack it
         if self.finished:
-            print(f"finished already, at step {self.step:,}")
+            print("finished already")
         else:
             self._rng = checkpoint["rng"]
-            print(f"continues from step {self.step:,}")
 
     def _relevant(self, cfg: Config) -> dict:
         """The part of a config that must not change."""
@@ -182,9 +181,15 @@ class Run:
 
         `state` returns what a resumed run needs; random states are added. A checkpoint is written every
         `save_every` steps, every `save_minutes`, and after the last step, as evaluation may take long.
-        Progress is shown in `unit`s, `scale` per step. After a signal (`STOP_SIGNALS` or Ctrl-C, in the main
-        thread only), the step is completed, the state saved and SystemExit raised with 128 + the signal.
+        Progress is shown in `unit`s, `scale` per step. If these are env steps ("step"), messages count
+        them, as the config does. After a signal (`STOP_SIGNALS` or Ctrl-C, in the main thread only), the step
+        is completed, the state saved and SystemExit raised with 128 + the signal.
         """
+        counted = scale if unit == "step" else 1
+        if self._rng:
+            print(f"continues from step {self.step * counted:,}")
+            set_rng_state(self._rng, self.device)
+            self._rng = None  # a later loop of this process goes on from where this one ended
         handlers = handle_signals((*STOP_SIGNALS, signal.SIGINT), self._on_signal)
         bar = tqdm(
             total=total * scale,
@@ -195,9 +200,6 @@ class Run:
             unit_scale=True,
             disable=not is_main(),
         )
-        if self._rng:
-            set_rng_state(self._rng, self.device)
-            self._rng = None  # a later loop of this process goes on from where this one ended
         try:
             while self.step < total:
                 yield self.step
@@ -210,7 +212,7 @@ class Run:
                 if stop:
                     bar.close()
                     if is_main():
-                        say(f"stopped at step {self.step:,}; the same command continues")
+                        say(f"stopped at step {self.step * counted:,}; the same command continues")
                     sys.exit(128 + stop)
         finally:
             bar.close()

@@ -31,7 +31,7 @@ def test_a_finished_run_says_so_and_changes_nothing(trained, capsys, stage):
     before = contents(trained.results)
     STAGES[stage][0].train(trained.config())
     out = capsys.readouterr().out
-    assert "finished already, at step 8\n" in out
+    assert "finished already\n" in out
     assert out.endswith(f"{stage} done: {trained.run_dir(stage) / 'checkpoint.pt'}\n")
     assert contents(trained.results) == before
 

@@ -364,6 +364,24 @@ def test_a_signal_lets_the_step_end_saves_and_exits(workplace, capsys, number):
     assert "stopped at step 5; the same command continues\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("unit", "at"), [("step", "1,280"), ("window", "5")])
+def test_messages_count_env_steps_as_the_config_does(workplace, capsys, unit, at):
+    def work() -> None:
+        for step in tiny_run(workplace).loop(9, dict, save_every=100, unit=unit, scale=256):
+            assert step == len(steps)
+            steps.append(step)
+            if step == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+    steps = []
+    with pytest.raises(SystemExit):
+        work()
+    assert f"stopped at step {at};" in capsys.readouterr().err
+    work()
+    assert len(steps) == 9
+    assert f"continues from step {at}\n" in capsys.readouterr().out
+
+
 def test_a_run_whose_terminal_has_gone_saves_and_exits(workplace, monkeypatch):
     """What is written there fails with EIO, as on a terminal that was closed."""
 
