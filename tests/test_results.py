@@ -224,16 +224,30 @@ def test_the_commands_make_the_same_configs(runs):
     options = ["--stage1.lr", "1e-4", "--decoder.hidden", "64,32", "--vq.enabled", "false"]
     for game, seed in (("maze", 0), ("heist", 1)):
         runs.policy("a", game, seed, "scratch", 5.0, options=options)
-        runs.policy("a", game, seed, "bc", 5.0, options=options)
+        runs.policy("a", game, seed, "offline", 5.0, options=options)
     policies = runs.grid("a").policies
     (command,) = commands(runs.grid("a"))
     words = shlex.split(command)
-    assert words[:10] == shlex.split("bash launch.sh heist maze --seeds 0,1 --stages 3 --modes bc,scratch")
+    assert words[:8] == shlex.split("bash launch.sh heist maze --seeds 0,1 --modes scratch,offline")
     assert "--preset demo" in command
     given = words[words.index("--exp") :]
     for policy in policies:
         place = ["--env", policy.game, "--seed", str(policy.seed), "--stage3.mode", policy.mode]
         assert load_config([*given, *place, "--precision", "fp32"]) == policy.stage.cfg
+
+
+def test_the_commands_leave_out_what_no_mode_reads(runs):
+    """Options go to all stages and modes of a command, so these that some mode reads stay together."""
+    options = ["--ilpo.batch_size", "8", "--decoder.lr", "0.5", "--ppo.gamma", "0.5"]
+    for mode in ("scratch", "online", "bc"):
+        runs.policy("a", "maze", 0, mode, 5.0, options=options)
+    runs.policy("b", "maze", 0, "bc", 5.0, options=options)
+    runs.policy("b", "maze", 1, "bc", 5.0)
+    shown = r"--(?:modes|seeds) \S+|--(?:ilpo|decoder|ppo)\S+"
+    assert [re.findall(shown, line) for line in commands(runs.grid("a", "b"))] == [
+        ["--seeds 0", "--modes bc,scratch,online", "--ppo.gamma", "--decoder.lr"],
+        ["--seeds 0,1", "--modes bc"],
+    ]
 
 
 def test_the_commands_name_how_stages_1_and_2_were_trained(runs):

@@ -11,13 +11,18 @@ from lapo.sources import leaves, merge, nested, read_yaml
 
 COMMAND_PARTS = "env", "exp", "seed", "stage3.mode", "results_dir", "precision"
 """Keys that are named in a command in another way, or that the checkpoint holds as resolved."""
+OF_MODES = {key.split(".")[0] for mode in MODES.values() for key in mode.config_keys} - {
+    key.split(".")[0] for keys in BELOW.values() for key in keys
+}
+"""Groups of the config that only modes of stage 3 read."""
 
 
 def commands(grid: Grid) -> list[str]:
     """Commands that train the grid's runs, from the configs in their checkpoints, in an order that works.
 
-    The nearest preset is named, then every key that differs from it. Stages 1 and 2 are as they were trained:
-    a run's later stages may have been started without these options, or take them from another experiment.
+    The nearest preset is named, then every key that differs from it and is read. Stages 1 and 2 are as they
+    were trained: a run's later stages may have been started without these options, or take them from another
+    experiment.
     """
     spell = speller()
     # By order, experiment and options: games, seeds, stages and modes
@@ -58,10 +63,19 @@ def commands(grid: Grid) -> list[str]:
                 stages = {run[2] for run in runs if run[3] == mode}
                 runs += [(missing.game, missing.seed, stage, mode) for stage in stages]
                 break
+    needed: dict[tuple, list[tuple[str, int, str, str]]] = defaultdict(list)
+    for (order, exp, words), runs in lines.items():
+        needed[order, exp, read_by({run[3] for run in runs}, words)] += runs
     return [
         command(exp, words, runs)
-        for (_, exp, words), runs in sorted(lines.items(), key=lambda item: item[0][0])
+        for (_, exp, words), runs in sorted(needed.items(), key=lambda item: item[0][0])
     ]
+
+
+def read_by(modes: set[str], words: tuple[str, ...]) -> tuple[str, ...]:
+    """The options, as `--key value`, without those of groups that none of the modes ("": none) reads."""
+    read = {key.split(".")[0] for mode in modes - {""} for key in MODES[mode].config_keys}
+    return tuple(word for word in words if not belongs(word.split()[0][2:], OF_MODES - read))
 
 
 def command(exp: str, words: tuple[str, ...], runs: list[tuple[str, int, str, str]]) -> str:
