@@ -193,7 +193,7 @@ def draw_labels(comparison: Comparison) -> dict[str, Figure]:
     if len({row.labels for games in found.values() for group in games.values() for row in group}) < 2:
         return {}
     drawn, xlabel, bands = {}, "labelled frames (log scale)", "bands: ± standard error over seeds"
-    panels, inner = [], "; of one seed, over draws or episodes"
+    panels = []
     for game in comparison.games:
         lines = [
             our_line(comparison, setting, curve)
@@ -204,8 +204,9 @@ def draw_labels(comparison: Comparison) -> dict[str, Figure]:
             panels.append(
                 Panel(game, [*lines, *papers(published.offline(published.PAPER, game))], levels(game))
             )
-    one = any(len(row.returns) == 1 for games in found.values() for group in games.values() for row in group)
-    title = f"Returns of learning from few labels\n({bands}{inner if one else ''})"
+    seeds = {len(row.returns) for games in found.values() for group in games.values() for row in group}
+    inner = "; of one seed, over draws or episodes" if 1 in seeds else ""
+    title = f"Returns of learning from few labels\n({bands}{inner})"
     drawn["labels"] = curves.curves(panels, title, xlabel, "mean return on held-out levels")
 
     lines, counts = [], set()

@@ -236,8 +236,8 @@ def read_run(
             stages[path] = read_stage(path, root)
         return stages[path]
 
-    # Stages 1 and 2 of this folder that a mode builds on; they may be another experiment's (`stages_from`).
-    absent, needed, built = [], set(), False
+    absent, built = [], False
+    needed: set[str] = set()  # of stages 1 and 2; those of a mode may be another experiment's (`stages_from`)
     for mode in [mode for mode in modes if mode in recorded]:
         with suppress(UserError):
             found = read(folder / f"stage3_{mode}")
