@@ -23,9 +23,11 @@ LINE_KEYS = "step", "train_return", "eval_return_mean"
 def to_records(grid: Grid) -> dict:
     """A grid's finished runs as plain data, see `read_records`.
 
-    Configs are kept as their differences from the first one.
+    Configs are kept as their differences from the first one. The order does not depend on whether a run came
+    from its folder or from a file.
     """
-    everything = [*(policy.stage for policy in grid.finished), *(found.run for found in grid.stage1)]
+    policies, stage1 = sorted(grid.finished, key=place), sorted(grid.stage1, key=place)
+    everything = [*(policy.stage for policy in policies), *(found.run for found in stage1)]
     base = config_of(everything[0]) if everything else {}
 
     def record(run: StageRun, *, results: bool = True) -> dict:
@@ -48,10 +50,10 @@ def to_records(grid: Grid) -> dict:
                 "run": record(policy.stage),
                 "earlier": {stage: record(run, results=False) for stage, run in policy.earlier.items()},
             }
-            for policy in grid.finished
+            for policy in policies
         ],
         "stage1": [
-            {key: getattr(found, key) for key in PLACE} | {"run": record(found.run)} for found in grid.stage1
+            {key: getattr(found, key) for key in PLACE} | {"run": record(found.run)} for found in stage1
         ],
     }
 

@@ -62,6 +62,18 @@ def test_recorded_runs_and_those_on_disk_are_one_grid(runs, recorded):
     }
 
 
+def test_runs_from_a_file_and_from_folders_are_recorded_in_one_order(runs, recorded, call_main):
+    shutil.rmtree(runs.folder / "a")
+    for mode in ("bc", "scratch"):
+        runs.policy("a", "maze", 0, mode, 2.0)
+    path, here = runs.folder / "a" / "results.json", ["--exp", "a", "--results_dir", str(runs.folder)]
+    assert call_main(results.main, *here, "--with", str(recorded))[0] == 0
+    before = path.read_bytes()
+    shutil.rmtree(runs.folder / "a" / "maze")
+    assert call_main(results.main, *here, "--with", str(path))[0] == 0
+    assert path.read_bytes() == before
+
+
 def test_unfinished_runs_are_not_recorded(runs):
     runs.policy("a", "maze", 0, "scratch", 5.0)
     runs.write("a", "maze", 1, "stage3_scratch", lines=[(1000, {"train_return": 4.0})])
