@@ -436,7 +436,7 @@ def parse_with_config(parser: Parser, argv: list[str] | None = None) -> tuple[ar
     if HELP & set(words):  # only now, as files and presets change the values shown
         now = leaves(to_dict(cfg))
         for key, option in keys.items():
-            option.metavar = _shown(now[key])
+            option.nargs, option.metavar = _shown(now[key])
         parser.print_help()
         parser.exit()
     for key in keys.keys() & vars(args).keys():
@@ -472,24 +472,24 @@ def _add_config_options(parser: Parser, values: dict) -> dict[str, argparse.Acti
         for name, x in values.items()
         if isinstance(x, dict)
     }
-    return {
-        key: groups.get(key.split(".")[0], general).add_argument(
+    options = {}
+    for key, value in leaves(values).items():
+        nargs, metavar = _shown(value)
+        options[key] = groups.get(key.split(".")[0], general).add_argument(
             f"--{key}",
-            # Empty by default, a list may be given without items.
-            nargs=("+" if value else "*") if isinstance(value, list) else None,
+            nargs=nargs,
             default=argparse.SUPPRESS,
-            metavar=_shown(value),
+            metavar=metavar,
             help=explained[key].replace("%", "%%"),
         )
-        for key, value in leaves(values).items()
-    }
+    return options
 
 
-def _shown(value: Any) -> str | tuple[str, str]:
-    """A value as `--help` shows it; a list in the two forms that `argparse` wants, if it is not empty."""
-    if isinstance(value, list):
-        return (",".join(map(str, value)), "N") if value else "N"
-    return str(value).lower() or '""'
+def _shown(value: Any) -> tuple[str | None, str | tuple[str, str]]:
+    """`nargs` and `metavar` of an option that has this value; an empty list may be given without items."""
+    if not isinstance(value, list):
+        return None, str(value).lower() or '""'
+    return ("+", (",".join(map(str, value)), "N")) if value else ("*", "N")
 
 
 def _check_schedules(cfg: Config) -> None:

@@ -76,7 +76,7 @@ def test_in_eval_mode_a_latent_does_not_depend_on_its_batch():
     torch.manual_seed(0)
     cfg = load_config(["--vq.normalize", "true", "--preset", "demo"])
     idm = make_idm(cfg)
-    windows = torch.randn(6, 9, 64, 64)
+    windows = torch.randn(6, 9, cfg.data.image_size, cfg.data.image_size)
     idm.train()(windows)
     idm.eval()
     torch.testing.assert_close(

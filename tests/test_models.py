@@ -458,7 +458,7 @@ def test_two_path_policy_follows_a_new_decoder():
 def test_logits_and_values_are_in_fp32_under_autocast(kind):
     """In bf16, 256 logits would take a few dozen values, too coarse for PPO's ratios."""
     torch.manual_seed(0)
-    network = make_acting_policy(load_config(["--preset", "demo"]), kind, 15)
+    network = make_acting_policy(load_config(["--preset", "demo", "--data.image_size", "64"]), kind, 15)
     for name in ("policy_head", "value_head"):
         if hasattr(network, name):
             nn.init.normal_(getattr(network, name).weight, std=0.1)

@@ -173,7 +173,7 @@ def test_held_out_errors_equal_a_loop_over_windows_and_change_nothing(windows):
 
 
 def test_the_world_model_is_evaluated_on_a_subset_of_the_probes_windows(windows, monkeypatch):
-    cfg = load_config(["--preset", "demo"])
+    cfg = load_config(["--preset", "demo", "--data.image_size", "64"])
     monkeypatch.setattr(probe, "WM_WINDOWS", 30)
     trainer = stage1_idm_wm.Trainer(cfg, CPU, windows, make_idm(cfg), make_world_model(cfg))
     metrics = trainer.evaluate(windows)

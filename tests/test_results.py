@@ -253,13 +253,13 @@ def test_the_commands_leave_out_what_no_mode_reads(runs):
 def test_the_commands_name_how_stages_1_and_2_were_trained(runs):
     """Whatever the later stages were called with."""
     runs.write("a", "maze", 0, "stage1", {}, options=["--stage1.lr", "1e-4"])
-    runs.write("a", "maze", 0, "stage2", {}, options=["--stage2.steps", "3000"])
+    runs.write("a", "maze", 0, "stage2", {}, options=["--stage2.steps", "2900"])
     for mode in ("bc", "offline"):
         runs.policy("a", "maze", 0, mode, 5.0)
     (command,) = commands(runs.grid("a"))
     assert command.startswith("bash launch.sh maze --seeds 0 --modes bc,offline ")
     assert "--stage1.lr 0.0001 " in command
-    assert "--stage2.steps 3000 " in command
+    assert "--stage2.steps 2900 " in command
 
 
 def test_the_commands_train_the_stages_of_another_experiment_first(runs):
@@ -306,11 +306,11 @@ def test_the_commands_of_a_run_whose_stages_have_gone_train_them(runs):
 
 def test_the_commands_train_stage_1_as_it_was_with_its_networks_and_frames(runs):
     """Stage 3 alone was called with the preset's sizes and, where it has labels, other frames."""
-    stage1 = ["--model.wm_width", "16", "--data_dir", "elsewhere"]
+    stage1 = ["--model.wm_width", "12", "--data_dir", "elsewhere"]
     runs.stages("a", "maze", 0, *stage1)
     runs.policy("a", "maze", 0, "no_sl", 5.0)
     (command,) = commands(runs.grid("a"))
-    assert {"--model.wm_width 16", "--data_dir elsewhere"} <= set(re.findall(r"--[\w.]+ \S+", command))
+    assert {"--model.wm_width 12", "--data_dir elsewhere"} <= set(re.findall(r"--[\w.]+ \S+", command))
     runs.policy("a", "maze", 0, "offline", 5.0)
     commands_ = [shlex.split(command) for command in commands(runs.grid("a"))]
     assert ["--stages" in words and words[words.index("--stages") + 1] for words in commands_] == ["3", False]

@@ -10,14 +10,14 @@ from many_runs import missing, row
 
 def test_what_stage_1_was_trained_with_counts_not_what_stage_3_was_called_with(runs):
     """Stage 3 alone was started with the preset's defaults."""
-    stage1 = ["--model.wm_width", "16", "--data.train_chunks", "3", "--data_dir", "elsewhere"]
+    stage1 = ["--model.wm_width", "12", "--data.train_chunks", "3", "--data_dir", "elsewhere"]
     for stage in ("stage1", "stage2"):
         runs.write("base", "maze", 0, stage, {}, options=stage1)
     for mode in ("no_sl", "offline"):
         runs.policy("a", "maze", 0, mode, 5.0, options=["--stages_from", "base"])
     found = {policy.mode: policy.settings for policy in runs.grid("a").policies}
     no_sl, offline = found["no_sl"], found["offline"]
-    assert offline["model.wm_width"] == no_sl["model.wm_width"] == "16"
+    assert offline["model.wm_width"] == no_sl["model.wm_width"] == "12"
     assert (no_sl["data.train_chunks"], no_sl["data_dir"]) == ("3", "elsewhere")
     chunks, folder = load_config(["--preset", "demo"]).data.train_chunks, runs.folder / "no data"
     assert offline["data.train_chunks"] == f"3, labels {chunks}"
@@ -43,7 +43,7 @@ def test_what_is_missing_is_named(runs):
     }
     text = runs.text
     assert "- a: 3 of 8 policies (2 games × 2 seeds × 2 modes), **not complete**" in text
-    assert "a, maze, seed 1, stage3_offline: unfinished, at step 7 of 500" in text
+    assert "a, maze, seed 1, stage3_offline: unfinished, at step 7 of 1,500"  # three draws of 500 in text
     assert "checkpoint.pt is damaged" in text
 
 
