@@ -167,7 +167,9 @@ def test_placed_convolutions_are_channels_last():
 
 
 def test_one_step_of_stage_1_in_bf16_is_close_to_fp32():
-    cfg = load_config("--preset demo --data.image_size 64 --model.wm_width 8 --vq.normalize false".split())
+    cfg = load_config(
+        ["--preset", "demo", "--data.image_size", "64", "--model.wm_width", "8", "--vq.normalize", "false"]
+    )
     torch.manual_seed(0)
     idm, world_model = make_idm(cfg), make_world_model(cfg)
     images = stack_frames(torch.randint(256, (8, 3, 64, 64, 3), dtype=torch.uint8))
