@@ -37,7 +37,7 @@ class Bench:
         """Use the first CUDA device or, if `dry`, the CPU. Raises `UserError` if there is no CUDA device."""
         if not (dry or torch.cuda.is_available()):
             raise UserError("PyTorch finds no CUDA device that it can use; --dry tests the checks on the CPU")
-        demo = ["--preset", "demo", "--env", "jumper"]
+        demo = ["--preset", "demo", "--env", "jumper", "--data.image_size", "64"]  # as in the published sizes
         if dry:
             return cls(dry, CPU, load_config([*demo, *DRY.split()]), load_config([*demo, *DRY.split()]))
         return cls(dry, torch.device("cuda:0"), load_config(demo), load_config(["--env", "jumper"]))
