@@ -43,7 +43,8 @@ def test_what_is_missing_is_named(runs):
     }
     text = runs.text
     assert "- a: 3 of 8 policies (2 games × 2 seeds × 2 modes), **not complete**" in text
-    assert "a, maze, seed 1, stage3_offline: unfinished, at step 7 of 1,500"  # three draws of 500 in text
+    # three draws of labels with 500 steps each
+    assert "a, maze, seed 1, stage3_offline: unfinished, at step 7 of 1,500" in text
     assert "checkpoint.pt is damaged" in text
 
 
