@@ -63,22 +63,23 @@ def num_frames(folder: Path) -> int:
 
 
 def commands(configs: list[Config], source: str) -> list[str]:
-    """A shell command for each of the games `configs` that lack frames, without the interpreter.
+    """A shell command for each of the `configs`, of games that lack frames, without the interpreter.
 
     What the recordings take is printed on stderr. Raises `UserError` without a `source` (""), for an unknown
     one, and for games that it does not have.
     """
     if not configs:
         return []
-    names = [cfg.env for cfg in configs]
     folder = configs[0].game_data.parent
-    others = [name for name in names if name not in GAMES]
+    names = [cfg.env for cfg in configs if cfg.game_data.parent == folder]
+    others = [cfg.env for cfg in configs if cfg.env not in GAMES]
     if source not in SOURCES:
         begun = next((cfg for cfg in configs if list_chunks(cfg.game_data / "train")), None)
         if begun:
             raise UserError(
-                f"the frames of {begun.env} in {folder} are incomplete; --data record or huggingface, as"
-                f" before, gets the others, and without {request_file(begun)} those that are there are used"
+                f"the frames of {begun.env} in {begun.game_data.parent} are incomplete; --data record or"
+                f" huggingface, as before, gets the others, and without {request_file(begun)} those that are"
+                " there are used"
             )
         some = f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 4 else ", ".join(names)
         raise UserError(

@@ -82,9 +82,12 @@ def plan(
             load_config([*base, *setting, *extra])
     chosen = list(dict.fromkeys(load_config([*base, "--seed", seed]).seed for seed in seeds.split()))
     names = list(dict.fromkeys(games.split() or GAMES))
-    configs = {game: load_config([*base, "--env", game]) for game in names}
-    for game in games.split():
-        check_data(game, configs[game].game_data)
+    configs: dict[tuple[str, Path], Config] = {}  # sweeps may change the folder, as preset=demo,small does
+    for game, setting in itertools.product(names, settings):
+        cfg = load_config([*base, *setting, "--env", game])
+        configs.setdefault((game, cfg.game_data), cfg)
+    for game, folder in configs if games.split() else ():
+        check_data(game, folder)
     chosen_modes = (modes.split() or [load_config(base).stage3.mode]) if "3" in stages.split(",") else []
     if {"1", "2"} & set(stages.split(",")) or any("data" in MODES[mode].config_keys for mode in chosen_modes):
         lacking = [cfg for cfg in configs.values() if lacks_frames(cfg)]

@@ -2,7 +2,7 @@
 
 Dimensions
     T frames of a video · P frames that the world model sees (2) · B batch · K steps of a rollout
-    H, W, C frame (64, 64, 3)
+    H, W, C frame (64, 64, 3), or as `data.image_size` says · S side of a larger one
     N codebooks · L latent slots · D size of a latent action · A true actions (15)
 """
 
@@ -20,7 +20,7 @@ from lapo.config import ROOT, Config, resolve, to_dict, validate
 from lapo.data.chunks import window_starts
 from lapo.data_loader import INFERENCE_BATCH
 from lapo.errors import UserError
-from lapo.frames import CHANNELS
+from lapo.frames import CHANNELS, resize
 from lapo.games.table import ACTIONS, GAMES
 from lapo.models import (
     IDM,
@@ -57,7 +57,8 @@ class LatentActionModel:
 
     All methods accept NumPy and PyTorch, return tensors on the model's device, work through long inputs in
     batches, and raise `UserError` for another shape or type than they name. They were trained on frames of
-    `frame_shape` (H, W, C); the IDM sees `window` of them, P + 1.
+    `frame_shape` (H, W, C), and predict such; square ones of a multiple of it are averaged to it. The IDM
+    sees `window` of them, P + 1.
     """
 
     def __init__(self, idm: IDM, world_model: WorldModel, compute: Compute, image_size: int = 64):
@@ -73,7 +74,7 @@ class LatentActionModel:
         window, as published t-1 to t+1, is marked: data sets mark the last frame of an episode or the first
         one of the next.
         """
-        video = _tensor(video, "video", "uint8", "T", *self.frame_shape)
+        video = _frames(video, "video", "T", size=self.frame_shape[0])
         if len(video) < self.window:
             raise UserError(f"the video has {len(video)} frames; an action is inferred from {self.window}")
         if done is not None:
@@ -115,7 +116,7 @@ class LatentActionModel:
 
         `la_q` (B, D) are the quantised latent actions of o[t].
         """
-        frames = _tensor(frames, "frames", "uint8", "B", self.window - 1, *self.frame_shape)
+        frames = _frames(frames, "frames", "B", self.window - 1, size=self.frame_shape[0])
         la_q = self._latents(la_q, "la_q", len(frames), self.la_dim)
         return self.rollout(frames, la_q[:, None])[:, 0]
 
@@ -126,7 +127,7 @@ class LatentActionModel:
         With `la_q` (K, D), all B starts get the same latent actions. Every prediction is an input of
         the next one, without rounding in between.
         """
-        frames = _tensor(frames, "frames", "uint8", "B", self.window - 1, *self.frame_shape)
+        frames = _frames(frames, "frames", "B", self.window - 1, size=self.frame_shape[0])
         shared = getattr(la_q, "ndim", None) == 2
         la_q = self._latents(la_q, "la_q", *(() if shared else (len(frames),)), "K", self.la_dim)
         la_q = la_q.expand(len(frames), -1, -1)
@@ -153,8 +154,8 @@ class ActingPolicy:
     """A policy of stage 3 or of train_expert.py, frozen and in eval mode.
 
     Both methods accept NumPy and PyTorch, and raise `UserError` for another shape or type than they name.
-    The policy was trained on observations of `frame_shape` (H, W, C). `actions` (A) are the names of its
-    actions, None for an environment of one's own.
+    The policy was trained on observations of `frame_shape` (H, W, C); square ones of a multiple of it are
+    averaged to it. `actions` (A) are the names of its actions, None for an environment of one's own.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class ActingPolicy:
     @torch.no_grad()
     def logits(self, obs: Array) -> Tensor:
         """Observations (B, H, W, C) uint8 → logits (B, A), on the policy's device."""
-        obs = _tensor(obs, "obs", "uint8", "B", *self.frame_shape)
+        obs = _frames(obs, "obs", "B", size=self.frame_shape[0])
         with self.compute.autocast():
             parts = obs.split(INFERENCE_BATCH)
             return torch.cat([self.network.logits(part.to(self.compute.device)) for part in parts])
@@ -253,12 +254,23 @@ def _prepare(path: Path, checkpoint: dict, device: str) -> tuple[Config, Compute
     return cfg, Compute.from_config(replace(chosen, compile="off"))
 
 
-def _tensor(x: Any, name: str, kind: str, *shape: int | str) -> Tensor:
-    """`x` as a tensor, from an array or a list.
+def _frames(x: Any, name: str, *shape: int | str, size: int) -> Tensor:
+    """`x` (*shape, S, S, C) uint8 as a tensor (*shape, size, size, C), averaged if S is a multiple of `size`.
 
-    Raises `UserError` unless it is of `kind` (uint8, bool, integer or float) and of `shape`, in which a
-    letter stands for any size.
+    Raises `UserError` as `_tensor` does.
     """
+    x = _as_tensor(x)
+    found = x.shape[-2] if isinstance(x, Tensor) and x.ndim > 2 else size
+    side = max(found // size, 1) * size
+    x = _tensor(x, name, "uint8", *shape, side, side, CHANNELS)
+    if side == size:
+        return x
+    small = resize(x.flatten(0, -4).cpu().numpy(), size)
+    return torch.from_numpy(small).unflatten(0, x.shape[:-3])
+
+
+def _as_tensor(x: Any) -> Any:
+    """An array or a list as a tensor where that is possible, anything else as it is."""
     try:
         if isinstance(x, list | tuple):
             x = np.asarray(x)
@@ -270,6 +282,16 @@ def _tensor(x: Any, name: str, kind: str, *shape: int | str) -> Tensor:
                 x = torch.from_numpy(x)
     except (TypeError, ValueError):  # a ragged list, or a dtype that PyTorch lacks
         pass
+    return x
+
+
+def _tensor(x: Any, name: str, kind: str, *shape: int | str) -> Tensor:
+    """`x` as a tensor, from an array or a list.
+
+    Raises `UserError` unless it is of `kind` (uint8, bool, integer or float) and of `shape`, in which a
+    letter stands for any size.
+    """
+    x = _as_tensor(x)
     if isinstance(x, Tensor) and len(x.shape) == len(shape):
         of_kind = {
             "uint8": x.dtype == torch.uint8,

@@ -87,6 +87,13 @@ while (($#)); do
             shift
             ;;
         --list) list=yes ;;
+        --mode | --stage | --job | --gpu | --mode=* | --stage=* | --job=* | --gpu=*)
+            die "unknown option ${1%%=*}; did you mean ${1%%=*}s?"
+            ;;
+        --sweeps | --tasks | --sweeps=* | --tasks=*)
+            word=${1%%=*}
+            die "unknown option $word; did you mean ${word%s}?"
+            ;;
         -*) passed+=("$1") ;;
         *) if ((${#passed[@]})); then passed+=("$1"); else games+=("$1"); fi ;;
     esac
@@ -176,15 +183,16 @@ trap 'stop HUP 129' HUP
 trap 'stop USR1 138' USR1
 
 # Get the frames of a game, if they are missing; sets `outcome` if that fails.
+got=""
 get_frames() {
     local get code
     for get in ${missing[@]+"${missing[@]}"}; do
-        [[ ${get%% *} == "$1" && $outcome == finished ]] || continue
+        [[ ${get%% *} == "$1" && $outcome == finished && $got != *"<$get>"* ]] || continue
         echo "launch.sh: $1, frames"
         code=0
         eval "exec \"\$python\" \"\$here\"/${get#* }" &
         wait $! || code=$?
-        ((!code)) || outcome="failed to get frames, exit code $code"
+        if ((code)); then outcome="failed to get frames, exit code $code"; else got+="<$get>"; fi
     done
 }
 

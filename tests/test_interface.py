@@ -13,6 +13,8 @@ import torch
 import lapo
 from finished_run import finished_run
 from lapo.bottleneck import VectorQuantizer
+from lapo.config import load_config
+from lapo.frames import resize
 from lapo.interface import ActingPolicy, LatentActionModel, load_policy, load_stage1
 from lapo.models import make_acting_policy, make_idm, make_world_model, stack_frames
 from lapo.runs.checkpoints import load_checkpoint, saved_config
@@ -283,6 +285,27 @@ def test_mistakes_are_named(finished, model, chunk, tmp_path):
             call()
 
 
+def test_frames_larger_than_the_networks_are_averaged(chunk):
+    """As stages and games do it: a model of 32×32 pixels takes chunks and observations of Procgen's 64×64."""
+    cfg = load_config(["--preset", "demo", "--model.wm_width", "2"])
+    model = LatentActionModel(make_idm(cfg).eval(), make_world_model(cfg).eval(), CPU, cfg.data.image_size)
+    policy = ActingPolicy(make_acting_policy(cfg, "bc", 15).eval(), CPU, cfg.data.image_size)
+    large, small = chunk["obs"], resize(chunk["obs"], 32)
+    found, expected = model.infer(large), model.infer(small)
+    assert torch.equal(found.la_q[1:-1], expected.la_q[1:-1])
+    la_q, large_pairs, pairs = (
+        x[1:5] for x in (found.la_q, np.stack([large] * 2, 1), np.stack([small] * 2, 1))
+    )
+    assert torch.equal(model.predict(large_pairs, la_q), model.predict(pairs, la_q))
+    film = model.rollout(torch.from_numpy(large_pairs), la_q[:3])
+    assert film.shape == (4, 3, 32, 32, 3)
+    assert torch.equal(film, model.rollout(pairs, la_q[:3]))
+    assert torch.equal(policy.logits(list(large[:4])), policy.logits(small[:4]))
+    for wrong in (large[:, :48, :48], large[:, :, :32], large[:, :16, :16], large[..., :0, :0, :]):
+        with pytest.raises(lapo.UserError, match=r"^obs must be uint8 \(B, 32, 32, 3\), found uint8 \("):
+            policy.act(wrong)
+
+
 def test_importing_the_package_brings_nothing_until_a_name_is_used():
     code = (
         "import sys, lapo; print('torch' in sys.modules, 'numpy' in sys.modules, 'load_stage1' in dir(lapo))"
@@ -316,7 +339,10 @@ def test_the_readme_s_example_runs_as_written_without_procgen(finished, tmp_path
     )
     example = example.replace("expert_data/demo/jumper/test/0.npz", "chunk.npz")
     blocked = "import sys; sys.modules |= {'procgen': None, 'gym': None, 'gym3': None}\n"
-    checks = "assert film.shape[:2] == (8, 5) and predicted.shape == pairs[:, 0].shape and len(actions) == 8"
+    checks = (
+        "assert film.shape == (8, 5, *model.frame_shape) and predicted.shape == (8, *model.frame_shape)\n"
+        "assert pairs.shape == (8, 2, 64, 64, 3) and len(actions) == 8"
+    )
     done = subprocess.run(
         [sys.executable, "-c", f"{blocked}sys.path.insert(0, {str(ROOT)!r})\n{example}\n{checks}"],
         cwd=tmp_path,

@@ -190,6 +190,20 @@ def test_missing_frames_are_got_first_and_only_those(repo):
     assert repo.calls()[0] == f"download_data maze --data-dir {folder} --source=huggingface {sizes}"
 
 
+def test_a_sweep_over_presets_gets_the_frames_of_each(repo):
+    shutil.copytree(LAPO.parent / "docs", repo.folder / "docs")
+    status, _, err = repo.launch("jumper", "maze", "--sweep", "preset=demo,small", "--stages", "1")
+    assert (status, repo.calls()) == (2, [])
+    folder = repo.folder / "expert_data"
+    assert err.startswith(f"error: there are no frames of jumper, maze in {folder}/demo; get them with")
+    grid = "jumper", "--data=record", "--stages=1"
+    assert repo.launch(*grid, "--sweep=preset=demo,small")[0] == 0
+    recorded = [call.split() for call in repo.calls() if call.startswith("record_expert")]
+    assert [words[-1] for words in recorded] == [f"{folder}/demo", f"{folder}/small"]
+    assert repo.launch(*grid, "--sweep=stage1.lr=1e-4,3e-4", "--preset=demo", "--data_dir=elsewhere")[0] == 0
+    assert [call.split()[0] for call in repo.calls()] == ["record_expert", "stage1_idm_wm", "stage1_idm_wm"]
+
+
 def test_an_interrupted_recording_is_continued_and_not_trained_on(repo):
     shutil.copytree(LAPO.parent / "docs", repo.folder / "docs")
     shutil.rmtree(repo.folder / "expert_data" / "maze")
@@ -307,6 +321,13 @@ def test_failing_game_does_not_stop_the_others_and_a_rerun_continues(repo):
         (["maze", "--env", "ninja"], "error: games are named first and without --env"),
         (["maze", "--modes", "online,ofline"], "error: --modes: 'ofline' is no mode; choose among bc, "),
         (["maze", "--sead", "1"], "unknown option --sead; did you mean --seed?"),
+        (["maze", "--mode", "bc"], "error: unknown option --mode; did you mean --modes?"),
+        (["maze", "--gpu=0"], "error: unknown option --gpu; did you mean --gpus?"),
+        (["maze", "--sweeps=stage1.lr=1"], "error: unknown option --sweeps; did you mean --sweep?"),
+        (
+            ["--preset", "demo", "maze"],
+            "unknown preset 'maze'; the presets are: demo, small; games are named",
+        ),
         (["maze", "--vq.num_embs", "0"], "'vq.num_embs' is '0'"),
     ],
 )
