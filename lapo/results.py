@@ -31,6 +31,7 @@ from lapo.games.table import GAMES
 from lapo.modes import MODES, check_modes
 from lapo.reporting import curves, published
 from lapo.reporting.aggregate import (
+    ENOUGH_SEEDS,
     Curve,
     Row,
     Setting,
@@ -252,6 +253,8 @@ def draw_final(comparison: Comparison) -> dict[str, Figure]:
             for found in shown
         ]
         note = "boxes: 95 % stratified bootstrap intervals"
+        if any(found.narrow for found in shown):
+            note += f",\ntoo narrow with fewer than {ENOUGH_SEEDS} seeds"
         if any(found.mean_interval is None for found in shown):
             note += "; none where a game has a single seed"
         title = f"Relative returns over {games_in_words({len(found.games) for found in shown})}\n({note})"

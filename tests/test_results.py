@@ -49,6 +49,15 @@ def test_the_error_of_a_single_seed_is_bracketed_and_no_interval_is_claimed(runs
     assert "1 of 16" in text
 
 
+def test_intervals_of_few_seeds_are_called_too_narrow(runs):
+    for seed in range(5):
+        runs.policy("a", "maze", seed, "scratch", 5.0 + seed)
+        if seed:
+            found = runs.compare("--exp", "a")
+            assert found["aggregates"][0]["mean_interval"] is not None
+            assert ("With fewer than 5 seeds of a game they are too narrow" in runs.text) == (seed < 4)
+
+
 def test_aggregates_are_over_games(runs):
     for game in ("maze", "heist"):
         for seed in (0, 1):

@@ -172,13 +172,13 @@ def gather_large(bench: Bench) -> str:
 
 def same_as_cpu(bench: Bench) -> dict[str, float]:
     """Gradients of stage 1's first step equal those of the CPU in fp32."""
-    expected = first_step(bench.demo, Compute(CPU, bf16=False, compile=False))
+    expected = first_step(bench.compared, Compute(CPU, bf16=False, compile=False))
     found = {}
     for name, bf16, compiled, tolerance in (
         ("fp32", False, False, 1e-3),
         ("bf16 compiled", True, True, 0.1),
     ):
-        got = first_step(bench.demo, bench.compute(bf16=bf16, compiled=compiled))
+        got = first_step(bench.compared, bench.compute(bf16=bf16, compiled=compiled))
         found[name] = difference([got], [expected])
         expect(found[name] < tolerance, f"in {name}, the gradients differ by {found[name]:.1e}")
     return found
@@ -233,7 +233,7 @@ def resumed(bench: Bench) -> dict[str, float]:
     """The next step of a resumed trainer equals that of the saved one, up to the noise of two equal runs."""
     with deterministic():
         compute, windows = bench.compute(bf16=False, compiled=False), bench.windows(64)
-        trainer, again, other = (stage1_trainer(bench.demo, compute, windows) for _ in range(3))
+        trainer, again, other = (stage1_trainer(bench.compared, compute, windows) for _ in range(3))
         for each in (trainer, again):
             torch.manual_seed(0)  # the codebook is initialised with randomly chosen latents
             each.update(0)
@@ -286,7 +286,7 @@ def graphs_equal_eager(
 def train_stage1(bench: Bench, compute: Compute) -> list[Tensor]:
     """Metrics, weights and buffers of stage 1 after a few steps."""
     torch.compiler.reset()
-    trainer = stage1_trainer(bench.demo, compute, bench.windows(1000))
+    trainer = stage1_trainer(bench.compared, compute, bench.windows(1000))
     metrics = [x.clone() for step in range(8) for x in trainer.update(step).values()]
     state = [*trainer.idm.state_dict().values(), *trainer.world_model.state_dict().values()]
     return [torch.stack(metrics), *(x.float() for x in state)]
@@ -297,9 +297,9 @@ def train_stage2(bench: Bench, compute: Compute) -> list[Tensor]:
     torch.compiler.reset()
     windows = bench.windows(1000)
     seed_everything(0)
-    la = torch.randn(len(windows), bench.demo.vq.la_dim).to(bench.device)
-    policy = compute.place(make_latent_policy(bench.demo))
-    trainer = stage2_bc.Trainer(bench.demo, compute, windows, la, policy)
+    la = torch.randn(len(windows), bench.compared.vq.la_dim).to(bench.device)
+    policy = compute.place(make_latent_policy(bench.compared))
+    trainer = stage2_bc.Trainer(bench.compared, compute, windows, la, policy)
     losses = [trainer.update(step)["loss"].clone() for step in range(8)]
     return [torch.stack(losses), *(x.float() for x in policy.state_dict().values())]
 
@@ -308,8 +308,8 @@ def play(bench: Bench, compute: Compute) -> list[Tensor]:
     """Rollouts, weights and the decoder's pairs of two updates of online mode."""
     torch.compiler.reset()
     seed_everything(0)
-    with contextlib.closing(workloads.TimedEnv.of(bench.demo)) as env:
-        trainer = workloads.online_trainer(bench.demo, compute, env)
+    with contextlib.closing(workloads.TimedEnv.of(bench.compared)) as env:
+        trainer = workloads.online_trainer(bench.compared, compute, env)
         rollouts = []
         for update in range(1, 3):
             trainer.improve(1024 * update, trainer.collect())  # at env steps where no learning rate is 0

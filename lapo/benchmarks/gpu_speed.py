@@ -27,8 +27,8 @@ class Bench:
 
     dry: bool
     device: torch.device
-    demo: Config
-    """Small networks, for comparisons."""
+    compared: Config
+    """Small networks, for comparisons with the CPU and between runs."""
     full: Config
     """The published sizes, for timings; small ones in a dry run."""
 
@@ -39,10 +39,10 @@ class Bench:
             raise UserError("PyTorch finds no CUDA device that it can use; --dry tests the checks on the CPU")
         # As the published ones but for size; normalised latents magnify bf16's errors in batches this small.
         published = "--data.image_size 64 --model.wm_width 8 --vq.normalize false"
-        demo = ["--preset", "demo", "--env", "jumper", *published.split()]
+        small = ["--preset", "demo", "--env", "jumper", *published.split()]
         if dry:
-            return cls(dry, CPU, load_config([*demo, *DRY.split()]), load_config([*demo, *DRY.split()]))
-        return cls(dry, torch.device("cuda:0"), load_config(demo), load_config(["--env", "jumper"]))
+            return cls(dry, CPU, load_config([*small, *DRY.split()]), load_config([*small, *DRY.split()]))
+        return cls(dry, torch.device("cuda:0"), load_config(small), load_config(["--env", "jumper"]))
 
     def compute(self, *, bf16: bool = True, compiled: bool = True, graphs: bool = False) -> Compute:
         """The `Compute` of a check. A dry run is neither compiled nor uses CUDA graphs."""

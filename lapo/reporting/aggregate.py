@@ -22,6 +22,8 @@ from lapo.reporting.summary import error_of_draws
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 """Of the bootstrap."""
+ENOUGH_SEEDS = 5
+"""Seeds of each game from which on the intervals are shown without a warning."""
 
 Statistic = Callable[..., np.ndarray]
 """Of one array (…, S) per game and an `axis`, as `scipy.stats.bootstrap` calls it."""
@@ -113,6 +115,11 @@ class Aggregate:
     mean_interval: tuple[float, float] | None
     iqm: float
     iqm_interval: tuple[float, float] | None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the intervals are too narrow: resampled, n seeds have (n - 1) / n of their variance."""
+        return self.mean_interval is not None and min(self.seeds) < ENOUGH_SEEDS
 
 
 @dataclass(frozen=True)

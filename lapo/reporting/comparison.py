@@ -8,6 +8,7 @@ from lapo.games.table import GAMES
 from lapo.modes import MODES
 from lapo.reporting import published
 from lapo.reporting.aggregate import (
+    ENOUGH_SEEDS,
     RESAMPLES,
     Aggregate,
     Curve,
@@ -206,6 +207,11 @@ def aggregate_note(comparison: Comparison) -> str:
         note = (
             f"In brackets: 95 % intervals of the stratified percentile bootstrap ({RESAMPLES:,} resamples;"
             " seeds are drawn within each game). "
+        )
+    if any(each.narrow for each in found):
+        note += (
+            f"With fewer than {ENOUGH_SEEDS} seeds of a game they are too narrow; those of two seeds reach"
+            " about one standard error to either side. "
         )
     if any(len(each.games) < len(GAMES) for each in found):
         note += f"Aggregates over fewer than the {len(GAMES)} games say nothing about the others. "

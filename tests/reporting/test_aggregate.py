@@ -55,6 +55,13 @@ def test_seeds_are_resampled_within_their_game():
     assert interval([np.zeros(3), np.ones(3)], mean_over_games) == (0.5, 0.5)
 
 
+def test_two_seeds_give_one_standard_error_to_either_side():
+    """As results.md says of intervals from few seeds."""
+    pair = np.array([0.0, 1.0])
+    error = pair.std(ddof=1) / 2**0.5
+    assert interval([pair], mean_over_games) == pytest.approx((0.5 - error, 0.5 + error))
+
+
 def test_one_seed_has_no_interval():
     assert interval([np.array([0.1, 0.2]), np.array([0.3])], mean_over_games) is None
 
