@@ -65,17 +65,20 @@ def commands(grid: Grid) -> list[str]:
                 break
     needed: dict[tuple, list[tuple[str, int, str, str]]] = defaultdict(list)
     for (order, exp, words), runs in lines.items():
-        needed[order, exp, read_by({run[3] for run in runs}, words)] += runs
+        needed[order, exp, read_by(runs, words)] += runs
     return [
         command(exp, words, runs)
         for (_, exp, words), runs in sorted(needed.items(), key=lambda item: item[0][0])
     ]
 
 
-def read_by(modes: set[str], words: tuple[str, ...]) -> tuple[str, ...]:
-    """The options, as `--key value`, without those of groups that none of the modes ("": none) reads."""
-    read = {key.split(".")[0] for mode in modes - {""} for key in MODES[mode].config_keys}
-    return tuple(word for word in words if not belongs(word.split()[0][2:], OF_MODES - read))
+def read_by(runs: list[tuple[str, int, str, str]], words: tuple[str, ...]) -> tuple[str, ...]:
+    """The options, as `--key value`, without those of groups that none of the runs' modes or stages reads."""
+    modes = {mode for *_, mode in runs if mode}  # "" without a stage 3
+    unread = OF_MODES - {key.split(".")[0] for mode in modes for key in MODES[mode].config_keys}
+    if all(stage == "stage1" for _, _, stage, _ in runs):
+        unread |= {"stage2", "stage3"}
+    return tuple(word for word in words if not belongs(word.split()[0][2:], unread))
 
 
 def command(exp: str, words: tuple[str, ...], runs: list[tuple[str, int, str, str]]) -> str:
