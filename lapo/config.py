@@ -17,7 +17,6 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from lapo.command_line import Parser
 from lapo.errors import UserError
 from lapo.frames import SIZES
-from lapo.games.table import GAMES
 from lapo.modes import MODES
 from lapo.sources import explanations, items, leaves, merge, nested, read_yaml, whole
 
@@ -430,10 +429,7 @@ def parse_with_config(parser: Parser, argv: list[str] | None = None) -> tuple[ar
         presets = merge(presets, values.pop("presets", None), f"{source}: 'presets'")
     for name in args.preset:
         if name not in presets:
-            games = "; games are named before all options" if name in GAMES else ""
-            raise UserError(
-                f"unknown preset '{name}'; the presets are: {', '.join(presets) or 'none'}{games}"
-            )
+            raise UserError(f"unknown preset '{name}'; the presets are: {', '.join(presets) or 'none'}")
         source = f"preset {name}"
         values = merge(values, presets[name], source)
     cfg = validate(values, source=source)

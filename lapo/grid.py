@@ -74,7 +74,11 @@ def plan(
     between them, "" for launch.sh's default. With `listing`, runs are printed for people, with an `estimate`,
     instead. Raises `UserError` for mistakes.
     """
-    base = list(arguments)
+    base, option = list(arguments), ""
+    for word in base:
+        option = word if word.startswith("--") else option
+        if option == "--preset" and word in GAMES:
+            raise UserError(f"--preset {word}: this is a game; games are named before all options")
     check_modes(modes.split())
     settings = sweep_settings(sweeps.split(), load_config(base).exp)
     for setting in settings:

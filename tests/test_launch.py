@@ -326,7 +326,7 @@ def test_failing_game_does_not_stop_the_others_and_a_rerun_continues(repo):
         (["maze", "--sweeps=stage1.lr=1"], "error: unknown option --sweeps; did you mean --sweep?"),
         (
             ["--preset", "demo", "maze"],
-            "unknown preset 'maze'; the presets are: demo, small; games are named",
+            "error: --preset maze: this is a game; games are named before all",
         ),
         (["maze", "--vq.num_embs", "0"], "'vq.num_embs' is '0'"),
     ],
